@@ -1,0 +1,35 @@
+"""Unsupervised visible-infrared person re-identification.
+
+ECUL (arXiv 2412.19134) and MBCCM (arXiv 2305.12673) in one small package.
+Public names are imported on first use, so that `import ecul` stays quick.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "train": "training",
+    "evaluate": "evaluation",
+    "extract": "features",
+    "open_dataset": "data",
+    "Dataset": "data",
+    "synthesize": "synthetic",
+    "emcc": "clustering",
+    "match_clusters": "matching",
+    "ClusterMemory": "memory",
+    "InstanceMemory": "memory",
+    "TwoStreamResNet": "model",
+    "Config": "config",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ecul' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"ecul.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,17 @@
+"""The four kernels of the library; each file holds one, beside the torch reference that specifies it."""
+
+from .contrast import memory_contrast, memory_contrast_reference
+from .jaccard import jaccard_neighbors, jaccard_neighbors_reference
+from .momentum import momentum_update_, momentum_update_reference
+from .neighbors import topk_similarity, topk_similarity_reference
+
+__all__ = [
+    "jaccard_neighbors",
+    "jaccard_neighbors_reference",
+    "memory_contrast",
+    "memory_contrast_reference",
+    "momentum_update_",
+    "momentum_update_reference",
+    "topk_similarity",
+    "topk_similarity_reference",
+]
