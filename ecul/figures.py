@@ -1,0 +1,276 @@
+"""One walking person as layers of signed distances: negative inside, in units of the person's stature.
+
+Coordinates belong to the person: x to the right from the middle of the body, y downward from the crown (0)
+to the ground (1). Every edge, of a limb or of a stripe, is a signed distance, so that one ramp makes it both
+smooth and, when the ramp is wide, blurred. All arrays are (images, height, width): one call draws every
+image that one camera takes of one person.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PATTERNS = ("plain", "rings", "columns", "checks", "dots", "halves", "diagonal", "band", "open")
+LOWER_PATTERNS = ("plain", "plain", "rings", "columns", "checks", "halves")
+HAIR = ("short", "bald", "long", "bun", "round", "hat")
+LOWER = {"trousers": 1.0, "shorts": 0.42, "skirt": 0.40, "gown": 0.85}  # how much of the leg each one covers
+BAGS = ("none", "backpack", "handbag", "sling")
+TONES = ("skin", "hair", "upper", "upper2", "lower", "lower2", "shoes", "bag")
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@dataclass(frozen=True)
+class Person:
+    """Everything about an identity that both modalities see. Lengths are fractions of the stature."""
+
+    height: float
+    shoulders: float
+    hips: float
+    limb: float
+    head: float
+    hair: str
+    hem: float
+    sleeve: float
+    upper: str
+    upper_period: float
+    lower: str
+    lower_width: float
+    lower_pattern: str
+    lower_period: float
+    boots: float
+    belt: bool
+    logo: bool
+    bag: str
+    bag_side: int
+
+    @classmethod
+    def draw(cls, rng):
+        build = rng.uniform(-1, 1)
+        return cls(
+            height=rng.uniform(0.86, 1.0),
+            shoulders=0.125 + 0.025 * build + rng.uniform(-0.012, 0.012),
+            hips=0.105 + 0.022 * build + rng.uniform(-0.014, 0.014),
+            limb=0.032 + 0.007 * build + rng.uniform(-0.003, 0.003),
+            head=rng.uniform(0.92, 1.15),
+            hair=str(rng.choice(HAIR)),
+            hem=rng.choice([0.44, 0.52, 0.62]) + rng.uniform(-0.02, 0.02),
+            sleeve=rng.choice([0.0, 0.45, 1.0]),
+            upper=str(rng.choice(PATTERNS)),
+            upper_period=rng.choice([0.09, 0.13, 0.18]) * rng.uniform(0.95, 1.05),
+            lower=str(rng.choice(list(LOWER))),
+            lower_width=rng.uniform(1.0, 1.5),
+            lower_pattern=str(rng.choice(LOWER_PATTERNS)),
+            lower_period=rng.choice([0.09, 0.14]) * rng.uniform(0.95, 1.05),
+            boots=rng.choice([0.0, 0.10, 0.19]),
+            belt=bool(rng.random() < 0.3),
+            logo=bool(rng.random() < 0.3),
+            bag=str(rng.choice(BAGS)),
+            bag_side=int(rng.choice([-1, 1])),
+        )
+
+
+def draw_tones(rng, channels):
+    """The tones of one person in one modality: a dict of (channels,) arrays in [0, 1].
+
+    The two tones of a garment always differ by at least 0.3 in brightness; which one is the brighter is free.
+    """
+    tones = {name: rng.uniform(0.12, 0.88) for name in ("shoes", "bag")}
+    tones["skin"] = rng.uniform(0.5, 0.75)
+    tones["hair"] = rng.uniform(0.08, 0.5)
+    for name in ("upper", "lower"):
+        dark = rng.uniform(0.12, 0.42)
+        pair = rng.permutation([dark, dark + rng.uniform(0.32, 0.48)])
+        tones[name], tones[name + "2"] = pair
+    return {name: _tint(rng, tones[name], channels, 0.08 if name == "skin" else 0.4) for name in TONES}
+
+
+def _tint(rng, brightness, channels, saturation):
+    """A colour of the given brightness (luma), as far from gray as `saturation` and [0, 1] allow."""
+    if channels == 1:
+        return np.array([brightness])
+    chroma = rng.normal(size=3)
+    chroma -= LUMA @ chroma
+    chroma *= saturation / np.abs(chroma).max()
+    room = np.where(chroma > 0, 1 - brightness, brightness) / np.abs(chroma)
+    return brightness + min(1.0, room.min()) * chroma
+
+
+class Canvas:
+    """Pixels (images, height, width, channels) and the coordinates in which shapes are painted on them."""
+
+    def __init__(self, pixels, x, y, blur):
+        self.pixels, self.x, self.y, self.blur = pixels, x, y, blur
+
+    def cover(self, distance):
+        return np.clip(0.5 - distance / self.blur, 0, 1)[..., None]
+
+    def paint(self, distance, tone, tone2=None, pattern=None, shade=0.3):
+        """Lay `tone` inside `distance <= 0`, `tone2` where also `pattern <= 0`; darken towards the rim."""
+        if pattern is not None:
+            tone = tone + self.cover(pattern) * (tone2 - tone)
+        rim = np.clip(1 + distance / 0.035, 0, 1)[..., None]
+        self.pixels += self.cover(distance) * (tone * (1 - shade * rim) - self.pixels)
+
+    def capsule(self, ax, ay, bx, by, radius):
+        dx, dy = bx - ax, by - ay
+        px, py = self.x - ax, self.y - ay
+        along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy + 1e-9), 0, 1)
+        return np.hypot(px - along * dx, py - along * dy) - radius
+
+    def ellipse(self, cx, cy, rx, ry):
+        return (np.hypot((self.x - cx) / rx, (self.y - cy) / ry) - 1) * np.minimum(rx, ry)
+
+    def trapezoid(self, cx, top, bottom, half_top, half_bottom):
+        down = np.clip((self.y - top) / (bottom - top), 0, 1)
+        half = half_top + down * (half_bottom - half_top)
+        return np.maximum(np.abs(self.x - cx) - half, np.maximum(top - self.y, self.y - bottom))
+
+    def pattern(self, kind, period, cx, cy, width):
+        """The signed distance of a cloth pattern whose middle is (cx, cy); None for plain cloth."""
+        x, y = self.x - cx, self.y - cy
+        if kind == "rings":
+            return _wave(y, period)
+        if kind == "columns":
+            return _wave(x, period)
+        if kind == "checks":
+            a, b = _wave(x, 1.3 * period), _wave(y, 1.3 * period)
+            return np.maximum(np.minimum(a, b), -np.maximum(a, b))
+        if kind == "dots":
+            return np.hypot(_wave(x, 0.9 * period), _wave(y, 0.9 * period), dtype=x.dtype) - 0.26 * period
+        if kind == "diagonal":
+            return _wave((x + y) / np.sqrt(2), period)
+        if kind == "halves":
+            return y
+        if kind == "band":
+            return np.abs(y) - 0.35 * period
+        if kind == "open":
+            return np.abs(x) - 0.3 * width
+        return None
+
+
+def _wave(t, period):
+    """Signed distance of stripes: a triangle wave of this period, negative on the half around t = 0."""
+    return np.abs((t / period + 0.5) % 1 - 0.5) * period - period / 4
+
+
+def draw_person(canvas, person, tones, yaw, phase):
+    """Paint a person, seen from `yaw` (0 = from the front) at a walking `phase`: (images, 1, 1) radians."""
+    front, side = np.cos(yaw), np.sin(yaw)
+    broad = np.sqrt(front**2 + (0.75 * side) ** 2)  # a trunk is an ellipse from above
+    stride = np.sin(phase) * (0.2 + 0.8 * np.abs(side)) * np.where(side < 0, -1, 1)
+    if person.bag == "backpack":
+        _backpack(canvas, person, tones, front, side)
+    _legs(canvas, person, tones, front, side, broad, stride)
+    _trunk(canvas, person, tones, front, side, broad)
+    hands = _arms(canvas, person, tones, front, side, broad, stride)
+    _head(canvas, person, tones, front, side)
+    if person.bag == "backpack":
+        _backpack(canvas, person, tones, front, side, only=front < -0.2)
+    if person.bag == "handbag":
+        x, y = hands[person.bag_side]
+        canvas.paint(canvas.trapezoid(x, y, y + 0.15, 0.04, 0.065), tones["bag"])
+    if person.bag == "sling":
+        tilt = person.bag_side * np.where(front < 0, -1, 1) * broad
+        strap = canvas.capsule(-0.8 * person.shoulders * tilt, 0.18, 0.11 * tilt, 0.48, 0.014)
+        pouch = canvas.trapezoid(0.12 * tilt, 0.45, 0.58, 0.065, 0.065)
+        canvas.paint(np.minimum(strap, pouch), tones["bag"])
+
+
+def _legs(canvas, person, tones, front, side, broad, stride):
+    """Legs, shoes and the lower garment."""
+    cover = LOWER[person.lower]
+    skirt = person.lower in ("skirt", "gown")
+    middle = 0.5 + 0.46 * cover / 2
+    cloth = canvas.pattern(person.lower_pattern, person.lower_period, 0.02 * side, middle, person.hips)
+    garment = (tones["lower"], tones["lower2"], cloth)
+    for leg in (-1, 1):
+        hip = leg * 0.5 * person.hips * front
+        foot = hip + 0.11 * leg * stride
+        lift = 0.02 * np.maximum(0, leg * stride)
+        knee = 0.5 * (hip + foot) + 0.02 * side
+        canvas.paint(canvas.capsule(hip, 0.50, knee, 0.73, person.limb * 1.15), tones["skin"])
+        canvas.paint(canvas.capsule(knee, 0.73, foot, 0.95 - lift, person.limb * 0.85), tones["skin"])
+        if not skirt:
+            thigh = min(1.0, 2 * cover)
+            wide = person.limb * person.lower_width
+            end_x, end_y = hip + thigh * (knee - hip), 0.50 + thigh * 0.23
+            canvas.paint(canvas.capsule(hip, 0.50, end_x, end_y, wide * 1.15), *garment)
+            if cover > 0.5:
+                canvas.paint(canvas.capsule(knee, 0.73, foot, 0.93 - lift, wide), *garment)
+        toe = foot + 0.05 * side
+        sole = np.maximum(canvas.capsule(foot, 0.965 - lift, toe, 0.975 - lift, 0.028), canvas.y - 1)
+        if person.boots:
+            shin = canvas.capsule(foot, 0.96 - lift, foot + (knee - foot) * 0.6, 0.96 - person.boots, 0.038)
+            sole = np.minimum(sole, shin)
+        canvas.paint(sole, tones["shoes"])
+    half = person.hips * broad
+    if skirt:
+        flare = half * (0.7 + 0.5 * person.lower_width)
+        canvas.paint(canvas.trapezoid(0, 0.42, 0.5 + 0.46 * cover, half, flare), *garment)
+    else:
+        canvas.paint(canvas.trapezoid(0, 0.42, 0.53, half, half), *garment)
+
+
+def _trunk(canvas, person, tones, front, side, broad):
+    """Neck, upper garment, belt and logo."""
+    canvas.paint(canvas.capsule(0, 0.12, 0, 0.18, 0.028), tones["skin"])
+    cloth = canvas.pattern(person.upper, person.upper_period, 0.03 * side, 0.31, person.shoulders)
+    top, bottom = person.shoulders * broad, (person.hips + 0.01) * broad
+    trunk = canvas.trapezoid(0, 0.175, person.hem, top - 0.015, bottom) - 0.012
+    canvas.paint(trunk, tones["upper"], tones["upper2"], cloth)
+    if person.belt:
+        canvas.paint(np.maximum(trunk, np.abs(canvas.y - 0.45) - 0.016), tones["bag"])
+    if person.logo:
+        seen = np.where(front > 0.2, 0.0, 1.0)
+        canvas.paint(canvas.ellipse(0.05 * side, 0.27, 0.05, 0.04) + seen, tones["shoes"])
+
+
+def _arms(canvas, person, tones, front, side, broad, stride):
+    """Arms and sleeves; returns where each hand is."""
+    hands = {}
+    cloth = canvas.pattern(person.upper, person.upper_period, 0.03 * side, 0.31, 0.0)
+    cloth = None if person.upper == "open" else cloth
+    for arm in (-1, 1):
+        shoulder = arm * (person.shoulders - 0.005) * front
+        hand = shoulder + 0.03 * arm * front - 0.10 * arm * stride
+        elbow = 0.5 * (shoulder + hand) + 0.012 * arm * front - 0.012 * side
+        canvas.paint(canvas.capsule(shoulder, 0.20, elbow, 0.34, person.limb * 0.75), tones["skin"])
+        canvas.paint(canvas.capsule(elbow, 0.34, hand, 0.49, person.limb * 0.65), tones["skin"])
+        wide, garment = person.limb * 0.98, (tones["upper"], tones["upper2"], cloth)
+        if person.sleeve > 0:
+            canvas.paint(canvas.capsule(shoulder, 0.20, elbow, 0.32, wide), *garment)
+        if person.sleeve > 0.5:
+            canvas.paint(canvas.capsule(elbow, 0.33, hand, 0.45, wide * 0.9), *garment)
+        hands[arm] = (hand, 0.50)
+    return hands
+
+
+def _head(canvas, person, tones, front, side):
+    """Face and hair; from behind the hair covers the face."""
+    rx, ry = 0.050 * person.head, 0.066 * person.head
+    if person.hair == "long":
+        canvas.paint(canvas.trapezoid(-0.03 * side, 0.05, 0.25, rx + 0.012, rx + 0.03) - 0.01, tones["hair"])
+    canvas.paint(canvas.ellipse(0.01 * side, 0.075, rx, ry), tones["skin"])
+    if person.hair == "bald":
+        return
+    line = np.where(front < 0, 0.11, 0.055)
+    crown = canvas.ellipse(-0.012 * side, 0.068, rx + 0.012, ry + 0.010)
+    if person.hair == "round":
+        crown = canvas.ellipse(-0.02 * side, 0.06, rx + 0.045, ry + 0.025)
+    crown = np.maximum(crown, canvas.y - line)
+    if person.hair == "bun":
+        crown = np.minimum(crown, canvas.ellipse(-0.05 * side, -0.005, 0.035, 0.035))
+    if person.hair == "hat":
+        brim = canvas.trapezoid(0.03 * side, 0.04, 0.06, 0.10, 0.10)
+        crown = np.minimum(np.maximum(crown, canvas.y - 0.05), brim)
+    canvas.paint(crown, tones["hair"])
+    if person.hair == "long":
+        hanging = canvas.trapezoid(-0.02 * side, 0.05, 0.25, rx + 0.012, rx + 0.03) - 0.01
+        canvas.paint(hanging + np.where(front < 0, 0.0, 1.0), tones["hair"])
+
+
+def _backpack(canvas, person, tones, front, side, only=True):
+    """A box on the back: behind the trunk from the front, over it from behind."""
+    half = 0.75 * person.shoulders * np.abs(front) + 0.055 * np.abs(side) + 0.02
+    box = canvas.trapezoid(-0.11 * side, 0.20, 0.44, 0.9 * half, half) - 0.01
+    canvas.paint(box + np.where(only, 0.0, 1.0), tones["bag"])

@@ -1,0 +1,267 @@
+"""A rendered visible-infrared world, written to disk in SYSU-MM01's raw layout.
+
+People keep their shape and the pattern of their clothes across modalities; the tones are drawn anew, so that
+colour tells identities apart among visible images and nothing at all across modalities. It exists to try the
+method end to end without a data set; a figure measured on it is a figure of this world only.
+"""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .figures import Canvas, Person, draw_person, draw_tones
+
+VERSION = 1
+VISIBLE_CAMERAS = (1, 2, 4, 5)
+INFRARED_CAMERAS = (3, 6)
+CAMERAS = (1, 2, 3, 4, 5, 6)
+# One stream of random numbers for each kind of thing, so that none depends on how many there are of another.
+_PERSON, _TONES, _CAMERA, _IMAGE, _MISSING, _SPLIT = range(6)
+
+
+def synthesize(root, *, identities=96, test_identities=None, images=4, size=(64, 32), seed=0, progress=True):
+    """Render walking people as JPEG files under `root` and return `root` as a string.
+
+    Equals SYSU-MM01's raw layout: ``cam{1..6}/{id:04d}/{n:04d}.jpg`` (cameras 1, 2, 4, 5 visible RGB; 3, 6
+    infrared, one channel) and ``exp/{train,val,test}_id.txt``, plus ``synthetic.json`` with the
+    parameters and the number of images of each split and camera.
+
+    identities: people in training (train + val), at least 2. test_identities: people held out, at least 1,
+    default ``max(2, identities // 2)``. images: per person and camera; some people miss one or two cameras.
+    size: (height, width) in pixels, at least (32, 16). seed: non-negative. An image depends on the seed, its
+    person, camera and number only.
+
+    The world is built beside `root` and renamed when complete. A complete world with the same parameters is
+    left as it is. Raises ValueError for a parameter out of range, or when `root` holds something else.
+    """
+    root = Path(root)
+    test_identities = max(2, identities // 2) if test_identities is None else test_identities
+    parameters = _check_parameters(identities, test_identities, images, size, seed)
+    if _holds_world(root, parameters):
+        return str(root)
+    partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
+    try:
+        _write_world(partial, parameters, progress)
+        if root.is_dir():
+            root.rmdir()
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return str(root)
+
+
+def _check_parameters(identities, test_identities, images, size, seed):
+    try:
+        height, width = size
+    except (TypeError, ValueError):
+        raise ValueError(f"size must be (height, width), got {size!r}") from None
+    named = {
+        "identities": (identities, 2),
+        "test_identities": (test_identities, 1),
+        "images": (images, 1),
+        "size[0] (height)": (height, 32),
+        "size[1] (width)": (width, 16),
+        "seed": (seed, 0),
+    }
+    for name, (value, least) in named.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if identities + test_identities > 9999:
+        raise ValueError(
+            f"identities + test_identities must be at most 9999, got {identities} + {test_identities}"
+        )
+    return {
+        "identities": int(identities),
+        "test_identities": int(test_identities),
+        "images": int(images),
+        "size": [int(height), int(width)],
+        "seed": int(seed),
+    }
+
+
+def _holds_world(root, parameters):
+    """True for a complete world of these parameters, False for nothing; anything else must not be touched."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    try:
+        found = json.loads((root / "synthetic.json").read_text())
+        if found["version"] == VERSION and found["parameters"] == parameters:
+            return True
+        reason = f"a world of {found['parameters']}, version {found['version']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        reason = "files that are not a synthetic world"
+    raise ValueError(
+        f"root: {root} holds {reason}; asked for {parameters}, version {VERSION}: "
+        "name another folder or remove this one"
+    )
+
+
+def _write_world(root, parameters, progress):
+    splits = _split(parameters)
+    people = sorted(sum(splits.values(), []))
+    jobs = [(pid, camid) for pid in people for camid in _cameras_of(parameters["seed"], pid)]
+    cameras = {camid: Camera.draw(parameters["seed"], camid) for camid in CAMERAS}
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        done = [pool.submit(_write_job, root, parameters, pid, cameras[camid]) for pid, camid in jobs]
+        for job in tqdm(as_completed(done), "render", len(done), disable=None if progress else True):
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    (root / "exp").mkdir()
+    for name, pids in splits.items():
+        (root / "exp" / f"{name}_id.txt").write_text(",".join(map(str, pids)) + "\n")
+    counts = {
+        "train": _count(jobs, splits["train"] + splits["val"], parameters["images"]),
+        "test": _count(jobs, splits["test"], parameters["images"]),
+    }
+    about = {"generator": "ecul synthesize", "version": VERSION, "parameters": parameters, "counts": counts}
+    (root / "synthetic.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _split(parameters):
+    """Identities 1, 2, ... in one sequence, dealt to the three lists by the seed."""
+    identities, held_out = parameters["identities"], parameters["test_identities"]
+    order = np.random.default_rng([parameters["seed"], _SPLIT]).permutation(identities + held_out) + 1
+    val = max(1, identities // 8)
+    parts = np.split(order, [identities - val, identities])
+    return {name: sorted(part.tolist()) for name, part in zip(("train", "val", "test"), parts, strict=True)}
+
+
+def _cameras_of(seed, pid):
+    """The cameras that see this person: all, or one or two fewer; two visible and one infrared at least."""
+    rng = np.random.default_rng([seed, _MISSING, pid])
+    missing = rng.choice(3, p=[0.7, 0.2, 0.1])
+    visible = rng.permutation(VISIBLE_CAMERAS)
+    if missing and rng.random() < 0.5:
+        infrared = [rng.choice(INFRARED_CAMERAS)]
+        return sorted(int(camid) for camid in [*visible[missing - 1 :], *infrared])
+    return sorted(int(camid) for camid in [*visible[missing:], *INFRARED_CAMERAS])
+
+
+def _count(jobs, pids, images):
+    seen = [camid for pid, camid in jobs if pid in set(pids)]
+    cameras = {str(camid): images * seen.count(camid) for camid in CAMERAS}
+    return {
+        "visible": sum(cameras[str(camid)] for camid in VISIBLE_CAMERAS),
+        "infrared": sum(cameras[str(camid)] for camid in INFRARED_CAMERAS),
+        "cameras": cameras,
+        "identities": len(pids),
+    }
+
+
+def _write_job(root, parameters, pid, camera):
+    from PIL import Image
+
+    folder = root / f"cam{camera.camid}" / f"{pid:04d}"
+    folder.mkdir(parents=True)
+    pictures = render(parameters["seed"], pid, camera, parameters["images"], parameters["size"])
+    for n, pixels in enumerate(pictures, 1):
+        Image.fromarray(pixels).save(folder / f"{n:04d}.jpg", quality=90)
+
+
+@dataclass(frozen=True)
+class Camera:
+    """What all images of one camera have in common. Lengths are fractions of the frame's height."""
+
+    camid: int
+    channels: int
+    gain: np.ndarray
+    gamma: float
+    noise: float
+    blur: float
+    yaw: float
+    scale: float
+    wall: np.ndarray
+    floor: np.ndarray
+    horizon: float
+    boxes: tuple
+
+    @classmethod
+    def draw(cls, seed, camid):
+        rng = np.random.default_rng([seed, _CAMERA, camid])
+        channels = 1 if camid in INFRARED_CAMERAS else 3
+        turned = rng.choice([0, np.pi])
+
+        def tone():
+            return rng.uniform(0.25, 0.75) + 0.1 * rng.uniform(-1, 1, channels)
+
+        def box():
+            return (*rng.uniform([-0.35, 0.0, 0.03, 0.1], [0.35, 0.8, 0.15, 0.4]), tone())
+
+        return cls(
+            camid=camid,
+            channels=channels,
+            gain=rng.uniform(0.85, 1.1) * rng.uniform(0.9, 1.1, channels),
+            gamma=rng.uniform(0.8, 1.2),
+            noise=rng.uniform(0.01, 0.025),
+            blur=rng.uniform(0.8, 1.5) / 64,
+            yaw=turned + rng.uniform(-0.8, 0.8),
+            scale=rng.uniform(0.94, 1.0),
+            wall=tone(),
+            floor=tone(),
+            horizon=rng.uniform(0.6, 0.85),
+            boxes=tuple(box() for _ in range(4)),
+        )
+
+
+# What changes from image to image: the lowest and the highest value of each.
+SHOT = {
+    "yaw": (-0.5, 0.5),
+    "phase": (-np.pi, np.pi),
+    "shift_x": (-0.03, 0.03),
+    "shift_y": (-0.03, 0.03),
+    "zoom": (0.94, 1.04),
+    "light": (0.88, 1.12),
+    "sway": (-0.1, 0.1),
+    "occluded": (0.0, 1.0),
+    "side": (-1.0, 1.0),
+    "kind": (0.0, 1.0),
+    "gray": (0.1, 0.8),
+}
+
+
+def render(seed, pid, camera, images, size):
+    """The images of one person before one camera: a list of uint8 (H, W, 3) visible or (H, W) infrared."""
+    person = Person.draw(np.random.default_rng([seed, _PERSON, pid]))
+    tones = draw_tones(np.random.default_rng([seed, _TONES, pid, camera.channels]), camera.channels)
+    rngs = [np.random.default_rng([seed, _IMAGE, pid, camera.camid, n]) for n in range(images)]
+    drawn = np.stack([rng.uniform(*zip(*SHOT.values(), strict=True)) for rng in rngs], 1)
+    shot = dict(zip(SHOT, drawn.astype(np.float32)[..., None, None], strict=True))
+
+    height, width = size
+    y, x = np.mgrid[:height, :width].astype(np.float32) + 0.5
+    x, y = (x - width / 2) / height, y / height
+    pixels = np.zeros((images, height, width, camera.channels), np.float32)
+    _backdrop(Canvas(pixels, x + shot["sway"], y + 0 * shot["sway"], camera.blur), camera)
+    stature = 0.96 * person.height * camera.scale * shot["zoom"]
+    crown = 0.97 + shot["shift_y"] - stature
+    figure = Canvas(pixels, (x - shot["shift_x"]) / stature, (y - crown) / stature, camera.blur / stature)
+    draw_person(figure, person, tones, camera.yaw + shot["yaw"], shot["phase"])
+    _occlude(Canvas(pixels, x, y, camera.blur), shot)
+
+    pixels = np.clip(pixels * camera.gain * shot["light"][..., None], 0, 1) ** camera.gamma
+    pixels += camera.noise * np.stack([rng.standard_normal(pixels.shape[1:]) for rng in rngs])
+    pixels = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return list(pixels if camera.channels == 3 else pixels[..., 0])
+
+
+def _backdrop(canvas, camera):
+    canvas.paint(canvas.y - 2, camera.wall)
+    canvas.paint(camera.horizon - canvas.y, camera.floor)
+    for x, y, half, tall, tone in camera.boxes:
+        canvas.paint(canvas.trapezoid(x, y, y + tall, half, half), tone)
+
+
+def _occlude(canvas, shot):
+    """A post beside the middle or a box at the foot of one image in ten."""
+    post = np.abs(canvas.x - 0.15 * shot["side"]) - 0.035
+    box = 0.85 + 0.05 * shot["side"] - canvas.y
+    nowhere = np.where(shot["occluded"] < 0.1, 0.0, 9.0)
+    canvas.paint(np.where(shot["kind"] < 0.5, post, box) + nowhere, shot["gray"][..., None])
