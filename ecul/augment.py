@@ -1,0 +1,143 @@
+"""Batched augmentation on the device where the images are; every image draws for itself.
+
+The transforms are those of ECUL's and MBCCM's published code (pad-crop, flip, random erasing, channel
+exchange, channel adapt, linear transform), exact in distribution; METHOD section 6. All functions take and
+return (B, 3, H, W) float32 images; `rand` draws (B,) uniform numbers.
+"""
+
+import torch
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ERASED = (0.4914, 0.4822, 0.4465)
+GRAY = (0.2989, 0.5870, 0.1140)
+TRIES = 100  # rectangles drawn until one fits, and factors drawn until one is small enough
+
+
+def normalize(images):
+    """`(images / 255 - mean) / std` for uint8 (B, 3, H, W) images; float32."""
+    return _standardize(images.float() / 255)
+
+
+def train_view(images, view, pad, generator=None, linear_transform=False):
+    """One random view of each uint8 (B, 3, H, W) image, normalised.
+
+    Pad by `pad` zeros, crop, flip, normalise, erase; then by `view`: "visible" nothing more, "exchanged"
+    channel exchange, "infrared" channel adapt. `linear_transform` scales rectangles before normalising
+    (MBCCM, its visible view 1). The generator must live on the images' device.
+    """
+    if view not in ("visible", "exchanged", "infrared"):
+        raise ValueError(f'view must be "visible", "exchanged" or "infrared", got {view!r}')
+    x = flip(crop(images, pad, generator), generator).float() / 255
+    if linear_transform:
+        x = scale_rectangles(x, 0.8, generator)
+    x = erase(_standardize(x), 0.5, generator)
+    if view == "exchanged":
+        x = exchange_channels(x, generator)
+    if view == "infrared":
+        x = adapt_channels(x, generator)
+    return x
+
+
+def crop(images, pad, generator=None):
+    """Pad every side by `pad` zeros and cut the old size out at a random place."""
+    if pad == 0:
+        return images
+    b, _, h, w = images.shape
+    rows = (
+        torch.arange(h, device=images.device) + _integers(b, 2 * pad + 1, generator, images.device)[:, None]
+    )
+    columns = (
+        torch.arange(w, device=images.device) + _integers(b, 2 * pad + 1, generator, images.device)[:, None]
+    )
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    batch = torch.arange(b, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def flip(images, generator=None):
+    """Mirror each image with probability one half."""
+    chosen = _rand(len(images), generator, images.device) < 0.5
+    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+
+
+def erase(images, probability, generator=None):
+    """Random erasing: fill a rectangle of area U(.02, .4) and aspect U(.3, 1/.3) with a constant colour."""
+    chosen = _rand(len(images), generator, images.device) < probability
+    inside = _rectangles(images, generator) & chosen[:, None, None, None]
+    return torch.where(inside, _channels(ERASED, images), images)
+
+
+def exchange_channels(images, generator=None):
+    """Copy one of the three channels, drawn uniformly, into all of them."""
+    return _copy_channel(images, _integers(len(images), 3, generator, images.device))
+
+
+def adapt_channels(images, generator=None):
+    """Each channel copied into all with 25 %, the gray image with 12.5 %, unchanged with 12.5 %."""
+    kind = _integers(len(images), 8, generator, images.device)
+    gray = (images * _channels(GRAY, images)).sum(1, keepdim=True).expand_as(images)
+    copied = _copy_channel(images, (kind // 2).clamp(max=2))
+    kind = kind[:, None, None, None]
+    return torch.where(kind < 6, copied, torch.where(kind == 6, gray, images))
+
+
+def scale_rectangles(images, probability, generator=None):
+    """MBCCM's linear transform of images in [0, 1].
+
+    Again and again a rectangle is drawn and each of its channels scaled by b / its maximum, b ~ Beta(.5, .5),
+    until some pixel's factors multiply to at most 1e-6, or TRIES rectangles were drawn.
+    """
+    images = images.clone()
+    active = torch.nonzero(_rand(len(images), generator, images.device) < probability)[:, 0]
+    product = torch.ones_like(images)
+    for _ in range(TRIES):
+        if len(active) == 0:
+            break
+        part = images[active]
+        inside = _rectangles(part, generator)
+        highest = torch.where(inside, part, 0).amax(dim=(2, 3), keepdim=True)
+        angle = torch.rand(highest.shape, generator=generator, device=images.device) * (torch.pi / 2)
+        factor = torch.where(highest > 0, torch.sin(angle).square() / highest.clamp(min=1e-12), 1.0)
+        factor = torch.where(inside, factor, 1.0)
+        images[active] = part * factor
+        product[active] = product[active] * factor
+        active = active[product[active].amin(dim=(1, 2, 3)) > 1e-6]
+    return images
+
+
+def _rectangles(images, generator):
+    """A random rectangle of each image as a bool (B, 1, H, W) mask, the first of TRIES that fits inside."""
+    b, _, h, w = images.shape
+    draws = torch.rand(4, b, TRIES, generator=generator, device=images.device)
+    area = (0.02 + 0.38 * draws[0]) * h * w
+    aspect = 0.3 + (1 / 0.3 - 0.3) * draws[1]
+    heights, widths = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (heights < h) & (widths < w)
+    first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
+    height, width, down, right = (t.gather(1, first) for t in (heights, widths, draws[2], draws[3]))
+    top, left = ((h - height + 1) * down).floor(), ((w - width + 1) * right).floor()
+    rows = torch.arange(h, device=images.device)
+    columns = torch.arange(w, device=images.device)
+    inside_rows = (rows >= top) & (rows < top + height) & fits.any(dim=1, keepdim=True)
+    inside_columns = (columns >= left) & (columns < left + width)
+    return (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
+
+
+def _copy_channel(images, channel):
+    return images.gather(1, channel[:, None, None, None].expand(-1, 1, *images.shape[2:])).expand_as(images)
+
+
+def _standardize(x):
+    return (x - _channels(MEAN, x)) / _channels(STD, x)
+
+
+def _channels(values, images):
+    return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+
+
+def _rand(count, generator, device):
+    return torch.rand(count, generator=generator, device=device)
+
+
+def _integers(count, high, generator, device):
+    return torch.randint(high, (count,), generator=generator, device=device)

@@ -1,0 +1,67 @@
+"""From images to unit feature rows."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .augment import normalize
+from .data import Images
+
+
+def extract(model, images, modality, *, batch_size=256, flip=True, progress=True):
+    """Embeddings of one modality's images: the re-normalised mean with the mirror image.
+
+        F.normalize(model.embed(x, modality) + model.embed(x.flip(3), modality), dim=1)
+
+    model: anything with `embed(x, modality)` and `input_size`, on any device; it is put back into the mode
+    it was in. images: an `Images`, a list of paths, a uint8 array (N, H, W, 3) or (N, H, W), or a uint8
+    tensor (N, 3, H, W). flip=False skips the mirror image. Returns (N, num_features) float32 unit rows on
+    the CPU. Errors: ValueError for an unknown modality or images of another kind; an unreadable image names
+    its path. Source: METHOD section 6.
+    """
+    pixels = as_pixels(images, modality, getattr(model, "input_size", (288, 144)), progress)
+    return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
+
+
+def as_pixels(images, modality, size, progress=True):
+    """Any accepted form of images as one uint8 tensor (N, 3, H, W) of this size."""
+    if modality not in ("visible", "infrared"):
+        raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
+    if isinstance(images, torch.Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"a tensor of images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}"
+            )
+        if tuple(images.shape[2:]) == tuple(size):
+            return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+    if isinstance(images, np.ndarray):
+        images = Images.from_array(images, modality)
+    elif not isinstance(images, Images):
+        images = Images.from_paths(images, modality)
+    return images.load(size, progress=progress)
+
+
+@torch.no_grad()
+def embed_pixels(model, pixels, modality, batch_size=256, flip=True, progress=False, autocast=False):
+    """`extract` for a uint8 tensor (N, 3, H, W); the rows stay on the model's device."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    rows = torch.empty(len(pixels), model.num_features, device=device)
+    starts = range(0, len(pixels), batch_size)
+    try:
+        for start in tqdm(
+            starts, desc=f"extract {modality}", disable=None if progress else True, leave=False
+        ):
+            x = normalize(pixels[start : start + batch_size].to(device, non_blocking=True))
+            x = x.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                f = model.embed(x, modality)
+                if flip:
+                    f = F.normalize(f + model.embed(x.flip(3), modality), dim=1)
+            rows[start : start + batch_size] = f
+    finally:
+        model.train(was_training)
+    return rows

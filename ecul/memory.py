@@ -1,0 +1,154 @@
+"""Memory banks and TSMem, the two-step memory updating of ECUL.
+
+A bank is a matrix of unit rows. Neither forward nor backward changes it: the loss reads a snapshot and
+`update` is an explicit call after the optimiser's step.
+
+ECUL: https://arxiv.org/abs/2412.19134
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ecul.kernels import momentum_update_
+
+from .losses import contrastive_loss
+
+RULES = ("sequential", "instance", "mean", "hard")
+
+
+class _Memory(nn.Module):
+    """A bank of unit rows, one per `num_samples`, with the label of each row."""
+
+    def __init__(self, num_features, num_samples, temp, momentum, rule):
+        super().__init__()
+        if num_features < 1 or num_samples < 1:
+            raise ValueError(
+                f"num_features and num_samples must be at least 1, got {num_features} and {num_samples}"
+            )
+        if rule not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if not temp > 0:
+            raise ValueError(f"temp must be above 0, got {temp}")
+        self.num_features, self.num_samples = num_features, num_samples
+        self.temp, self.momentum, self.rule = temp, momentum, rule
+        self.features: torch.Tensor
+        self.labels: torch.Tensor
+        self.register_buffer("features", torch.zeros(num_samples, num_features))
+        self.register_buffer("labels", torch.arange(num_samples))
+
+    def forward(self, x, labels):
+        """Mean contrastive loss of x: (B, D), normalised here, with labels: (B,) int64, -1 = no loss."""
+        return contrastive_loss(F.normalize(x, dim=1), self.features, self.labels, labels, self.temp)
+
+    def logits(self, x):
+        """`normalize(x) @ features.T / temp`: (B, num_samples), differentiable in x alone."""
+        return F.normalize(x, dim=1) @ self.features.to(x.dtype).T / self.temp
+
+    @torch.no_grad()
+    def update(self, x, rows, generator=None):
+        """Move the rows (int64 (B,), -1 = none) towards x: (B, D), normalised here, by this memory's rule.
+
+        `generator` draws the member for the rule "instance". Source: METHOD section 3.
+        """
+        x = F.normalize(x.detach().float(), dim=1)
+        momentum_update_(self.features, x, rows, self.momentum, self.rule, generator=generator)
+
+    def extra_repr(self):
+        sizes = f"{self.num_samples}, {self.num_features}"
+        return f"{sizes}, temp={self.temp}, momentum={self.momentum}, rule={self.rule!r}"
+
+
+class ClusterMemory(_Memory):
+    """A row per cluster; `memory(x, labels)` is the cluster-level contrastive loss.
+
+        F.cross_entropy(normalize(x) @ memory.features.T / temp, labels, ignore_index=-1)
+
+    num_features: D; num_samples: number of clusters C; rule: "sequential" (MBCCM and its ancestors),
+    "instance", "mean" or "hard"; momentum is the part kept of the old row. Set `.features` (C, D) to the
+    starting rows, or use `from_clusters`. `update(x, labels)` after the optimiser's step moves the rows.
+    Errors: ValueError for sizes, momentum, temp or rule out of range.
+    Source: METHOD section 3; ECUL and MBCCM, cluster memories.
+    """
+
+    def __init__(self, num_features, num_samples, temp=0.05, momentum=0.1, rule="sequential"):
+        super().__init__(num_features, num_samples, temp, momentum, rule)
+
+    @classmethod
+    def from_clusters(cls, rows, temp=0.05, momentum=0.1, rule="sequential"):
+        """A memory whose storage is a copy of these starting rows (C, D)."""
+        memory = cls(rows.shape[1], rows.shape[0], temp, momentum, rule).to(rows.device)
+        memory.features.copy_(F.normalize(rows, dim=1))
+        return memory
+
+
+class InstanceMemory(_Memory):
+    """A row per training image; `memory(x, labels)` is the instance-level contrastive loss.
+
+        s = normalize(x) @ memory.features.T / temp
+        (logsumexp(s, 1) - logsumexp(s.masked_fill(memory.labels != labels[:, None], -inf), 1)).mean()
+
+    All rows of a sample's cluster are positives, summed inside the logarithm. num_samples: images N.
+    `update(x, index)` moves the rows of these images. Source: ECUL, instance-level contrast.
+    """
+
+    def __init__(self, num_features, num_samples, temp=0.05, momentum=0.1, rule="sequential"):
+        super().__init__(num_features, num_samples, temp, momentum, rule)
+
+    @classmethod
+    def from_features(cls, features, labels, temp=0.05, momentum=0.1):
+        """A memory that starts from extracted features (N, D) and their labels (N,), -1 = outlier."""
+        memory = cls(features.shape[1], features.shape[0], temp, momentum).to(features.device)
+        memory.features.copy_(features)
+        memory.assign(labels)
+        return memory
+
+    def assign(self, labels):
+        """Give each row its cluster label; an outlier (-1) gets a label of its own: nobody's positive."""
+        labels = torch.as_tensor(labels, device=self.features.device)
+        own = -2 - torch.arange(self.num_samples, device=self.features.device)
+        self.labels.copy_(torch.where(labels < 0, own, labels))
+
+
+def tsmem(epoch, switch, momentum=0.1):
+    """TSMem: how memories start and move in this epoch, as (start, rule, momentum).
+
+    Step 1, epochs before `switch`, for diversity: rows start as one random member and are replaced by one
+    random member of the batch. Step 2, for generalisation: normalised means that keep `momentum`.
+    Source: ECUL (two steps, first diversity, later generalisation); the rules themselves are [R].
+    """
+    return ("random", "instance", 0.0) if epoch < switch else ("mean", "mean", momentum)
+
+
+def cluster_means(features, labels, groups=None):
+    """Normalised mean of each cluster's members: `normalize(features[labels == c].mean(0))` for every c.
+
+    features: (N, D); labels: (N,) int64, -1 = left out, contiguous from 0; groups: (N,) int64 or None. With
+    groups (modalities), the mean over groups present of the group means [R, the joint cluster centre].
+    Returns (C, D) unit rows.
+    """
+    if groups is None:
+        return F.normalize(_means(features, labels)[0], dim=1)
+    parts = [_means(features, torch.where(groups == g, labels, -1), labels) for g in groups.unique()]
+    return F.normalize(sum(mean for mean, _ in parts) / sum(present for _, present in parts), dim=1)
+
+
+def _means(features, labels, all_labels=None):
+    count = int((labels if all_labels is None else all_labels).max()) + 1
+    kept = labels >= 0
+    sums = features.new_zeros(count, features.shape[1]).index_add_(0, labels[kept], features[kept])
+    sizes = torch.bincount(labels[kept], minlength=count)[:, None]
+    return sums / sizes.clamp(min=1), (sizes > 0).to(features.dtype)
+
+
+def random_members(features, labels, generator=None):
+    """One random member of each cluster: (C, D) rows of `features`, drawn uniformly with `generator`."""
+    shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
+    shuffled = shuffled[labels[shuffled] >= 0]
+    chosen = torch.empty(int(labels.max()) + 1, dtype=torch.int64, device=labels.device)
+    first = torch.full_like(chosen, len(labels)).scatter_reduce_(
+        0, labels[shuffled], torch.arange(len(shuffled), device=labels.device), "amin"
+    )
+    return F.normalize(features[shuffled[first]], dim=1)

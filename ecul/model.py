@@ -1,0 +1,229 @@
+"""The two-stream ResNet: a stem per modality, everything after it shared.
+
+ResNet: https://arxiv.org/abs/1512.03385, two-stream and BNNeck as in ECUL: https://arxiv.org/abs/2412.19134
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from .files import write_json, write_tensors
+
+BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+MODALITIES = ("visible", "infrared")
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; torchvision's names."""
+
+    expansion = 1
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
+        self.downsample = _shortcut(inputs, width, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and a shortcut; torchvision's names (stride on the 3x3)."""
+
+    expansion = 4
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        self.downsample = _shortcut(inputs, 4 * width, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+
+
+class NonLocal(nn.Module):
+    """Non-local block with one inner channel, starting as the identity (as in AGW's published code)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.g, self.theta, self.phi = (nn.Conv2d(channels, 1, 1) for _ in range(3))
+        self.W = nn.Sequential(nn.Conv2d(1, channels, 1), nn.BatchNorm2d(channels))
+        nn.init.zeros_(self.W[1].weight)
+
+    def forward(self, x):
+        g, theta, phi = (m(x).flatten(2) for m in (self.g, self.theta, self.phi))
+        attention = theta.transpose(1, 2) @ phi / theta.shape[2]
+        y = (attention @ g.transpose(1, 2)).transpose(1, 2)
+        return x + self.W(y.reshape(len(x), 1, *x.shape[2:]))
+
+
+class Stem(nn.Module):
+    """conv1, bn1, relu, maxpool of a ResNet: the part that each modality has for itself."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(3, width, 7, 2), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+
+
+class TwoStreamResNet(nn.Module):
+    """Unit embeddings of visible and infrared images.
+
+        features = model(visible, infrared)          # training: (A + B, num_features), visible rows first
+        features = model.embed(images, "infrared")   # one modality: (N, num_features)
+
+    Inputs are normalised float images (N, 3, H, W) (`ecul.augment.normalize`); both modalities pass the
+    shared layers in one batch, so that batch-norm statistics are joint. Last stride 1, GeM pooling (p = 3,
+    eps 1e-12), BNNeck with its bias frozen at 0; the embedding is the L2-normalised output of the neck.
+
+    depth: 10 or 18 (small machines), 34, 50 (as published), 101; width: channels of the first stage, 64 as
+    published; non_local: two non-local blocks in layer2 and three in layer3; input_size: (H, W) in pixels,
+    which `extract` resizes to. Source: ECUL and MBCCM, METHOD section 5.
+    """
+
+    def __init__(self, depth=50, width=64, non_local=False, input_size=(288, 144)):
+        super().__init__()
+        if depth not in BLOCKS:
+            raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth!r}")
+        self.settings = {
+            "depth": depth,
+            "width": width,
+            "non_local": non_local,
+            "input_size": list(input_size),
+        }
+        self.input_size = tuple(input_size)
+        block = Bottleneck if depth >= 50 else BasicBlock
+        self.visible, self.infrared = Stem(width), Stem(width)
+        inputs = width
+        for stage, (count, stride) in enumerate(zip(BLOCKS[depth], (1, 2, 2, 1), strict=True), 1):
+            layers = []
+            for i in range(count):
+                layers.append(block(inputs, width * 2 ** (stage - 1), stride if i == 0 else 1))
+                inputs = width * 2 ** (stage - 1) * block.expansion
+            setattr(self, f"layer{stage}", nn.Sequential(*layers))
+        self.non_local = _non_local(width * block.expansion, BLOCKS[depth]) if non_local else nn.ModuleDict()
+        self.num_features = inputs
+        self.bottleneck = nn.BatchNorm1d(inputs)
+        self._initialize()
+
+    def _initialize(self):
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.bottleneck.weight, 1.0, 0.01)
+        self.bottleneck.bias.requires_grad_(False)
+        self.infrared.load_state_dict(self.visible.state_dict())
+
+    def forward(self, visible, infrared):
+        """Unit embeddings (A + B, num_features) float32 of (A, 3, H, W) and (B, 3, H, W), visible first."""
+        return self._shared(torch.cat([self.visible(visible), self.infrared(infrared)]))
+
+    def embed(self, x, modality):
+        """Unit embeddings (N, num_features) float32 of images of one modality, "visible" or "infrared"."""
+        if modality not in MODALITIES:
+            raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
+        return self._shared(getattr(self, modality)(x))
+
+    def _shared(self, x):
+        for stage in range(1, 5):
+            for i, block in enumerate(getattr(self, f"layer{stage}")):
+                x = block(x)
+                if f"{stage}_{i}" in self.non_local:
+                    x = self.non_local[f"{stage}_{i}"](x)
+        pooled = (x.float().pow(3).mean(dim=(2, 3)) + 1e-12).pow(1 / 3)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.normalize(self.bottleneck(pooled), dim=1)
+
+    def load_backbone(self, path):
+        """Start from a torchvision ResNet state dict in a local file; both stems start equal.
+
+        path: `.safetensors`, or a `.pth` read with weights only. The classifier `fc.*` is left out. Every
+        other key must fit: a missing, unknown or wrongly shaped one is a ValueError that lists them.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"weights: there is no file {path}; give a local torchvision ResNet state dict"
+            )
+        state = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        )
+        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+        stem = {k: state.pop(k) for k in list(state) if k.startswith(("conv1.", "bn1."))}
+        state.update({f"{m}.{k}": v for m in MODALITIES for k, v in stem.items()})
+        self._load(state, path, own=("bottleneck.", "non_local."))
+
+    def _load(self, state, path, own=()):
+        mine = self.state_dict()
+        wanted = {k for k in mine if not k.startswith(own)} if own else set(mine)
+        wrong = [f"missing {k}" for k in sorted(wanted - set(state)) if not k.endswith("num_batches_tracked")]
+        wrong += [f"unknown {k}" for k in sorted(set(state) - wanted)]
+        wrong += [
+            f"{k} is {tuple(state[k].shape)}, expected {tuple(mine[k].shape)}"
+            for k in sorted(wanted & set(state))
+            if state[k].shape != mine[k].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit a ResNet-{self.settings['depth']} of width {self.settings['width']}: "
+                f"{len(wrong)} keys differ: {'; '.join(wrong[:6])}{' ...' if len(wrong) > 6 else ''}"
+            )
+        self.load_state_dict({**mine, **state})
+
+    def save_pretrained(self, directory, metadata=None):
+        """Write `model.safetensors` and `config.json` into a directory; metadata goes into the former."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        metadata = {"architecture": type(self).__name__, **self.settings, **(metadata or {})}
+        write_tensors(directory / "model.safetensors", self.state_dict(), metadata)
+        if not (directory / "config.json").exists():
+            write_json(directory / "config.json", {"model": self.settings})
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """The model saved in a directory (a run directory, too) or in a `model.safetensors` file."""
+        path = Path(path)
+        file = path / "model.safetensors" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"there is no model file {file}; give a directory that save_pretrained or train wrote"
+            )
+        with safe_open(file, framework="pt") as f:
+            metadata = f.metadata() or {}
+        if metadata.get("architecture") != cls.__name__:
+            raise ValueError(
+                f"{file} holds {metadata.get('architecture', 'no named architecture')}, not {cls.__name__}"
+            )
+        names = ("depth", "width", "non_local", "input_size")
+        model = cls(**{name: json.loads(metadata[name].lower()) for name in names})
+        model._load(load_file(file), file)
+        return model.eval()
+
+
+def _conv(inputs, outputs, kernel, stride=1):
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+
+
+def _shortcut(inputs, outputs, stride):
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+
+def _non_local(channels, counts):
+    """Blocks after the last two of layer2 and the last three of layer3, by the name "stage_index"."""
+    places = [(stage, i) for stage, last in ((2, 2), (3, 3)) for i in range(counts[stage - 1])[-last:]]
+    return nn.ModuleDict({f"{stage}_{i}": NonLocal(channels * 2 ** (stage - 1)) for stage, i in places})
