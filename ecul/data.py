@@ -1,0 +1,261 @@
+"""Piles of images and the data sets made of them.
+
+`Images` is one ordered pile of one modality, `Dataset` holds the piles to train and test on, and
+`open_dataset` reads the field's downloads as they are. Identities are only ever read by evaluation, by
+monitors and by checks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ecul import readers
+from ecul.pack import Arrays, Files
+
+MODALITIES = ("visible", "infrared")
+PILES = ("visible", "infrared", "test_visible", "test_infrared")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Images:
+    """One ordered pile of one modality.
+
+    modality: "visible" or "infrared". names: list of str, relative to the root where there is one.
+    camids: (N,) int64, 1-based as in the files, zeros where unknown. pids: (N,) int64, or None.
+    source and rows: where the pixels come from, and which of its rows these images are.
+    """
+
+    modality: str
+    names: list[str]
+    camids: np.ndarray
+    pids: np.ndarray | None
+    source: Files | Arrays
+    rows: np.ndarray
+
+    def __post_init__(self):
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality: expected 'visible' or 'infrared', not {self.modality!r}")
+        for name, values in (("camids", self.camids), ("pids", self.pids), ("rows", self.rows)):
+            if values is not None and len(values) != len(self.names):
+                raise ValueError(f"{name}: {len(values)} for {len(self.names)} {self.modality} images")
+
+    @classmethod
+    def from_array(cls, pixels, modality: str, camids=None, pids=None) -> "Images":
+        """Images in memory: uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W), NumPy or torch."""
+        pixels = pixels.detach().cpu().numpy() if isinstance(pixels, torch.Tensor) else np.asarray(pixels)
+        if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
+            pixels = pixels.transpose(0, 2, 3, 1)
+        if (
+            pixels.dtype != np.uint8
+            or pixels.ndim not in (3, 4)
+            or (pixels.ndim == 4 and pixels.shape[3] != 3)
+        ):
+            raise ValueError(
+                f"{modality}: expected uint8 images, N x H x W x 3 or N x H x W, "
+                f"not {pixels.dtype} {' x '.join(map(str, pixels.shape))}"
+            )
+        names = [f"{modality}/{row:06d}" for row in range(len(pixels))]
+        return cls._of(modality, names, camids, pids, Arrays(pixels))
+
+    @classmethod
+    def from_paths(cls, paths: Sequence, modality: str, camids=None, pids=None) -> "Images":
+        """Images in files, read directly."""
+        names = [str(path) for path in paths]
+        return cls._of(modality, names, camids, pids, Files(".", names, modality))
+
+    @classmethod
+    def _of(cls, modality, names, camids, pids, source) -> "Images":
+        camids = np.zeros(len(names), np.int64) if camids is None else _integers("camids", camids)
+        pids = None if pids is None else _integers("pids", pids)
+        return cls(modality, names, camids, pids, source, np.arange(len(names)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        cameras = sorted({int(camid) for camid in self.camids})
+        return f"Images({len(self)} {self.modality}, cameras {cameras})"
+
+    def subset(self, index) -> "Images":
+        """The images at `index` (integers, a slice or a boolean mask), in that order."""
+        rows = np.arange(len(self))[np.asarray(index) if not isinstance(index, slice) else index]
+        return Images(
+            self.modality,
+            [self.names[row] for row in rows],
+            self.camids[rows],
+            None if self.pids is None else self.pids[rows],
+            self.source,
+            self.rows[rows],
+        )
+
+    def load(self, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
+        """All pixels as a (N, 3, H, W) uint8 tensor, resized to size = (H, W) with LANCZOS as published.
+
+        It may be a permuted view of an (N, H, W, 3) memory map: pages are read when touched. ValueError
+        names the first image that is missing or cannot be decoded.
+        """
+        return self.source.load(self.rows, tuple(size), progress)
+
+
+def _integers(name: str, values) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise TypeError(f"{name}: expected a row of integers, not {values.dtype} of shape {values.shape}")
+    return values.astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """The piles of one data set: `visible`, `infrared` to train on, `test_*` to evaluate with `protocol`.
+
+    trial: RegDB's. subset: fewer images than published were asked for. extra: paths that the reader did
+    not expect. `check()` compares all of it with what was published.
+    """
+
+    name: str
+    root: str | None
+    visible: Images
+    infrared: Images
+    test_visible: Images | None = None
+    test_infrared: Images | None = None
+    protocol: str | None = None
+    trial: int | None = None
+    subset: bool = False
+    extra: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self):
+        if self.protocol not in (None, "sysu", "regdb", "llcm"):
+            raise ValueError(f"protocol: expected 'sysu', 'regdb', 'llcm' or None, not {self.protocol!r}")
+        for name in PILES:
+            pile = getattr(self, name)
+            if pile is not None and pile.modality != name.removeprefix("test_"):
+                raise ValueError(f"{name}: expected {name.removeprefix('test_')} images, not {pile.modality}")
+
+    def piles(self) -> dict[str, Images]:
+        """The piles that are there, by name."""
+        return {name: pile for name in PILES if (pile := getattr(self, name)) is not None}
+
+    def check(self, decode: bool = False, progress: bool = True):
+        """`ecul.checks.check_dataset(self, ...)`: counts, what is missing, what cannot be read."""
+        from ecul.checks import check_dataset
+
+        return check_dataset(self, decode=decode, progress=progress)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        visible,
+        infrared,
+        *,
+        visible_cameras=None,
+        infrared_cameras=None,
+        visible_pids=None,
+        infrared_pids=None,
+        test: "Dataset | None" = None,
+        protocol: str | None = None,
+        name: str = "arrays",
+    ) -> "Dataset":
+        """A data set in memory: uint8 N x H x W x 3 or N x H x W, NumPy or torch; cameras are optional.
+
+        `test`: another data set from arrays, with pids, whose images are those to evaluate on.
+        """
+        return cls(
+            name,
+            None,
+            Images.from_array(visible, "visible", visible_cameras, visible_pids),
+            Images.from_array(infrared, "infrared", infrared_cameras, infrared_pids),
+            None if test is None else test.visible,
+            None if test is None else test.infrared,
+            protocol,
+        )
+
+    @classmethod
+    def from_folders(
+        cls, visible, infrared, *, cameras: bool = False, pack=True, name="folders"
+    ) -> "Dataset":
+        """Two folders of one's own images, read with all their sub-folders; no identity is needed.
+
+        cameras: the sub-folders of each folder are its cameras, numbered from 1 in the order of their names.
+        pack: as in `open_dataset`.
+        """
+        piles = []
+        for modality, folder in zip(MODALITIES, (visible, infrared), strict=True):
+            found = readers.read_folder(Path(folder), cameras)
+            source = Files(folder, found.names, f"{name}-{modality}", pack)
+            piles.append(Images._of(modality, found.names, found.camids, None, source))
+        return cls(name, None, *piles)
+
+
+_READERS = {
+    "sysu": readers.read_sysu,
+    "regdb": readers.read_regdb,
+    "llcm": readers.read_llcm,
+    "market": readers.read_market,
+}
+
+
+def open_dataset(
+    name: str,
+    root,
+    *,
+    trial: int | None = None,
+    subset: bool = False,
+    pack: bool | str | Path = True,
+    protocol: str | None = None,
+) -> Dataset:
+    """The data set `name` ("sysu", "regdb", "llcm" or "market") in the folder `root`, as downloaded.
+
+    trial: RegDB's split, 1 to 10 (default 1); for "market", the sub-folder of a trial. subset: allow fewer
+    images than published. pack: decode each image once into `<root>/.ecul-pack` (or the user's cache where
+    the root is read-only), or into the folder given here; False reads directly. protocol: for "market",
+    whose protocol to evaluate with.
+    Raises ValueError naming what is missing and what the layout should be.
+    """
+    if name not in _READERS:
+        raise ValueError(f"name: expected one of {', '.join(_READERS)}, not {name!r}")
+    if protocol is not None and name != "market":
+        raise ValueError(f"protocol: {name!r} has its own; the option is for 'market'")
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"root: {str(root)!r} is not a folder")
+    if name == "regdb":
+        trial = 1 if trial is None else trial
+    elif name != "market" and trial is not None:
+        raise ValueError(f"trial: {name!r} has no trials; the option is for 'regdb' and 'market'")
+    found, extra = _READERS[name](root, trial) if name in ("regdb", "market") else _READERS[name](root)
+    return Dataset(
+        name=name,
+        root=str(root),
+        **_piles(root, name, trial, found, pack),
+        protocol=protocol if name == "market" else name,
+        trial=trial,
+        subset=subset,
+        extra=tuple(extra),
+    )
+
+
+def _piles(root: Path, name: str, trial, found: dict[str, readers.Listing], pack) -> dict[str, Images]:
+    """RegDB's ten trials share one source a modality, so that its images are packed once."""
+    label = name if name == "regdb" or trial is None else f"{name}{trial}"
+    sources = {}
+    for key, listing in found.items():
+        if name != "regdb":
+            sources[key] = Files(root, listing.names, f"{label}-{key.replace('_', '-')}", pack)
+        elif not key.startswith("test_"):
+            names = sorted({*listing.names, *found["test_" + key].names})
+            sources[key] = sources["test_" + key] = Files(root, names, f"{label}-{key}", pack)
+    piles = {}
+    for key, listing in found.items():
+        row = {path: place for place, path in enumerate(sources[key].names)}
+        piles[key] = Images(
+            key.removeprefix("test_"),
+            listing.names,
+            np.array(listing.camids, np.int64),
+            np.array(listing.pids, np.int64),
+            sources[key],
+            np.array([row[path] for path in listing.names], np.int64),
+        )
+    return piles
