@@ -1,4 +1,8 @@
-"""The four kernels of the library; each file holds one, beside the torch reference that specifies it."""
+"""The kernels of the library; each file holds one, beside the torch reference that specifies it.
+
+CUDA tensors go through Triton, CPU tensors through the references; `ECUL_KERNELS=reference` in the
+environment sends everything through the references (see `_triton.py`).
+"""
 
 from .contrast import memory_contrast, memory_contrast_reference
 from .jaccard import jaccard_neighbors, jaccard_neighbors_reference

@@ -1,0 +1,124 @@
+"""The memory update of a batch: rows of a bank move towards the embeddings that carry their label.
+
+Source: arXiv 2305.12673 (MBCCM: `sequential`) and arXiv 2412.19134 (ECUL's two-stage memory; the rules
+`instance` and `mean` are a reconstruction of it).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ._checks import check_device, check_matrix, check_vector
+
+RULES = ("sequential", "instance", "mean", "hard")
+
+
+@torch.no_grad()
+def momentum_update_(
+    bank: torch.Tensor,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    momentum: float,
+    rule: str,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Move row `y` of `bank`, in place, towards the samples with label `y`; other rows stay as they are.
+
+    `bank[y] = normalize(momentum * bank[y] + (1 - momentum) * f)`, where `f` is
+
+    - `sequential`: each sample of the label in batch order, one update after the other;
+    - `instance`: one of them, drawn uniformly;
+    - `mean`: their mean;
+    - `hard`: the one least similar to the row (the earliest of equals).
+
+    Computed in float32 and rounded to the bank's dtype once, at the end; deterministic on every device.
+
+    Args:
+        bank: (C, D) float32, bfloat16 or float16, unit rows; updated in place.
+        x: (B, D) float32, bfloat16 or float16, unit rows; takes no gradient.
+        labels: (B,) int64, rows of `bank`; -1 (any negative) updates nothing.
+        momentum: the share kept from the old row, from 0 to 1.
+        rule: one of the four above.
+        generator: draws the samples of `instance`, on its own device: a CPU generator picks the same samples
+            for banks on CPU and on CUDA. None draws from the default generator of the bank's device.
+
+    Returns:
+        bank itself.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; on CPU tensors
+            also a label beyond the bank.
+    """
+    _check(bank, x, labels, momentum, rule)
+    priority = _draw(labels, generator) if rule == "instance" else None
+    momentum_update_reference(bank, x, labels, momentum, rule, priority)
+    return bank
+
+
+@torch.no_grad()
+def momentum_update_reference(
+    bank: torch.Tensor,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    momentum: float,
+    rule: str,
+    priority: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`momentum_update_` in plain torch: the specification and the CPU path.
+
+    `priority`, (B,) float32, replaces the generator: `instance` takes the sample with its label's smallest.
+    Samples sorted by label, a round takes the r-th sample of every label that has one: the loop runs over
+    the largest multiplicity, not over the samples.
+    """
+    kept = (labels >= 0).nonzero()[:, 0]
+    x = x[kept].float()
+    ids, group, counts = torch.unique(labels[kept], return_inverse=True, return_counts=True)
+    rows = bank[ids].float()
+    if rule == "hard":
+        priority = (x * rows[group]).sum(1)
+    elif rule == "instance":
+        priority = priority[kept]
+    else:
+        priority = torch.zeros_like(x[:, 0])
+    order = priority.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    first = counts.cumsum(0) - counts
+    if rule in ("hard", "instance"):
+        rows = F.normalize(momentum * rows + (1 - momentum) * x[order[first]], eps=1e-12)
+    else:
+        rows = _by_rounds(rows, x, order, first, counts, momentum, rule)
+    bank[ids] = rows.to(bank.dtype)
+    return bank
+
+
+def _by_rounds(rows, x, order, first, counts, momentum, rule):
+    total = torch.zeros_like(rows)
+    for r in range(int(counts.max()) if len(counts) else 0):
+        live = (counts > r).nonzero()[:, 0]
+        sample = x[order[first[live] + r]]
+        if rule == "sequential":
+            rows[live] = F.normalize(momentum * rows[live] + (1 - momentum) * sample, eps=1e-12)
+        else:
+            total[live] += sample
+    if rule == "mean":
+        rows = F.normalize(momentum * rows + (1 - momentum) * total / counts[:, None], eps=1e-12)
+    return rows
+
+
+def _draw(labels, generator):
+    """An independent uniform number a sample: the sample with its label's smallest is a uniform draw."""
+    device = labels.device if generator is None else generator.device
+    return torch.rand(labels.shape[0], device=device, generator=generator).to(labels.device)
+
+
+def _check(bank, x, labels, momentum, rule):
+    check_matrix("bank", bank)
+    check_matrix("x", x, columns=bank.shape[1])
+    check_vector("labels", labels, length=x.shape[0])
+    check_device("x", x, bank.device)
+    check_device("labels", labels, bank.device)
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
+    if not labels.is_cuda and labels.numel() and int(labels.max()) >= bank.shape[0]:
+        raise ValueError(f"labels must be below the {bank.shape[0]} rows of bank; got {int(labels.max())}")
