@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 PATTERNS = ("plain", "rings", "columns", "checks", "dots", "halves", "diagonal", "band", "open")
-LOWER_PATTERNS = ("plain", "plain", "rings", "columns", "checks", "halves")
+LOWER_PATTERNS = ("plain", "rings", "columns", "checks", "halves")
 HAIR = ("short", "bald", "long", "bun", "round", "hat")
 LOWER = {"trousers": 1.0, "shorts": 0.42, "skirt": 0.40, "gown": 0.85}  # how much of the leg each one covers
 BAGS = ("none", "backpack", "handbag", "sling")
@@ -45,6 +45,9 @@ class Person:
 
     @classmethod
     def draw(cls, rng):
+        def pick(options):
+            return options[rng.integers(len(options))]
+
         build = rng.uniform(-1, 1)
         return cls(
             height=rng.uniform(0.86, 1.0),
@@ -52,36 +55,37 @@ class Person:
             hips=0.105 + 0.022 * build + rng.uniform(-0.014, 0.014),
             limb=0.032 + 0.007 * build + rng.uniform(-0.003, 0.003),
             head=rng.uniform(0.92, 1.15),
-            hair=str(rng.choice(HAIR)),
-            hem=rng.choice([0.44, 0.52, 0.62]) + rng.uniform(-0.02, 0.02),
-            sleeve=rng.choice([0.0, 0.45, 1.0]),
-            upper=str(rng.choice(PATTERNS)),
-            upper_period=rng.choice([0.09, 0.13, 0.18]) * rng.uniform(0.95, 1.05),
-            lower=str(rng.choice(list(LOWER))),
+            hair=pick(HAIR),
+            hem=pick([0.44, 0.52, 0.62]) + rng.uniform(-0.02, 0.02),
+            sleeve=pick([0.0, 0.45, 1.0]),
+            upper=pick(PATTERNS),
+            upper_period=pick([0.10, 0.16]) * rng.uniform(0.95, 1.05),
+            lower=pick(tuple(LOWER)),
             lower_width=rng.uniform(1.0, 1.5),
-            lower_pattern=str(rng.choice(LOWER_PATTERNS)),
-            lower_period=rng.choice([0.09, 0.14]) * rng.uniform(0.95, 1.05),
-            boots=rng.choice([0.0, 0.10, 0.19]),
-            belt=bool(rng.random() < 0.3),
-            logo=bool(rng.random() < 0.3),
-            bag=str(rng.choice(BAGS)),
-            bag_side=int(rng.choice([-1, 1])),
+            lower_pattern=pick(LOWER_PATTERNS),
+            lower_period=pick([0.11, 0.17]) * rng.uniform(0.95, 1.05),
+            boots=pick([0.0, 0.10, 0.19]),
+            belt=rng.random() < 0.3,
+            logo=rng.random() < 0.3,
+            bag=pick(BAGS),
+            bag_side=pick([-1, 1]),
         )
 
 
 def draw_tones(rng, channels):
-    """The tones of one person in one modality: a dict of (channels,) arrays in [0, 1].
+    """The tones of one person in one modality: a dict of (channels,) float32 arrays in [0, 1].
 
-    The two tones of a garment always differ by at least 0.3 in brightness; which one is the brighter is free.
+    The two tones of a garment always differ by at least 0.4 in brightness; which one is the brighter is free.
     """
     tones = {name: rng.uniform(0.12, 0.88) for name in ("shoes", "bag")}
     tones["skin"] = rng.uniform(0.5, 0.75)
     tones["hair"] = rng.uniform(0.08, 0.5)
     for name in ("upper", "lower"):
-        dark = rng.uniform(0.12, 0.42)
-        pair = rng.permutation([dark, dark + rng.uniform(0.32, 0.48)])
+        dark = rng.uniform(0.10, 0.35)
+        pair = rng.permutation([dark, dark + rng.uniform(0.42, 0.6)])
         tones[name], tones[name + "2"] = pair
-    return {name: _tint(rng, tones[name], channels, 0.08 if name == "skin" else 0.4) for name in TONES}
+    tints = {name: _tint(rng, tones[name], channels, 0.08 if name == "skin" else 0.4) for name in TONES}
+    return {name: tint.astype(np.float32) for name, tint in tints.items()}
 
 
 def _tint(rng, brightness, channels, saturation):
@@ -104,11 +108,11 @@ class Canvas:
     def cover(self, distance):
         return np.clip(0.5 - distance / self.blur, 0, 1)[..., None]
 
-    def paint(self, distance, tone, tone2=None, pattern=None, shade=0.3):
+    def paint(self, distance, tone, tone2=None, pattern=None, shade=0.55):
         """Lay `tone` inside `distance <= 0`, `tone2` where also `pattern <= 0`; darken towards the rim."""
         if pattern is not None:
             tone = tone + self.cover(pattern) * (tone2 - tone)
-        rim = np.clip(1 + distance / 0.035, 0, 1)[..., None]
+        rim = np.clip(1 + distance / 0.03, 0, 1)[..., None]
         self.pixels += self.cover(distance) * (tone * (1 - shade * rim) - self.pixels)
 
     def capsule(self, ax, ay, bx, by, radius):
@@ -136,7 +140,7 @@ class Canvas:
             a, b = _wave(x, 1.3 * period), _wave(y, 1.3 * period)
             return np.maximum(np.minimum(a, b), -np.maximum(a, b))
         if kind == "dots":
-            return np.hypot(_wave(x, 0.9 * period), _wave(y, 0.9 * period), dtype=x.dtype) - 0.26 * period
+            return np.hypot(_wrap(x, period), _wrap(y, period)) - 0.3 * period
         if kind == "diagonal":
             return _wave((x + y) / np.sqrt(2), period)
         if kind == "halves":
@@ -148,9 +152,14 @@ class Canvas:
         return None
 
 
+def _wrap(t, period):
+    """The offset of t from the nearest multiple of the period."""
+    return t - period * np.round(t / period)
+
+
 def _wave(t, period):
-    """Signed distance of stripes: a triangle wave of this period, negative on the half around t = 0."""
-    return np.abs((t / period + 0.5) % 1 - 0.5) * period - period / 4
+    """The signed distance of stripes: negative on the half period around each multiple."""
+    return np.abs(_wrap(t, period)) - period / 4
 
 
 def draw_person(canvas, person, tones, yaw, phase):

@@ -187,10 +187,10 @@ class Camera:
     def draw(cls, seed, camid):
         rng = np.random.default_rng([seed, _CAMERA, camid])
         channels = 1 if camid in INFRARED_CAMERAS else 3
-        turned = rng.choice([0, np.pi])
+        turned = np.pi * (rng.random() < 0.5)
 
         def tone():
-            return rng.uniform(0.25, 0.75) + 0.1 * rng.uniform(-1, 1, channels)
+            return (rng.uniform(0.25, 0.75) + 0.1 * rng.uniform(-1, 1, channels)).astype(np.float32)
 
         def box():
             return (*rng.uniform([-0.35, 0.0, 0.03, 0.1], [0.35, 0.8, 0.15, 0.4]), tone())
@@ -198,11 +198,11 @@ class Camera:
         return cls(
             camid=camid,
             channels=channels,
-            gain=rng.uniform(0.85, 1.1) * rng.uniform(0.9, 1.1, channels),
+            gain=(rng.uniform(0.9, 1.15) * rng.uniform(0.9, 1.1, channels)).astype(np.float32),
             gamma=rng.uniform(0.8, 1.2),
-            noise=rng.uniform(0.01, 0.025),
+            noise=rng.uniform(0.005, 0.02),
             blur=rng.uniform(0.8, 1.5) / 64,
-            yaw=turned + rng.uniform(-0.8, 0.8),
+            yaw=turned + rng.uniform(-0.6, 0.6),
             scale=rng.uniform(0.94, 1.0),
             wall=tone(),
             floor=tone(),
@@ -213,7 +213,7 @@ class Camera:
 
 # What changes from image to image: the lowest and the highest value of each.
 SHOT = {
-    "yaw": (-0.5, 0.5),
+    "yaw": (-0.4, 0.4),
     "phase": (-np.pi, np.pi),
     "shift_x": (-0.03, 0.03),
     "shift_y": (-0.03, 0.03),
@@ -227,10 +227,15 @@ SHOT = {
 }
 
 
+def appearance(seed, pid, channels):
+    """The shape of a person, the same in both modalities, and the tones of one: 3 or 1 channels."""
+    tones = draw_tones(np.random.default_rng([seed, _TONES, pid, channels]), channels)
+    return Person.draw(np.random.default_rng([seed, _PERSON, pid])), tones
+
+
 def render(seed, pid, camera, images, size):
     """The images of one person before one camera: a list of uint8 (H, W, 3) visible or (H, W) infrared."""
-    person = Person.draw(np.random.default_rng([seed, _PERSON, pid]))
-    tones = draw_tones(np.random.default_rng([seed, _TONES, pid, camera.channels]), camera.channels)
+    person, tones = appearance(seed, pid, camera.channels)
     rngs = [np.random.default_rng([seed, _IMAGE, pid, camera.camid, n]) for n in range(images)]
     drawn = np.stack([rng.uniform(*zip(*SHOT.values(), strict=True)) for rng in rngs], 1)
     shot = dict(zip(SHOT, drawn.astype(np.float32)[..., None, None], strict=True))
@@ -247,7 +252,7 @@ def render(seed, pid, camera, images, size):
     _occlude(Canvas(pixels, x, y, camera.blur), shot)
 
     pixels = np.clip(pixels * camera.gain * shot["light"][..., None], 0, 1) ** camera.gamma
-    pixels += camera.noise * np.stack([rng.standard_normal(pixels.shape[1:]) for rng in rngs])
+    pixels += camera.noise * np.stack([rng.standard_normal(pixels.shape[1:], np.float32) for rng in rngs])
     pixels = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
     return list(pixels if camera.channels == 3 else pixels[..., 0])
 

@@ -1,0 +1,256 @@
+"""The rendered world: layout, determinism, independence of the two modalities' tones, errors."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ecul import synthetic
+from ecul.figures import HAIR, LUMA, Canvas, Person, draw_person, draw_tones
+from ecul.synthetic import CAMERAS, INFRARED_CAMERAS, VISIBLE_CAMERAS, Camera, render, synthesize
+
+SMALL = {"identities": 6, "test_identities": 3, "images": 2, "seed": 5, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("synthetic") / "world"
+    assert synthesize(root, **SMALL) == str(root)
+    return root
+
+
+def files(root):
+    return {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def ids(root, split):
+    text = (root / "exp" / f"{split}_id.txt").read_text()
+    assert text.count("\n") == 1 and text.endswith("\n")
+    return [int(pid) for pid in text.split(",")]
+
+
+def test_splits_are_one_sequence_dealt_by_the_seed(world):
+    train, val, test = (ids(world, split) for split in ("train", "val", "test"))
+    assert sorted(train + val + test) == list(range(1, 10))
+    assert len(train + val) == 6 and len(val) == 1 and len(test) == 3
+    assert [train, val, test] == [sorted(train), sorted(val), sorted(test)]
+
+
+def test_layout_holds_exactly_the_promised_files(world):
+    expected = {"synthetic.json", *(f"exp/{split}_id.txt" for split in ("train", "val", "test"))}
+    for camid in CAMERAS:
+        for folder in (world / f"cam{camid}").iterdir():
+            assert 1 <= int(folder.name) <= 9 and len(folder.name) == 4
+            expected |= {f"cam{camid}/{folder.name}/{n:04d}.jpg" for n in (1, 2)}
+    assert set(files(world)) == expected
+
+
+def test_images_open_in_the_mode_of_their_camera(world):
+    for name, path in files(world).items():
+        if path.suffix != ".jpg":
+            continue
+        with Image.open(path) as image:
+            assert image.format == "JPEG"
+            assert image.size == (32, 64)
+            assert image.mode == ("L" if int(name[3]) in INFRARED_CAMERAS else "RGB")
+            assert np.asarray(image).std() > 10
+
+
+def test_every_person_has_two_visible_and_one_infrared_camera_and_some_miss_one():
+    missing = [6 - len(synthetic._cameras_of(0, pid)) for pid in range(1, 301)]
+    assert set(missing) == {0, 1, 2} and missing.count(0) > 150
+    for pid in range(1, 301):
+        cameras = synthetic._cameras_of(0, pid)
+        assert cameras == sorted(set(cameras)) and set(cameras) <= set(CAMERAS)
+        assert len(set(cameras) & set(VISIBLE_CAMERAS)) >= 2
+        assert len(set(cameras) & set(INFRARED_CAMERAS)) >= 1
+
+
+def test_synthetic_json_tells_parameters_and_counts(world):
+    about = json.loads((world / "synthetic.json").read_text())
+    assert about["generator"] == "ecul synthesize" and about["version"] == synthetic.VERSION
+    assert about["parameters"] == {
+        "identities": 6,
+        "test_identities": 3,
+        "images": 2,
+        "size": [64, 32],
+        "seed": 5,
+    }
+    for split, pids in {"train": ids(world, "train") + ids(world, "val"), "test": ids(world, "test")}.items():
+        cameras = {
+            str(camid): sum(len(list((world / f"cam{camid}" / f"{pid:04d}").glob("*.jpg"))) for pid in pids)
+            for camid in CAMERAS
+        }
+        assert about["counts"][split] == {
+            "visible": sum(cameras[str(camid)] for camid in VISIBLE_CAMERAS),
+            "infrared": sum(cameras[str(camid)] for camid in INFRARED_CAMERAS),
+            "cameras": cameras,
+            "identities": len(pids),
+        }
+
+
+def test_same_seed_same_bytes_other_seed_other_images(world, tmp_path):
+    again = files(tmp_path / "again") if synthesize(tmp_path / "again", **SMALL) else {}
+    assert {name: path.read_bytes() for name, path in again.items()} == {
+        name: path.read_bytes() for name, path in files(world).items()
+    }
+    other = synthesize(tmp_path / "other", **{**SMALL, "seed": 6})
+    common = [name for name in files(tmp_path / "other") if name in again and name.endswith(".jpg")]
+    assert other and common
+    assert all(again[name].read_bytes() != files(tmp_path / "other")[name].read_bytes() for name in common)
+
+
+def test_an_image_does_not_depend_on_how_many_people_or_images_there_are(world, tmp_path):
+    synthesize(tmp_path / "few", **{**SMALL, "identities": 2, "test_identities": 1, "images": 1})
+    few = {name: path for name, path in files(tmp_path / "few").items() if name.endswith(".jpg")}
+    assert len(few) > 9
+    for name, path in few.items():
+        assert path.read_bytes() == (world / name).read_bytes()
+
+
+def test_default_number_of_held_out_people_and_other_sizes(tmp_path):
+    synthesize(tmp_path / "w", identities=2, images=1, size=(48, 40), progress=False)
+    assert len(ids(tmp_path / "w", "test")) == 2
+    with Image.open(next((tmp_path / "w").rglob("*.jpg"))) as image:
+        assert image.size == (40, 48)
+
+
+def tones_of_many(channels, people=600):
+    tones = [synthetic.appearance(0, pid, channels)[1] for pid in range(people)]
+    return {name: np.stack([tone[name] for tone in tones]) for name in tones[0]}
+
+
+def test_tones_lie_in_range_and_garments_have_contrast_of_either_sign():
+    for channels, weights in ((1, np.ones(1)), (3, LUMA)):
+        tones = tones_of_many(channels)
+        for tone in tones.values():
+            assert tone.shape == (600, channels)
+            assert tone.min() >= -1e-6 and tone.max() <= 1 + 1e-6
+        for name in ("upper", "lower"):
+            contrast = (tones[name] - tones[name + "2"]) @ weights
+            assert np.abs(contrast).min() >= 0.4 - 1e-5
+            assert 0.4 < (contrast > 0).mean() < 0.6
+
+
+def test_colours_tell_nothing_about_infrared_reflectances():
+    """Neither the tones nor their distance from middle gray correlate, beyond five standard errors."""
+    visible, infrared = (tones_of_many(channels) for channels in (3, 1))
+    for a in visible.values():
+        for b in infrared.values():
+            for change in (np.asarray, lambda tone: np.abs(tone - 0.5)):
+                correlation = np.corrcoef(change(np.hstack([a, b])).T)
+                assert np.abs(correlation[:3, 3]).max() < 5 / np.sqrt(len(a))
+
+
+def test_both_modalities_draw_the_same_shape():
+    assert synthetic.appearance(0, 7, 1)[0] == synthetic.appearance(0, 7, 3)[0]
+    assert synthetic.appearance(0, 7, 1)[0] != synthetic.appearance(0, 8, 1)[0]
+    drawn = [asdict(synthetic.appearance(0, pid, 1)[0]) for pid in range(200)]
+    assert {person["hair"] for person in drawn} == set(HAIR)
+    assert len({person["height"] for person in drawn}) == 200
+
+
+def test_a_person_fills_the_middle_and_mirrors_with_the_view():
+    """On gray, the trunk covers the middle, the rim stays bare, and a handbag changes sides from behind."""
+    person = next(
+        p for p in (Person.draw(np.random.default_rng(i)) for i in range(500)) if p.bag == "handbag"
+    )
+    white = dict.fromkeys(draw_tones(np.random.default_rng(0), 1), np.zeros(1)) | {"bag": np.ones(1)}
+    y, x = np.mgrid[:128, :64].astype(np.float32)
+    pixels = np.full((2, 128, 64, 1), 0.5, np.float32)
+    yaw = np.array([0.0, np.pi])[:, None, None]
+    canvas = Canvas(pixels, (x[None] - 31.5) / 110 + 0 * yaw, (y[None] - 10) / 110 + 0 * yaw, 1 / 110)
+    draw_person(canvas, person, white, yaw, 0 * yaw)
+    middle_of_bag = (np.clip(canvas.pixels[..., 0] - 0.5, 0, 1) * canvas.x).sum((1, 2))
+    assert middle_of_bag[0] * person.bag_side > 0 > middle_of_bag[1] * person.bag_side
+    assert np.all(np.abs(canvas.pixels[:, 40:60, 28:36] - 0.5) > 0.05)
+    assert np.all(canvas.pixels[:, :, [0, -1]] == 0.5)
+
+
+def test_cameras_differ_and_images_of_one_person_differ():
+    cameras = [Camera.draw(0, camid) for camid in VISIBLE_CAMERAS]
+    shots = [np.stack(render(0, 1, camera, 3, (64, 32))) for camera in cameras]
+    for i, one in enumerate(shots):
+        assert len({image.tobytes() for image in one}) == 3
+        for other in shots[:i]:
+            assert np.abs(one.mean((0, 1, 2)) - other.mean((0, 1, 2))).max() > 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"identities": 1},
+        {"identities": 0},
+        {"identities": 2.5},
+        {"identities": True},
+        {"test_identities": 0},
+        {"images": 0},
+        {"seed": -1},
+        {"size": (31, 32)},
+        {"size": (64, 15)},
+        {"size": 64},
+        {"size": (64, 32, 3)},
+        {"identities": 9999},
+    ],
+)
+def test_parameters_out_of_range_are_named_before_anything_is_written(wrong, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        synthesize(tmp_path / "w", **{**SMALL, **wrong})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_call_changes_nothing(world, monkeypatch):
+    before = {name: path.stat().st_mtime_ns for name, path in files(world).items()}
+    monkeypatch.setattr(synthetic, "_write_world", None)
+    assert synthesize(world, **SMALL) == str(world)
+    assert {name: path.stat().st_mtime_ns for name, path in files(world).items()} == before
+
+
+def test_a_world_of_other_parameters_is_not_overwritten(world):
+    before = set(files(world))
+    with pytest.raises(ValueError, match="'images': 2.*'images': 3"):
+        synthesize(world, **{**SMALL, "images": 3})
+    assert set(files(world)) == before
+
+
+@pytest.mark.parametrize("content", ["mine.txt", "synthetic.json"])
+def test_a_foreign_folder_is_left_alone(content, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / content).write_text("{}")
+    with pytest.raises(ValueError, match="not a synthetic world"):
+        synthesize(tmp_path / "w", **SMALL)
+    assert [path.name for path in tmp_path.rglob("*")] == ["w", content]
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path):
+    (tmp_path / "w").write_text("hello")
+    with pytest.raises(ValueError, match="root"):
+        synthesize(tmp_path / "w", **SMALL)
+    assert (tmp_path / "w").read_text() == "hello"
+
+
+def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for root in (tmp_path / "empty", tmp_path / "a" / "b"):
+        synthesize(root, **{**SMALL, "identities": 2, "test_identities": 1, "images": 1})
+        assert (root / "synthetic.json").is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("disk full")])
+def test_an_interruption_leaves_no_world(error, tmp_path, monkeypatch):
+    whole = synthetic._write_job
+    calls = []
+
+    def failing(*job):
+        calls.append(job)
+        if len(calls) == 20:
+            raise error
+        whole(*job)
+
+    monkeypatch.setattr(synthetic, "_write_job", failing)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        synthesize(tmp_path / "w", **SMALL)
+    assert len(calls) >= 20
+    assert not list(tmp_path.iterdir())
