@@ -6,15 +6,14 @@ are the parts that existing scripts call.
 """
 
 import os
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import torch
 
 from ecul.data import Dataset, Images
+from ecul.galleries import draw_official, draw_random, folders_of, read_permutations
 from ecul.metrics import (
     eval_llcm,
     eval_regdb,
@@ -37,7 +36,7 @@ _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
 _MODES = {
     "sysu": ("all", "indoor"),
     "regdb": (_V2I, _I2V),
-    "llcm": (_I2V, _V2I, "visible-to-infrared (sampled queries)"),
+    "llcm": (_I2V, _V2I, "visible-to-infrared (drawn queries)"),
 }
 
 
@@ -51,14 +50,17 @@ class Results:
     rows: list[dict]
 
     def table(self) -> str:
-        """Plain text: what was measured, then the figures."""
-        head = [*_NAMES, *MEASURES]
-        lines = [head]
+        """Plain text: a line of what all rows share, then the rest and the figures, mean ± deviation."""
+        shared = [name for name in _NAMES if len({row[name] for row in self.rows}) == 1]
+        own = [name for name in _NAMES if name not in shared]
+        lines = [[*own, *MEASURES]]
         for row in self.rows:
             figures = [f"{row[name]:.2f} ± {row[name + '_std']:.2f}" for name in MEASURES]
-            lines.append([str(row[name]) for name in _NAMES] + figures)
+            lines.append([str(row[name]) for name in own] + figures)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        told = [f"{self.rows[0][name]}{' trials' * (name == 'trials')}" for name in shared]
+        head = "; ".join([*told, "percent, mean ± deviation"])
+        return "\n".join([head, *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)])
 
     def to_dict(self) -> dict:
         """What `json.dumps` takes."""
@@ -99,7 +101,7 @@ def evaluate(
     """The test piles of `dataset` under its protocol; a row a mode, figures in percent.
 
     modes: "sysu": "all", "indoor"; "regdb" and "llcm": "visible-to-infrared", "infrared-to-visible";
-    "llcm" also "visible-to-infrared (sampled queries)", the reading in which the branch of that name asks
+    "llcm" also "visible-to-infrared (drawn queries)", the reading in which the branch of that name asks
     with the drawn infrared images and searches all visible ones. shots: SYSU's gallery images an identity
     and camera, (1,) by default; 10 is multi-shot. draw: "random" is `random.seed(t)` for trials t = 0, 1,
     ...; otherwise the path of SYSU's official rand_perm_cam.mat. Multi-shot with "random" takes
@@ -132,7 +134,10 @@ def evaluate(
 
 
 def average(results: Iterable[Results]) -> Results:
-    """The mean and deviation over several results of the same rows: RegDB's trials, or several seeds."""
+    """The mean and deviation over several results of the same rows: RegDB's trials, or several seeds.
+
+    A row's `trials` is then the number of results, and its deviation that of their means.
+    """
     tables = [result.rows for result in results]
     if not tables or any(len(table) != len(tables[0]) for table in tables):
         raise ValueError("results: expected one or more, each with the same rows")
@@ -143,7 +148,7 @@ def average(results: Iterable[Results]) -> Results:
             raise ValueError(f"results: the rows differ in what they measure: {sorted(keys, key=str)}")
         protocols = sorted({row["protocol"].split(" trial")[0] for row in group})
         names = [group[0][name] for name in _NAMES]
-        names[0], names[-1] = " / ".join(protocols), f"{len(group)} models"
+        names[0], names[-1] = " / ".join(protocols), len(group)
         rows.append(_row(names, np.array([[row[name] for name in MEASURES] for row in group])))
     return Results(rows)
 
@@ -211,114 +216,40 @@ def _tasks(dataset: Dataset, modes, shots, trials: int, draw) -> list[_Task]:
 def _sysu_task(dataset: Dataset, mode: str, shots: int, trials: int, draw) -> _Task:
     query, gallery = dataset.test_infrared, dataset.test_visible
     asked = np.flatnonzero(np.isin(query.camids, SYSU_INFRARED))
-    folders = _folders(gallery, _SYSU_GALLERY[mode])
-    if str(draw) == "random":
-        name = "random.seed(t)"
+    folders = folders_of(gallery, _SYSU_GALLERY[mode])
+    name = "random.seed(t)" if str(draw) == "random" else "rand_perm_cam.mat"
+    permutations = None if str(draw) == "random" else read_permutations(draw)
 
-        def drawn(trial):
-            return _draw(folders, trial, shots)
-    else:
-        name = "rand_perm_cam.mat"
-        permutations = _read_permutations(draw)
+    def rows(trial):
+        if permutations is None:
+            return asked, draw_random(folders, trial, shots)
+        return asked, draw_official(permutations, gallery, folders, trial, shots, draw)
 
-        def drawn(trial):
-            return _draw_official(permutations, gallery, folders, trial, shots, draw)
-
-    label = {1: "single", 10: "multi"}.get(shots, shots)
-    return _Task(mode, _I2V, label, name, query, gallery, lambda trial: (asked, drawn(trial)), trials)
+    label = {1: "single-shot", 10: "multi-shot"}.get(shots, f"{shots} shots")
+    return _Task(mode, _I2V, label, name, query, gallery, rows, trials)
 
 
 def _crossed_task(dataset: Dataset, mode: str, trials: int) -> _Task:
     """RegDB: everything against everything. LLCM: one image an identity and camera is drawn on one side."""
-    query, gallery = dataset.test_visible, dataset.test_infrared
-    if mode == _I2V:
-        query, gallery = gallery, query
-    direction = _I2V if mode == _I2V else _V2I
-    everything = np.arange(len(query)), np.arange(len(gallery))
+    infrared_asks = mode.startswith(_I2V)
+    sides = (dataset.test_infrared, dataset.test_visible)
+    asking, drawn = sides if infrared_asks else sides[::-1]
+    direction = _I2V if infrared_asks else _V2I
+    everything = np.arange(len(asking))
     if dataset.protocol == "regdb":
-        return _Task("all", direction, "all", "all images", query, gallery, lambda trial: everything, 1)
-    if "sampled queries" not in mode:
-        folders = _folders(gallery)
-        return _Task(
-            "sampled gallery",
-            direction,
-            "single",
-            "random.seed(t)",
-            query,
-            gallery,
-            lambda trial: (everything[0], _draw(folders, trial, 1)),
-            trials,
-        )
-    folders = _folders(gallery)
-    return _Task(
-        "sampled queries",
-        direction,
-        "single",
-        "random.seed(t)",
-        gallery,
-        query,
-        lambda trial: (_draw(folders, trial, 1), everything[0]),
-        trials,
-    )
+        whole = everything, np.arange(len(drawn))
+        return _Task("all", direction, "all images", "nothing drawn", asking, drawn, lambda trial: whole, 1)
+    folders = folders_of(drawn)
+    if mode in (_I2V, _V2I):
+        mode, query, gallery = "drawn gallery", asking, drawn
+    else:
+        mode, query, gallery = "drawn queries", drawn, asking
 
+    def rows(trial):
+        picked = draw_random(folders, trial, 1)
+        return (everything, picked) if query is asking else (picked, everything)
 
-def _folders(images: Images, cameras: Sequence[int] | None = None) -> list[np.ndarray]:
-    """Rows of each (identity, camera), in the published order: 4-digit identity, camera, file name."""
-    chosen = range(len(images)) if cameras is None else np.flatnonzero(np.isin(images.camids, cameras))
-
-    def place(row):
-        return f"{images.pids[row]:04d}", int(images.camids[row])
-
-    ordered = sorted(chosen, key=lambda row: (*place(row), os.path.basename(images.names[row])))
-    return [np.array(list(rows)) for _, rows in groupby(ordered, place)]
-
-
-def _draw(folders: list[np.ndarray], trial: int, shots: int) -> np.ndarray:
-    """`random.seed(trial)`, then one choice (or a sample of `shots`) a folder."""
-    generator = random.Random(trial)
-    if shots == 1:
-        return np.array([generator.choice(rows) for rows in folders], np.int64)
-    picked = [generator.sample(list(rows), min(shots, len(rows))) for rows in folders]
-    return np.array([row for rows in picked for row in rows], np.int64)
-
-
-def _read_permutations(path) -> list[np.ndarray]:
-    """rand_perm_cam.mat: six cells (a camera) of cells (an identity) of (trials, images) 1-based numbers."""
-    from scipy.io import loadmat
-
-    try:
-        cameras = loadmat(path)["rand_perm_cam"].ravel()
-        permutations = [np.atleast_1d(camera.squeeze()) for camera in cameras]
-        good = len(permutations) == 6 and all(
-            camera.dtype == object and all(np.ndim(cell) == 2 for cell in camera) for camera in permutations
-        )
-    except Exception as error:  # scipy raises whatever its parser meets
-        raise ValueError(f"draw: {str(path)!r} cannot be read as rand_perm_cam.mat: {error!r}") from error
-    if not good:
-        raise ValueError(
-            f"draw: {str(path)!r}: rand_perm_cam should be 6 cells (cameras) of cells (identities) of "
-            "matrices (trials x images)"
-        )
-    return permutations
-
-
-def _draw_official(permutations, gallery: Images, folders, trial: int, shots: int, path) -> np.ndarray:
-    """The first `shots` numbers of the trial's permutation, taken as file numbers within each folder."""
-    drawn = []
-    for rows in folders:
-        pid, camid = int(gallery.pids[rows[0]]), int(gallery.camids[rows[0]])
-        identities = permutations[camid - 1]
-        cell = identities[pid - 1] if pid <= len(identities) else np.empty((0, 0))
-        if len(cell) <= trial or not cell.shape[1]:
-            raise ValueError(f"draw: {str(path)!r} has no trial {trial} for identity {pid} in camera {camid}")
-        numbers = cell[trial, :shots].astype(int)
-        if numbers.min() < 1 or numbers.max() > len(rows):
-            raise ValueError(
-                f"draw: {str(path)!r} asks for image {numbers.max()} of identity {pid} in camera {camid}, "
-                f"which has {len(rows)}"
-            )
-        drawn += [rows[number - 1] for number in numbers]
-    return np.array(drawn, np.int64)
+    return _Task(mode, direction, "single-shot", "random.seed(t)", query, gallery, rows, trials)
 
 
 def _trial_scores(protocol, task: _Task, query, gallery, asked, searched, rerank: bool) -> np.ndarray:

@@ -8,15 +8,21 @@ The manifest is written last, and both are renamed into place, so that a half pa
 import hashlib
 import json
 import os
+import tempfile
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+from ecul.files import write_file
 
 _VERSION = 1
 
@@ -120,8 +126,9 @@ class Files:
         else:
             self.folders = [] if not folder else [Path(folder)]
 
-    def paths(self, rows) -> list[Path]:
-        return [self.root / self.names[row] for row in rows]
+    def paths(self, rows=None) -> list[Path]:
+        """Where the images at `rows` lie, or all of them."""
+        return [self.root / self.names[row] for row in (range(len(self.names)) if rows is None else rows)]
 
     def load(self, rows: np.ndarray, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
         packed = self.packed(size, progress) if self.folders else None
@@ -135,26 +142,38 @@ class Files:
         """The (N, H, W, 3) memory map of all names, written when no pack matches; None: nowhere to write."""
         sources = self._sources()
         stamp = _digest([_VERSION, list(size), "lanczos", sources])
-        shape = (len(self.names), *size, 3)
         for folder in self.folders:
-            if (data := self._find(folder, size, stamp)) is not None:
-                return np.memmap(data, np.uint8, "c", shape=shape)
+            pack = _Pack(folder, self.label, size, stamp, len(self.names))
+            if pack.matches():
+                return pack.open()
         for folder in self.folders:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                draft = self._data(folder, size, stamp).with_suffix(f".part{os.getpid()}")
-                handle = open(draft, "wb")  # noqa: SIM115 (closed by the with below)
-            except OSError:
-                continue
-            with handle:
-                self._write(handle, draft, folder, size, stamp, sources, progress)
-            return np.memmap(self._data(folder, size, stamp), np.uint8, "c", shape=shape)
+            pack = _Pack(folder, self.label, size, stamp, len(self.names))
+            if _can_write(folder):
+                paths = self.paths()
+                pixels = in_parallel(lambda path: read_image(path, size), paths, progress, "packing")
+                pack.write(pixels, sources)
+                return pack.open()
         warnings.warn(
             f"no pack: none of {[str(f) for f in self.folders]} can be written; reading images directly "
             "(pass pack=<folder> to pack elsewhere, pack=False to silence this)",
             stacklevel=2,
         )
         return None
+
+    def damaged(self) -> list[Path]:
+        """Packs of these files whose bytes do not have the hash that their manifest states."""
+        found = []
+        for folder in self.folders:
+            for path in sorted(folder.glob(f"{escape(self.label)}-*x*.json")):
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                data = folder / f"{path.stem}-{manifest['stamp']}.uint8"
+                digest = _hash()
+                with open(data, "rb") as handle:
+                    while block := handle.read(1 << 24):
+                        digest.update(block)
+                if digest.hexdigest() != manifest["hash"]:
+                    found.append(data)
+        return found
 
     def _sources(self) -> list:
         def stat(name):
@@ -166,54 +185,78 @@ class Files:
 
         return [stat(name) for name in self.names]
 
-    def _data(self, folder: Path, size, stamp: str) -> Path:
-        return folder / f"{self.label}-{size[0]}x{size[1]}-{stamp}.uint8"
 
-    def _manifest(self, folder: Path, size) -> Path:
-        return folder / f"{self.label}-{size[0]}x{size[1]}.json"
+@dataclass(frozen=True)
+class _Pack:
+    """One pack of `count` images: its two files in `folder`."""
 
-    def _find(self, folder: Path, size, stamp: str) -> Path | None:
-        data = self._data(folder, size, stamp)
+    folder: Path
+    label: str
+    size: tuple[int, int]
+    stamp: str
+    count: int
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / f"{self.label}-{self.size[0]}x{self.size[1]}.json"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / f"{self.manifest.stem}-{self.stamp}.uint8"
+
+    def matches(self) -> bool:
         try:
-            manifest = json.loads(self._manifest(folder, size).read_text(encoding="utf-8"))
-            whole = data.stat().st_size == len(self.names) * size[0] * size[1] * 3
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+            whole = self.data.stat().st_size == self.count * self.size[0] * self.size[1] * 3
         except (OSError, ValueError):
-            return None
-        return data if whole and isinstance(manifest, dict) and manifest.get("stamp") == stamp else None
+            return False
+        return whole and isinstance(manifest, dict) and manifest.get("stamp") == self.stamp
 
-    def _write(self, handle, draft: Path, folder: Path, size, stamp: str, sources, progress) -> None:
-        digest = hashlib.blake2b(digest_size=16)
-        paths = self.paths(range(len(self.names)))
+    def open(self) -> np.ndarray:
+        return np.memmap(self.data, np.uint8, "c", shape=(self.count, *self.size, 3))
+
+    def write(self, pixels: Iterator[np.ndarray], sources: list) -> None:
+        """Bytes first, then the manifest that names them, then older packs of this name are removed."""
+        digest = _hash()
+        draft = self.data.with_name(f"{self.data.name}.part{os.getpid()}")
         try:
-            for pixels in in_parallel(lambda path: read_image(path, size), paths, progress, "packing"):
-                digest.update(pixels)
-                handle.write(pixels)
-            _settle(handle, draft, self._data(folder, size, stamp))
-        except BaseException:
+            with open(draft, "wb") as handle:
+                for image in pixels:
+                    digest.update(image)
+                    handle.write(image)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(draft, self.data)
+        except OSError as error:
+            raise OSError(f"cannot pack into {str(draft)!r}: {error}; pack=False reads directly") from error
+        finally:
             draft.unlink(missing_ok=True)
-            raise
         manifest = {
             "version": _VERSION,
-            "size": list(size),
+            "size": self.size,
             "filter": "lanczos",
-            "stamp": stamp,
+            "stamp": self.stamp,
             "hash": digest.hexdigest(),
             "sources": sources,
         }
-        target = self._manifest(folder, size)
-        draft = target.with_suffix(f".part{os.getpid()}")
-        with open(draft, "w", encoding="utf-8") as text:
-            json.dump(manifest, text)
-            _settle(text, draft, target)
-        for old in folder.glob(f"{target.stem}-*.uint8"):
-            if old != self._data(folder, size, stamp):
+        write_file(self.manifest, json.dumps(manifest).encode())
+        for old in self.folder.glob(f"{escape(self.manifest.stem)}-*.uint8*"):
+            abandoned = ".part" in old.name and time.time() - old.stat().st_mtime > 3600
+            if abandoned or (old.suffix == ".uint8" and old != self.data):
                 old.unlink(missing_ok=True)
 
 
-def _settle(handle, draft: Path, target: Path) -> None:
-    handle.flush()
-    os.fsync(handle.fileno())
-    os.replace(draft, target)
+def _hash():
+    return hashlib.blake2b(digest_size=16)
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _digest(value) -> str:

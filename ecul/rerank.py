@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-_LIMIT = 30_000
+_LIMIT = 20_000
 
 
 def k_reciprocal_distances(query, gallery, k1: int = 20, k2: int = 6, weight: float = 0.3) -> np.ndarray:
@@ -11,7 +11,7 @@ def k_reciprocal_distances(query, gallery, k1: int = 20, k2: int = 6, weight: fl
 
     query (Q, D), gallery (G, D) float tensors of unit rows. As in the published code the Euclidean
     distances are divided by the largest of each column of the joint matrix. Dense over Q + G rows:
-    ValueError beyond 30,000.
+    ValueError beyond 20,000.
     """
     total = len(query) + len(gallery)
     if total > _LIMIT:
@@ -25,7 +25,7 @@ def k_reciprocal_distances(query, gallery, k1: int = 20, k2: int = 6, weight: fl
     original = original.numpy()
     encoded = _encode(original, order, k1)
     if k2 > 1:
-        encoded = encoded[order[:, :k2]].mean(1)
+        encoded = np.stack([encoded[near].mean(0) for near in order[:, :k2]])
     return (1 - weight) * _jaccard(encoded, len(query)) + weight * original[: len(query), len(query) :]
 
 

@@ -1,0 +1,72 @@
+"""Which gallery images are drawn in each trial (METHOD §7).
+
+A folder is what the drawing scripts see as one: the images of one identity and camera.
+"""
+
+import os
+import random
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+
+from ecul.data import Images
+
+
+def folders_of(images: Images, cameras: Sequence[int] | None = None) -> list[np.ndarray]:
+    """Rows of each (identity, camera), in the published order: 4-digit identity, camera, file name."""
+    chosen = range(len(images)) if cameras is None else np.flatnonzero(np.isin(images.camids, cameras))
+
+    def place(row):
+        return f"{images.pids[row]:04d}", int(images.camids[row])
+
+    ordered = sorted(chosen, key=lambda row: (*place(row), os.path.basename(images.names[row])))
+    return [np.array(list(rows)) for _, rows in groupby(ordered, place)]
+
+
+def draw_random(folders: list[np.ndarray], trial: int, shots: int) -> np.ndarray:
+    """`random.seed(trial)`, then one choice (or a sample of `shots`) a folder."""
+    generator = random.Random(trial)
+    if shots == 1:
+        return np.array([generator.choice(rows) for rows in folders], np.int64)
+    picked = [generator.sample(list(rows), min(shots, len(rows))) for rows in folders]
+    return np.array([row for rows in picked for row in rows], np.int64)
+
+
+def read_permutations(path) -> list[np.ndarray]:
+    """rand_perm_cam.mat: six cells (a camera) of cells (an identity) of (trials, images) 1-based numbers."""
+    from scipy.io import loadmat
+
+    try:
+        cameras = loadmat(path)["rand_perm_cam"].ravel()
+        permutations = [np.atleast_1d(camera.squeeze()) for camera in cameras]
+        good = len(permutations) == 6 and all(
+            camera.dtype == object and all(np.ndim(cell) == 2 for cell in camera) for camera in permutations
+        )
+    except Exception as error:  # scipy raises whatever its parser meets
+        raise ValueError(f"draw: {str(path)!r} cannot be read as rand_perm_cam.mat: {error!r}") from error
+    if not good:
+        raise ValueError(
+            f"draw: {str(path)!r}: rand_perm_cam should be 6 cells (cameras) of cells (identities) of "
+            "matrices (trials x images)"
+        )
+    return permutations
+
+
+def draw_official(permutations, gallery: Images, folders, trial: int, shots: int, path) -> np.ndarray:
+    """The first `shots` numbers of the trial's permutation, taken as file numbers within each folder."""
+    drawn = []
+    for rows in folders:
+        pid, camid = int(gallery.pids[rows[0]]), int(gallery.camids[rows[0]])
+        identities = permutations[camid - 1]
+        cell = identities[pid - 1] if pid <= len(identities) else np.empty((0, 0))
+        if len(cell) <= trial or not cell.shape[1]:
+            raise ValueError(f"draw: {str(path)!r} has no trial {trial} for identity {pid} in camera {camid}")
+        numbers = cell[trial, :shots].astype(int)
+        if numbers.min() < 1 or numbers.max() > len(rows):
+            raise ValueError(
+                f"draw: {str(path)!r} asks for image {numbers.max()} of identity {pid} in camera {camid}, "
+                f"which has {len(rows)}"
+            )
+        drawn += [rows[number - 1] for number in numbers]
+    return np.array(drawn, np.int64)
