@@ -190,7 +190,9 @@ def _look_for_overlap(dataset: Dataset, report: Report) -> None:
             continue
         if both := sorted({*piles[modality].names} & {*test.names}):
             report.errors.append(f"{modality}: {len(both)} images to train and to test on: {_first(both)}")
-        if dataset.protocol == "sysu" and (shared := {*piles[modality].pids} & {*test.pids}):
+        if dataset.protocol != "sysu":
+            continue
+        if shared := {*piles[modality].identities()} & {*test.identities()}:
             ids = [f"{pid:04d}" for pid in sorted(shared)]
             report.errors.append(f"{modality}: {len(ids)} identities to train and to test on: {_first(ids)}")
 

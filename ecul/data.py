@@ -5,7 +5,7 @@
 monitors and by checks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +79,14 @@ class Images:
         cameras = sorted({int(camid) for camid in self.camids})
         return f"Images({len(self)} {self.modality}, cameras {cameras})"
 
+    def identities(self) -> np.ndarray:
+        """pids, or ValueError where nobody gave any."""
+        if self.pids is None:
+            raise ValueError(
+                f"these {self.modality} images have no identities (pids), which evaluation needs"
+            )
+        return self.pids
+
     def subset(self, index) -> "Images":
         """The images at `index` (integers, a slice or a boolean mask), in that order."""
         rows = np.arange(len(self))[np.asarray(index) if not isinstance(index, slice) else index]
@@ -97,7 +105,8 @@ class Images:
         It may be a permuted view of an (N, H, W, 3) memory map: pages are read when touched. ValueError
         names the first image that is missing or cannot be decoded.
         """
-        return self.source.load(self.rows, tuple(size), progress)
+        height, width = size
+        return self.source.load(self.rows, (height, width), progress)
 
 
 def _integers(name: str, values) -> np.ndarray:
@@ -181,15 +190,16 @@ class Dataset:
         cameras: the sub-folders of each folder are its cameras, numbered from 1 in the order of their names.
         pack: as in `open_dataset`.
         """
-        piles = []
-        for modality, folder in zip(MODALITIES, (visible, infrared), strict=True):
+
+        def pile(modality, folder):
             found = readers.read_folder(Path(folder), cameras)
             source = Files(folder, found.names, f"{name}-{modality}", pack)
-            piles.append(Images._of(modality, found.names, found.camids, None, source))
-        return cls(name, None, *piles)
+            return Images._of(modality, found.names, found.camids, None, source)
+
+        return cls(name, None, pile("visible", visible), pile("infrared", infrared))
 
 
-_READERS = {
+_READERS: dict[str, Callable[..., readers.Found]] = {
     "sysu": readers.read_sysu,
     "regdb": readers.read_regdb,
     "llcm": readers.read_llcm,

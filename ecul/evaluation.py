@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ecul.data import Dataset, Images
+from ecul.features import extract
 from ecul.galleries import draw_official, draw_random, folders_of, read_permutations
 from ecul.metrics import (
     eval_llcm,
@@ -33,10 +34,11 @@ _NAMES = ("protocol", "mode", "shots", "direction", "draw", "reranking", "trials
 _SCORES = {"sysu": sysu_scores, "regdb": regdb_scores, "llcm": llcm_scores}
 _SYSU_GALLERY = {"all": (1, 2, 4, 5), "indoor": (1, 2)}
 _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
-_MODES = {
+_LLCM_DRAWN_QUERIES = "visible-to-infrared (drawn queries)"
+_MODES: dict[str, tuple[str, ...]] = {
     "sysu": ("all", "indoor"),
     "regdb": (_V2I, _I2V),
-    "llcm": (_I2V, _V2I, "visible-to-infrared (drawn queries)"),
+    "llcm": (_I2V, _V2I, _LLCM_DRAWN_QUERIES),
 }
 
 
@@ -174,11 +176,11 @@ def _vectors(model, dataset, features, batch_size, flip, progress) -> dict[str, 
     """Unit rows of both test piles."""
     if (model is None) == (features is None):
         raise ValueError("give either a model or features={'visible': ..., 'infrared': ...}")
+    if features is not None and sorted(features) != ["infrared", "visible"]:
+        raise ValueError(f"features: expected the keys 'visible' and 'infrared', not {sorted(features)}")
     vectors = {}
     for modality, pile in (("visible", dataset.test_visible), ("infrared", dataset.test_infrared)):
         if features is None:
-            from ecul.features import extract
-
             vectors[modality] = extract(
                 model, pile, modality, batch_size=batch_size, flip=flip, progress=progress
             )
@@ -193,68 +195,66 @@ def _vectors(model, dataset, features, batch_size, flip, progress) -> dict[str, 
 
 
 def _tasks(dataset: Dataset, modes, shots, trials: int, draw) -> list[_Task]:
-    protocol = dataset.protocol
-    if protocol is None or dataset.test_visible is None or dataset.test_infrared is None:
+    protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
+    if protocol is None or visible is None or infrared is None:
         raise ValueError(f"dataset {dataset.name!r} has no test images with a protocol to evaluate with")
-    if dataset.test_visible.pids is None or dataset.test_infrared.pids is None:
-        raise ValueError(
-            f"dataset {dataset.name!r}: evaluation needs the identities (pids) of the test images"
-        )
     modes = _MODES[protocol] if modes is None else [modes] if isinstance(modes, str) else modes
     if unknown := [mode for mode in modes if mode not in _MODES[protocol]]:
         raise ValueError(f"modes: {protocol!r} knows {', '.join(_MODES[protocol])}, not {unknown}")
     if protocol != "sysu" and (shots is not None or str(draw) != "random"):
         raise ValueError(f"shots and draw are for 'sysu', not {protocol!r}")
-    if trials < 1:
-        raise ValueError(f"trials: expected at least 1, not {trials}")
-    if protocol == "sysu":
-        shots = (1,) if shots is None else shots
-        return [_sysu_task(dataset, mode, count, trials, draw) for count in shots for mode in modes]
-    return [_crossed_task(dataset, mode, trials) for mode in modes]
+    if trials < 1 or any(count < 1 for count in shots or ()):
+        raise ValueError(f"trials and shots: expected at least 1, not {trials} and {shots}")
+    if protocol == "regdb":
+        return [_regdb_task(visible, infrared, mode) for mode in modes]
+    if protocol == "llcm":
+        return [_llcm_task(visible, infrared, mode, trials) for mode in modes]
+    shots = (1,) if shots is None else shots
+    return [_sysu_task(visible, infrared, mode, count, trials, draw) for count in shots for mode in modes]
 
 
-def _sysu_task(dataset: Dataset, mode: str, shots: int, trials: int, draw) -> _Task:
-    query, gallery = dataset.test_infrared, dataset.test_visible
-    asked = np.flatnonzero(np.isin(query.camids, SYSU_INFRARED))
-    folders = folders_of(gallery, _SYSU_GALLERY[mode])
+def _sysu_task(visible: Images, infrared: Images, mode: str, shots: int, trials: int, draw) -> _Task:
+    asked = np.flatnonzero(np.isin(infrared.camids, SYSU_INFRARED))
+    folders = folders_of(visible, _SYSU_GALLERY[mode])
     name = "random.seed(t)" if str(draw) == "random" else "rand_perm_cam.mat"
     permutations = None if str(draw) == "random" else read_permutations(draw)
 
     def rows(trial):
         if permutations is None:
             return asked, draw_random(folders, trial, shots)
-        return asked, draw_official(permutations, gallery, folders, trial, shots, draw)
+        return asked, draw_official(permutations, visible, folders, trial, shots, draw)
 
     label = {1: "single-shot", 10: "multi-shot"}.get(shots, f"{shots} shots")
-    return _Task(mode, _I2V, label, name, query, gallery, rows, trials)
+    return _Task(mode, _I2V, label, name, infrared, visible, rows, trials)
 
 
-def _crossed_task(dataset: Dataset, mode: str, trials: int) -> _Task:
-    """RegDB: everything against everything. LLCM: one image an identity and camera is drawn on one side."""
-    infrared_asks = mode.startswith(_I2V)
-    sides = (dataset.test_infrared, dataset.test_visible)
-    asking, drawn = sides if infrared_asks else sides[::-1]
-    direction = _I2V if infrared_asks else _V2I
-    everything = np.arange(len(asking))
-    if dataset.protocol == "regdb":
-        whole = everything, np.arange(len(drawn))
-        return _Task("all", direction, "all images", "nothing drawn", asking, drawn, lambda trial: whole, 1)
-    folders = folders_of(drawn)
-    if mode in (_I2V, _V2I):
-        mode, query, gallery = "drawn gallery", asking, drawn
-    else:
-        mode, query, gallery = "drawn queries", drawn, asking
+def _regdb_task(visible: Images, infrared: Images, mode: str) -> _Task:
+    """Everything against everything."""
+    query, gallery = (infrared, visible) if mode == _I2V else (visible, infrared)
+    rows = np.arange(len(query)), np.arange(len(gallery))
+    return _Task("all", mode, "all images", "nothing drawn", query, gallery, lambda trial: rows, 1)
+
+
+def _llcm_task(visible: Images, infrared: Images, mode: str, trials: int) -> _Task:
+    """One image an identity and camera is drawn on one side, all of the other side are there."""
+    whole, drawn = (infrared, visible) if mode == _I2V else (visible, infrared)
+    everything, folders = np.arange(len(whole)), folders_of(drawn)
+    direction = _I2V if mode == _I2V else _V2I
+    drawn_asks = mode == _LLCM_DRAWN_QUERIES
+    query, gallery = (drawn, whole) if drawn_asks else (whole, drawn)
 
     def rows(trial):
         picked = draw_random(folders, trial, 1)
-        return (everything, picked) if query is asking else (picked, everything)
+        return (picked, everything) if drawn_asks else (everything, picked)
 
-    return _Task(mode, direction, "single-shot", "random.seed(t)", query, gallery, rows, trials)
+    name = "drawn queries" if drawn_asks else "drawn gallery"
+    return _Task(name, direction, "single-shot", "random.seed(t)", query, gallery, rows, trials)
 
 
 def _trial_scores(protocol, task: _Task, query, gallery, asked, searched, rerank: bool) -> np.ndarray:
     """Scores of every query, a bounded block of the distance matrix at a time."""
-    asked = asked[np.argsort(task.query.pids[asked], kind="stable")]
+    q_pids, g_pids = task.query.identities(), task.gallery.identities()
+    asked = asked[np.argsort(q_pids[asked], kind="stable")]
     found = gallery[torch.from_numpy(searched)]
     distances = None
     if rerank:
@@ -270,8 +270,8 @@ def _trial_scores(protocol, task: _Task, query, gallery, asked, searched, rerank
         parts.append(
             _SCORES[protocol](
                 part,
-                task.query.pids[rows],
-                task.gallery.pids[searched],
+                q_pids[rows],
+                g_pids[searched],
                 task.query.camids[rows],
                 task.gallery.camids[searched],
             )

@@ -17,8 +17,10 @@ def folders_of(images: Images, cameras: Sequence[int] | None = None) -> list[np.
     """Rows of each (identity, camera), in the published order: 4-digit identity, camera, file name."""
     chosen = range(len(images)) if cameras is None else np.flatnonzero(np.isin(images.camids, cameras))
 
+    pids = images.identities()
+
     def place(row):
-        return f"{images.pids[row]:04d}", int(images.camids[row])
+        return f"{pids[row]:04d}", int(images.camids[row])
 
     ordered = sorted(chosen, key=lambda row: (*place(row), os.path.basename(images.names[row])))
     return [np.array(list(rows)) for _, rows in groupby(ordered, place)]
@@ -55,9 +57,10 @@ def read_permutations(path) -> list[np.ndarray]:
 
 def draw_official(permutations, gallery: Images, folders, trial: int, shots: int, path) -> np.ndarray:
     """The first `shots` numbers of the trial's permutation, taken as file numbers within each folder."""
-    drawn = []
+    drawn: list[int] = []
+    pids = gallery.identities()
     for rows in folders:
-        pid, camid = int(gallery.pids[rows[0]]), int(gallery.camids[rows[0]])
+        pid, camid = int(pids[rows[0]]), int(gallery.camids[rows[0]])
         identities = permutations[camid - 1]
         cell = identities[pid - 1] if pid <= len(identities) else np.empty((0, 0))
         if len(cell) <= trial or not cell.shape[1]:

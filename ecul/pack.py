@@ -69,7 +69,7 @@ def resize(image, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(resampled, dtype=np.uint8)
 
 
-def in_parallel(function: Callable, items: Sequence, progress: bool, what: str) -> Iterator:
+def in_parallel(function: Callable, items: Sequence | np.ndarray, progress: bool, what: str) -> Iterator:
     """`map(function, items)` in order on a thread a core, a bounded number of results ahead."""
     threads = os.cpu_count() or 1
     waiting: deque = deque()
@@ -223,7 +223,7 @@ class _Pack:
             with open(draft, "wb") as handle:
                 for image in pixels:
                     digest.update(image)
-                    handle.write(image)
+                    handle.write(image.data)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(draft, self.data)

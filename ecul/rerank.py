@@ -19,10 +19,10 @@ def k_reciprocal_distances(query, gallery, k1: int = 20, k2: int = 6, weight: fl
             f"rerank: {total} images together make a dense {total} x {total} matrix; at most {_LIMIT}"
         )
     points = torch.cat([query, gallery]).float()
-    original = (2 - 2 * (points @ points.T)).clamp_(min=0)
-    original = (original / original.max(0).values.clamp_min(1e-12)).T.contiguous()
-    order = torch.sort(original, dim=1, stable=True).indices[:, : k1 + 1].numpy()
-    original = original.numpy()
+    squared = (2 - 2 * (points @ points.T)).clamp_(min=0)
+    scaled = (squared / squared.max(0).values.clamp_min(1e-12)).T.contiguous()
+    order = torch.sort(scaled, dim=1, stable=True).indices[:, : k1 + 1].numpy()
+    original = scaled.numpy()
     encoded = _encode(original, order, k1)
     if k2 > 1:
         encoded = np.stack([encoded[near].mean(0) for near in order[:, :k2]])
