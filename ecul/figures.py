@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PATTERNS = ("plain", "rings", "columns", "checks", "dots", "halves", "diagonal", "band", "open")
-LOWER_PATTERNS = ("plain", "rings", "columns", "checks", "halves")
+PATTERNS = ("plain", "rings", "columns", "checks", "dots", "halves", "diagonal", "chevron", "band", "open")
+LOWER_PATTERNS = ("plain", "rings", "columns", "checks", "dots", "halves")
 HAIR = ("short", "bald", "long", "bun", "round", "hat")
 LOWER = {"trousers": 1.0, "shorts": 0.42, "skirt": 0.40, "gown": 0.85}  # how much of the leg each one covers
 BAGS = ("none", "backpack", "handbag", "sling")
@@ -51,9 +51,9 @@ class Person:
         build = rng.uniform(-1, 1)
         return cls(
             height=rng.uniform(0.86, 1.0),
-            shoulders=0.125 + 0.025 * build + rng.uniform(-0.012, 0.012),
-            hips=0.105 + 0.022 * build + rng.uniform(-0.014, 0.014),
-            limb=0.032 + 0.007 * build + rng.uniform(-0.003, 0.003),
+            shoulders=0.125 + 0.03 * build + rng.uniform(-0.012, 0.012),
+            hips=0.105 + 0.025 * build + rng.uniform(-0.014, 0.014),
+            limb=0.032 + 0.010 * build + rng.uniform(-0.003, 0.003),
             head=rng.uniform(0.92, 1.15),
             hair=pick(HAIR),
             hem=pick([0.44, 0.52, 0.62]) + rng.uniform(-0.02, 0.02),
@@ -75,14 +75,14 @@ class Person:
 def draw_tones(rng, channels):
     """The tones of one person in one modality: a dict of (channels,) float32 arrays in [0, 1].
 
-    The two tones of a garment always differ by at least 0.4 in brightness; which one is the brighter is free.
+    The two tones of a garment always differ by at least 0.5 in brightness; which one is the brighter is free.
     """
     tones = {name: rng.uniform(0.12, 0.88) for name in ("shoes", "bag")}
     tones["skin"] = rng.uniform(0.5, 0.75)
     tones["hair"] = rng.uniform(0.08, 0.5)
     for name in ("upper", "lower"):
-        dark = rng.uniform(0.10, 0.35)
-        pair = rng.permutation([dark, dark + rng.uniform(0.42, 0.6)])
+        dark = rng.uniform(0.08, 0.30)
+        pair = rng.permutation([dark, dark + rng.uniform(0.5, 0.65)])
         tones[name], tones[name + "2"] = pair
     tints = {name: _tint(rng, tones[name], channels, 0.08 if name == "skin" else 0.4) for name in TONES}
     return {name: tint.astype(np.float32) for name, tint in tints.items()}
@@ -143,6 +143,8 @@ class Canvas:
             return np.hypot(_wrap(x, period), _wrap(y, period)) - 0.3 * period
         if kind == "diagonal":
             return _wave((x + y) / np.sqrt(2), period)
+        if kind == "chevron":
+            return _wave((np.abs(x) + y) / np.sqrt(2), period)
         if kind == "halves":
             return y
         if kind == "band":
@@ -280,6 +282,6 @@ def _head(canvas, person, tones, front, side):
 
 def _backpack(canvas, person, tones, front, side, only=True):
     """A box on the back: behind the trunk from the front, over it from behind."""
-    half = 0.75 * person.shoulders * np.abs(front) + 0.055 * np.abs(side) + 0.02
-    box = canvas.trapezoid(-0.11 * side, 0.20, 0.44, 0.9 * half, half) - 0.01
+    half = 0.6 * person.shoulders * np.abs(front) + 0.05 * np.abs(side)
+    box = canvas.trapezoid(-0.11 * side, 0.20, 0.39, 0.9 * half, half) - 0.01
     canvas.paint(box + np.where(only, 0.0, 1.0), tones["bag"])

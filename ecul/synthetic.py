@@ -21,6 +21,7 @@ VERSION = 1
 VISIBLE_CAMERAS = (1, 2, 4, 5)
 INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)
+SEEN_FROM_BEHIND = (2, 5, 6)
 # One stream of random numbers for each kind of thing, so that none depends on how many there are of another.
 _PERSON, _TONES, _CAMERA, _IMAGE, _MISSING, _SPLIT = range(6)
 
@@ -187,27 +188,30 @@ class Camera:
     def draw(cls, seed, camid):
         rng = np.random.default_rng([seed, _CAMERA, camid])
         channels = 1 if camid in INFRARED_CAMERAS else 3
-        turned = np.pi * (rng.random() < 0.5)
+        turned = np.pi * (camid in SEEN_FROM_BEHIND)
 
-        def tone():
-            return (rng.uniform(0.25, 0.75) + 0.1 * rng.uniform(-1, 1, channels)).astype(np.float32)
+        def tone(middle, spread):
+            return (middle + spread * rng.uniform(-1, 1) + 0.06 * rng.uniform(-1, 1, channels)).astype(
+                np.float32
+            )
 
-        def box():
-            return (*rng.uniform([-0.35, 0.0, 0.03, 0.1], [0.35, 0.8, 0.15, 0.4]), tone())
+        def box(wall):
+            return (*rng.uniform([-0.35, 0.0, 0.03, 0.1], [0.35, 0.8, 0.15, 0.4]), tone(wall, 0.2))
 
+        wall = tone(0.5, 0.2)
         return cls(
             camid=camid,
             channels=channels,
-            gain=(rng.uniform(0.9, 1.15) * rng.uniform(0.9, 1.1, channels)).astype(np.float32),
-            gamma=rng.uniform(0.8, 1.2),
+            gain=(rng.uniform(0.9, 1.15) * rng.uniform(0.92, 1.08, channels)).astype(np.float32),
+            gamma=rng.uniform(0.85, 1.2),
             noise=rng.uniform(0.005, 0.02),
             blur=rng.uniform(0.8, 1.5) / 64,
             yaw=turned + rng.uniform(-0.6, 0.6),
             scale=rng.uniform(0.94, 1.0),
-            wall=tone(),
-            floor=tone(),
+            wall=wall,
+            floor=tone(0.5, 0.2),
             horizon=rng.uniform(0.6, 0.85),
-            boxes=tuple(box() for _ in range(4)),
+            boxes=tuple(box(wall) for _ in range(4)),
         )
 
 

@@ -130,7 +130,7 @@ def test_tones_lie_in_range_and_garments_have_contrast_of_either_sign():
             assert tone.min() >= -1e-6 and tone.max() <= 1 + 1e-6
         for name in ("upper", "lower"):
             contrast = (tones[name] - tones[name + "2"]) @ weights
-            assert np.abs(contrast).min() >= 0.4 - 1e-5
+            assert np.abs(contrast).min() >= 0.5 - 1e-5
             assert 0.4 < (contrast > 0).mean() < 0.6
 
 
