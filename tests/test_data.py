@@ -1,0 +1,549 @@
+"""Readers on every layout, regular and not; pixels; packs; checks."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import layouts
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import ecul.checks
+import ecul.pack
+from ecul.checks import check_dataset
+from ecul.data import Dataset, Images, open_dataset
+from ecul.pack import read_image
+
+SIZE = (16, 8)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def names_of(dataset):
+    return {name: pile.names for name, pile in dataset.piles().items()}
+
+
+# SYSU-MM01
+
+
+def test_sysu_is_read_in_the_published_order(tmp_path):
+    dataset = open_dataset("sysu", layouts.sysu(tmp_path, train=(3, 1), val=(12,), test=(2, 10), images=2))
+    assert dataset.protocol == "sysu" and dataset.name == "sysu" and dataset.root == str(tmp_path)
+    expected = [
+        f"cam{camid}/{pid:04d}/{number:04d}.jpg"
+        for pid in (1, 3, 12)
+        for camid in (1, 2, 4, 5)
+        for number in (1, 2)
+    ]
+    assert dataset.visible.names == expected
+    assert dataset.visible.pids.tolist() == [int(name[5:9]) for name in expected]
+    assert dataset.visible.camids.tolist() == [int(name[3]) for name in expected]
+    assert dataset.visible.pids.dtype == dataset.visible.camids.dtype == np.int64
+    assert sorted(set(dataset.infrared.camids)) == [3, 6]
+    assert sorted(set(dataset.test_visible.pids)) == sorted(set(dataset.test_infrared.pids)) == [2, 10]
+
+
+@settings(max_examples=15)
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 6), st.integers(1, 12)), max_size=12), st.data())
+def test_sysu_reads_exactly_what_lies_there(tmp_path_factory, extra, data):
+    root = tmp_path_factory.mktemp("irregular")
+    wanted = {f"cam{c}/{pid:04d}/0001.jpg" for pid in (1, 2, 6) for c in (1, 3)}
+    wanted |= {f"cam{camid}/{pid:04d}/{number:04d}.JPG" for pid, camid, number in extra}
+    for camid in layouts.SYSU_CAMERAS:
+        (root / f"cam{camid}").mkdir()
+    for name in data.draw(st.permutations(sorted(wanted))):
+        layouts.text(root / name, "")
+    for split, pids in (("train", "1"), ("val", "2"), ("test", "6")):
+        layouts.text(root / "exp" / f"{split}_id.txt", pids)
+    dataset = open_dataset("sysu", root)
+    for pile, pids, cameras in (
+        (dataset.visible, (1, 2), (1, 2, 4, 5)),
+        (dataset.infrared, (1, 2), (3, 6)),
+        (dataset.test_visible, (6,), (1, 2, 4, 5)),
+        (dataset.test_infrared, (6,), (3, 6)),
+    ):
+        inside = [name for name in wanted if int(name[3]) in cameras and int(name[5:9]) in pids]
+        assert pile.names == sorted(inside, key=lambda name: (name[5:9], name[3], name))
+    strangers = {name.rsplit("/", 1)[0] for name in wanted if int(name[5:9]) not in (1, 2, 6)}
+    assert set(dataset.extra) == strangers
+
+
+def test_sysu_takes_irregular_folders(tmp_path):
+    root = layouts.sysu(
+        tmp_path / "größe und leer", skip=[(1, 2), (6, 1)], count={(2, 1): 1, (7, 3): 1}, images=2
+    )
+    os.rename(root / "cam1/0003/0001.jpg", root / "cam1/0003/b image.JPEG")
+    layouts.text(root / "cam1/0003/Thumbs.db", "x")
+    layouts.text(root / "cam1/0003/.hidden.jpg", "x")
+    layouts.text(root / "cam4/0099/0001.jpg", "x")
+    moved = tmp_path / "elsewhere"
+    os.rename(root / "cam5", moved)
+    os.symlink(moved, root / "cam5")
+    os.symlink(root / "cam2/0003/0001.jpg", root / "cam2/0003/0003.jpg")
+    dataset = open_dataset("sysu", root)
+    names = dataset.visible.names
+    assert "cam2/0001/0001.jpg" not in names and "cam1/0002/0002.jpg" not in names
+    assert [name for name in names if name.startswith("cam1/0003")] == [
+        "cam1/0003/0002.jpg",
+        "cam1/0003/b image.JPEG",
+    ]
+    assert "cam2/0003/0003.jpg" in names and "cam5/0003/0001.jpg" in names
+    assert set(dataset.extra) == {"cam1/0003/Thumbs.db", "cam4/0099"}
+    loaded = dataset.visible.load(SIZE)
+    assert torch.equal(loaded[names.index("cam2/0003/0003.jpg")], loaded[names.index("cam2/0003/0001.jpg")])
+    assert dataset.check(decode=True).unreadable == []
+
+
+def test_sysu_says_what_is_missing(tmp_path):
+    root = layouts.sysu(tmp_path / "world")
+    for away in ("cam6", "exp", "exp/val_id.txt"):
+        os.rename(root / away, tmp_path / "away")
+        with pytest.raises(ValueError, match=f"(?s)missing.*{Path(away).name}.*should hold cam1 ... cam6"):
+            open_dataset("sysu", root)
+        os.rename(tmp_path / "away", root / away)
+    layouts.text(root / "exp/test_id.txt", "6,7,8,77")
+    with pytest.raises(ValueError, match="test identities without an image: 0077"):
+        open_dataset("sysu", root)
+    with pytest.raises(ValueError, match="root: .*nowhere"):
+        open_dataset("sysu", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("1,2,3,", "entry 4 .*trailing comma"),
+        ("1,2\n3,5\n", "one line .*not 2"),
+        ("", "one line .*not 0"),
+        ("1,two,3", "entry 2 .*'two'"),
+        ("1,-2,3", "entry 2 .*'-2'"),
+        ("1,2,2", r"twice: \[2\]"),
+        ("\x00\xff", "entry 1"),
+    ],
+)
+def test_an_id_file_with_rubbish_is_named(tmp_path, content, problem):
+    root = layouts.sysu(tmp_path)
+    layouts.text(root / "exp/train_id.txt", content)
+    with pytest.raises(ValueError, match=f"train_id.txt.*{problem}"):
+        open_dataset("sysu", root)
+
+
+# RegDB, LLCM, Market-1501 style
+
+
+def test_regdb_trials_differ_and_share_one_pack(tmp_path):
+    root = layouts.regdb(tmp_path)
+    first, second = (open_dataset("regdb", root, trial=trial) for trial in (1, 2))
+    assert first.trial == 1 and first.protocol == "regdb"
+    assert len(first.visible) == len(first.test_infrared) == 6
+    assert first.visible.names != second.visible.names
+    lines = (root / "idx/train_thermal_2.txt").read_text().splitlines()
+    assert second.infrared.names == [line.split(" ")[0] for line in lines]
+    assert second.infrared.pids.tolist() == [int(line.split(" ")[1]) for line in lines]
+    for dataset in (first, second):
+        for pile in dataset.piles().values():
+            expected = np.stack([read_image(root / name, SIZE) for name in pile.names])
+            np.testing.assert_array_equal(pile.load(SIZE).permute(0, 2, 3, 1).numpy(), expected)
+    assert len(list((root / ".ecul-pack").glob("*.uint8"))) == 2
+
+
+def test_regdb_default_trial_is_the_first(tmp_path):
+    root = layouts.regdb(tmp_path)
+    assert names_of(open_dataset("regdb", root)) == names_of(open_dataset("regdb", root, trial=1))
+
+
+def test_regdb_says_what_is_wrong(tmp_path):
+    root = layouts.regdb(tmp_path, trials=(1,))
+    with pytest.raises(ValueError, match="(?s)missing list .*train_visible_2.txt.*should hold Visible"):
+        open_dataset("regdb", root, trial=2)
+    with pytest.raises(ValueError, match="trials 1 to 10, not 11"):
+        open_dataset("regdb", root, trial=11)
+    path = root / "idx/test_thermal_1.txt"
+    good = path.read_text()
+    path.write_text(good + "Thermal/1/no-label.bmp\n")
+    with pytest.raises(ValueError, match="test_thermal_1.txt', line 7: expected 'relative/path label'"):
+        open_dataset("regdb", root)
+    path.write_text(good + "Thermal/1/a name with spaces.bmp 0\n")
+    dataset = open_dataset("regdb", root)
+    assert dataset.test_infrared.names[-1] == "Thermal/1/a name with spaces.bmp"
+    report = dataset.check()
+    assert report.missing == [str(root / "Thermal/1/a name with spaces.bmp")]
+    assert any("1 images are missing" in error for error in report.errors)
+    with pytest.raises(ValueError, match="missing image .*a name with spaces.bmp"):
+        dataset.test_infrared.load(SIZE)
+
+
+def test_llcm_reads_lists_and_identity_folders(tmp_path):
+    root = layouts.llcm(tmp_path, skip=[("nir", 4, 2)])
+    dataset = open_dataset("llcm", root)
+    assert dataset.visible.pids.tolist() == np.repeat([0, 1, 2], 4).tolist()
+    assert dataset.infrared.camids.tolist() == [1, 1, 2, 2] * 3
+    assert sorted(set(dataset.test_visible.camids)) == list(layouts.LLCM_VISIBLE)
+    assert sorted(set(dataset.test_infrared.camids)) == list(layouts.LLCM_INFRARED)
+    assert set(dataset.test_infrared.pids) == {4, 5}
+    assert len(dataset.test_infrared) == 2 * (8 + 7) and len(dataset.test_visible) == 2 * 2 * 9
+    assert len(dataset.test_infrared.load(SIZE)) == 30
+    os.rename(root / "test_nir/cam4", tmp_path / "away")
+    with pytest.raises(ValueError, match="(?s)missing folder test_nir/cam4 .*should hold idx/train_vis.txt"):
+        open_dataset("llcm", root)
+
+
+def test_market_reads_identity_and_camera_from_file_names(tmp_path):
+    root = layouts.market(tmp_path, test=(3, 10))
+    layouts.picture(root / "rgb_modify/bounding_box_train/odd.jpg")
+    dataset = open_dataset("market", root, protocol="sysu")
+    assert dataset.visible.names[0] == "rgb_modify/bounding_box_train/0001_c1_0001.jpg"
+    assert dataset.visible.pids.tolist() == np.repeat([1, 2], 8).tolist()
+    assert dataset.infrared.camids.tolist() == [3, 3, 6, 6] * 2
+    cell = [name for name in dataset.test_visible.names if "0003_c1" in name]
+    assert [name.split("/")[1] for name in cell] == ["query"] * 2 + ["bounding_box_test"] * 2
+    assert dataset.extra == ("rgb_modify/bounding_box_train/odd.jpg",)
+    assert open_dataset("market", root).protocol is None
+    with pytest.raises(ValueError, match="missing folder rgb_modify/2/bounding_box_train"):
+        open_dataset("market", root, trial=2)
+    trial = open_dataset("market", layouts.market(tmp_path / "regdb", trial=2), trial=2)
+    assert trial.visible.names[0] == "rgb_modify/2/bounding_box_train/0001_c1_0001.jpg"
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path):
+    root = layouts.sysu(tmp_path, images=1)
+    with pytest.raises(ValueError, match="expected one of sysu, regdb, llcm, market, not 'SYSU'"):
+        open_dataset("SYSU", root)
+    with pytest.raises(ValueError, match="trial: 'sysu' has no trials"):
+        open_dataset("sysu", root, trial=1)
+    with pytest.raises(ValueError, match="protocol: 'sysu' has its own"):
+        open_dataset("sysu", root, protocol="regdb")
+
+
+# One's own images
+
+
+def test_from_folders_with_and_without_cameras(tmp_path):
+    day, night = layouts.folders(tmp_path)
+    dataset = Dataset.from_folders(visible=day, infrared=night)
+    assert dataset.visible.names == [f"{c}/{n}.png" for c in ("gate", "hall") for n in range(3)]
+    assert dataset.visible.pids is None and dataset.visible.camids.tolist() == [0] * 6
+    cameras = Dataset.from_folders(visible=day, infrared=night, cameras=True)
+    assert cameras.infrared.camids.tolist() == [1, 1, 1, 2, 2, 2]
+    expected = np.stack([read_image(night / name, SIZE) for name in cameras.infrared.names])
+    np.testing.assert_array_equal(cameras.infrared.load(SIZE).permute(0, 2, 3, 1).numpy(), expected)
+    assert cameras.check().ok and (night / ".ecul-pack").is_dir()
+    assert Dataset.from_folders(visible=day, infrared=night).visible.names == dataset.visible.names
+    layouts.picture(day / "loose.png")
+    with pytest.raises(ValueError, match="'loose.png' belongs to no camera"):
+        Dataset.from_folders(visible=day, infrared=night, cameras=True)
+    (tmp_path / "empty").mkdir()
+    for folder, problem in (("empty", "no image that Pillow reads"), ("none", "not a folder")):
+        with pytest.raises(ValueError, match=problem):
+            Dataset.from_folders(visible=tmp_path / folder, infrared=night)
+
+
+def test_from_arrays_takes_every_form():
+    colour, gray = layouts.noise("a", size=(5, 12, 6)).reshape(5, 12, 6, 3), layouts.noise("b")[None, ..., 0]
+    dataset = Dataset.from_arrays(visible=colour, infrared=gray, visible_cameras=[1, 1, 2, 2, 3])
+    assert dataset.visible.camids.tolist() == [1, 1, 2, 2, 3] and dataset.infrared.camids.tolist() == [0]
+    assert torch.equal(dataset.visible.load((12, 6)), torch.from_numpy(colour).permute(0, 3, 1, 2))
+    assert torch.equal(dataset.infrared.load((12, 6))[0], torch.from_numpy(gray[0]).expand(3, 12, 6))
+    channels_first = torch.from_numpy(colour).permute(0, 3, 1, 2)
+    again = Dataset.from_arrays(visible=channels_first, infrared=gray)
+    assert torch.equal(again.visible.load((12, 6)), channels_first)
+    resized = np.asarray(Image.fromarray(colour[2]).resize((8, 16), Image.Resampling.LANCZOS))
+    assert torch.equal(again.visible.load(SIZE)[2], torch.from_numpy(resized.copy()).permute(2, 0, 1))
+    assert dataset.check().ok
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 6, 4), (2, 12, 6, 1), (2, 12), (2, 4, 12, 6)])
+def test_from_arrays_refuses_wrong_channels(shape):
+    with pytest.raises(ValueError, match="visible: expected uint8 images.*" + " x ".join(map(str, shape))):
+        Dataset.from_arrays(visible=np.zeros(shape, np.uint8), infrared=np.zeros((2, 4, 4), np.uint8))
+
+
+def test_from_arrays_refuses_what_does_not_fit():
+    gray = np.zeros((2, 4, 4), np.uint8)
+    with pytest.raises(ValueError, match="uint8"):
+        Dataset.from_arrays(visible=gray.astype(np.float32), infrared=gray)
+    with pytest.raises(ValueError, match="camids: 3 for 2 visible images"):
+        Dataset.from_arrays(visible=gray, infrared=gray, visible_cameras=[1, 2, 3])
+    with pytest.raises(TypeError, match="camids: expected a row of integers"):
+        Dataset.from_arrays(visible=gray, infrared=gray, visible_cameras=["a", "b"])
+    pile = Images.from_array(gray, "infrared")
+    with pytest.raises(ValueError, match="visible: expected visible images, not infrared"):
+        Dataset("x", None, pile, pile)
+    with pytest.raises(ValueError, match="modality"):
+        Images.from_array(gray, "thermal")
+
+
+def test_a_subset_keeps_its_pixels_and_order(tmp_path):
+    pile = open_dataset("sysu", layouts.sysu(tmp_path)).visible
+    whole = pile.load(SIZE)
+    for index in ([5, 0, 5], slice(3, 9), pile.camids == 4, np.array([], np.int64)):
+        part = pile.subset(index)
+        rows = np.arange(len(pile))[index]
+        assert part.names == [pile.names[row] for row in rows]
+        assert torch.equal(part.load(SIZE), whole[torch.from_numpy(rows)])
+        assert part.camids.tolist() == pile.camids[rows].tolist()
+    twice = pile.subset(slice(2, 10)).subset([1])
+    assert twice.names == [pile.names[3]] and torch.equal(twice.load(SIZE), whole[3:4])
+
+
+# Pixels
+
+
+def test_read_image_is_pillows_lanczos(tmp_path):
+    path = layouts.picture(tmp_path / "a.png", size=(31, 17))
+    expected = Image.open(path).convert("RGB").resize((8, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(read_image(path, SIZE), np.asarray(expected))
+    np.testing.assert_array_equal(read_image(path, (31, 17)), np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_every_mode_becomes_three_channels(tmp_path, mode):
+    path = layouts.picture(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode=mode)
+    expected = Image.open(path).convert("RGB").resize((8, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(read_image(path, SIZE), np.asarray(expected))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp", ".ppm", ".gif"])
+def test_every_format_is_listed_and_read(tmp_path, suffix):
+    for side in ("day", "night"):
+        layouts.picture(tmp_path / side / f"a{suffix.upper()}")
+    dataset = Dataset.from_folders(visible=tmp_path / "day", infrared=tmp_path / "night", pack=False)
+    assert dataset.visible.load(SIZE).shape == (1, 3, *SIZE)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
+    values = np.linspace(7000, 9000, 72).reshape(12, 6).round().astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a{suffix}")
+    expected = ((values - 7000) * (255 / 2000)).round().astype(np.uint8)
+    pixels = read_image(tmp_path / f"a{suffix}", (12, 6))
+    np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, 2))
+    Image.fromarray(np.full((12, 6), 65535, np.uint16)).save(tmp_path / f"b{suffix}")
+    assert (read_image(tmp_path / f"b{suffix}", (12, 6)) == 255).all()
+
+
+def test_exif_orientation_is_honoured(tmp_path):
+    image = Image.fromarray(layouts.noise("upright", size=(6, 12)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    expected = np.rot90(np.asarray(image), -1)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png", (12, 6)), expected)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, damage, pack):
+    root = layouts.sysu(tmp_path, size=(64, 32))
+    path = root / "cam4/0002/0002.jpg"
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
+    dataset = open_dataset("sysu", root, pack=pack, subset=True)
+    with pytest.raises(ValueError, match="unreadable image .*cam4/0002/0002.jpg"):
+        dataset.visible.load(SIZE)
+    assert not list(root.glob(".ecul-pack/*"))
+    report = dataset.check(decode=True, progress=False)
+    assert not report.ok and report.unreadable == [str(path)]
+    assert any("cam4/0002/0002.jpg" in error for error in report.errors)
+    assert dataset.check().ok == (damage != "empty")
+
+
+# Packs
+
+
+@pytest.fixture
+def packed(tmp_path):
+    root = layouts.sysu(tmp_path / "world", images=2)
+    return open_dataset("sysu", root).visible, root
+
+
+def packs_in(folder):
+    return sorted(path.name for path in Path(folder).glob("*"))
+
+
+def forbid_decoding(monkeypatch):
+    def decode(path, size):
+        raise AssertionError(f"decoded {path}")
+
+    monkeypatch.setattr(ecul.pack, "read_image", decode)
+
+
+def test_a_pack_holds_what_direct_reading_gives(packed, monkeypatch):
+    pile, root = packed
+    direct = open_dataset("sysu", root, pack=False).visible.load(SIZE)
+    assert not (root / ".ecul-pack").exists()
+    assert torch.equal(pile.load(SIZE), direct)
+    manifest = json.loads((root / ".ecul-pack/sysu-visible-16x8.json").read_text())
+    assert [source[0] for source in manifest["sources"]] == pile.names
+    assert manifest["size"] == [16, 8] and len(manifest["hash"]) == 32
+    forbid_decoding(monkeypatch)
+    assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), direct)
+    with pytest.raises(AssertionError, match="decoded"):
+        pile.load((8, 4))
+
+
+def test_a_pack_is_rebuilt_when_a_source_changed(packed):
+    pile, root = packed
+    before = pile.load(SIZE).clone()
+    first = packs_in(root / ".ecul-pack")
+    path = root / pile.names[3]
+    Image.fromarray(np.zeros((12, 6, 3), np.uint8)).save(path)
+    os.utime(path, ns=(1, 1))
+    after = open_dataset("sysu", root).visible.load(SIZE)
+    assert after[3].max() == 0 and torch.equal(after[:3], before[:3])
+    second = packs_in(root / ".ecul-pack")
+    assert len(second) == len(first) == 2 and second != first
+    os.remove(path)
+    assert len(open_dataset("sysu", root).visible.load(SIZE)) == len(before) - 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "no manifest", "half manifest", "other manifest"])
+def test_a_damaged_pack_is_not_used(packed, harm):
+    pile, root = packed
+    before = pile.load(SIZE).clone()
+    folder = root / ".ecul-pack"
+    data, manifest = next(folder.glob("*.uint8")), next(folder.glob("*.json"))
+    if harm == "cut":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif harm == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text()[:-9] if harm == "half manifest" else "[]")
+    assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), before)
+
+
+def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
+    pile, root = packed
+    real = ecul.pack.read_image
+
+    def interrupted(path, size):
+        if path.name == "0002.jpg" and "0004" in str(path):
+            raise KeyboardInterrupt
+        return real(path, size)
+
+    monkeypatch.setattr(ecul.pack, "read_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pile.load(SIZE)
+    assert packs_in(root / ".ecul-pack") == []
+    monkeypatch.setattr(ecul.pack, "read_image", real)
+    killed = root / ".ecul-pack/sysu-visible-16x8-0123456789abcdef.uint8.part1"
+    killed.write_bytes(b"half")
+    old = time.time() - 7200
+    os.utime(killed, (old, old))
+    assert len(pile.load(SIZE)) == len(pile)
+    assert not killed.exists() and len(packs_in(root / ".ecul-pack")) == 2
+
+
+def test_packs_go_elsewhere_when_the_root_cannot_be_written(packed, tmp_path, monkeypatch):
+    _, root = packed
+    direct = open_dataset("sysu", root, pack=False).visible.load(SIZE)
+    layouts.text(root / ".ecul-pack", "in the way")
+    assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), direct)
+    assert len(list((tmp_path / "cache").rglob("*.uint8"))) == 1
+    chosen = open_dataset("sysu", root, pack=tmp_path / "chosen")
+    assert torch.equal(chosen.visible.load(SIZE), direct) and len(packs_in(tmp_path / "chosen")) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / ".ecul-pack"))
+    with pytest.warns(UserWarning, match="can be written; reading images directly"):
+        assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), direct)
+
+
+# Checks
+
+
+def described(root, **options):
+    layouts.describe(root, open_dataset("sysu", root))
+    return open_dataset("sysu", root, **options)
+
+
+def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
+    root = layouts.sysu(tmp_path)
+    report = open_dataset("sysu", root).check()
+    assert not report.ok and "NOT OK" in str(report)
+    assert "visible: 60 images, expected 22,258; for a subset on purpose say subset=True" in report.errors
+    assert report.counts["test_infrared"] == {"identities": 3, "images": 18, "cameras": {"3": 9, "6": 9}}
+    subset = open_dataset("sysu", root, subset=True).check()
+    assert subset.ok and "a subset, as asked for" in subset.verdict
+    published = {
+        name: {"identities": len(set(pile.pids)), "images": len(pile)}
+        for name, pile in open_dataset("sysu", root).piles().items()
+    }
+    monkeypatch.setitem(ecul.checks.PUBLISHED, "sysu", published)
+    assert open_dataset("sysu", root).check().verdict == "OK: 'sysu', 144 images, as published"
+    layouts.picture(root / "cam1/0001/0009.jpg")
+    for option in (False, True):
+        more = open_dataset("sysu", root, subset=option).check()
+        assert more.errors == ["visible: 61 images, expected 60"]
+        assert "61 images (expected 60)" in str(more)
+
+
+def test_published_totals_add_up():
+    sysu, llcm = ecul.checks.PUBLISHED["sysu"], ecul.checks.PUBLISHED["llcm"]
+    assert sysu["visible"]["images"] + sysu["infrared"]["images"] == 34_167
+    assert sum(pile["images"] for pile in llcm.values()) == 46_767
+    assert llcm["visible"]["identities"] + llcm["test_visible"]["identities"] == 1_064
+
+
+def test_a_check_of_a_described_world(tmp_path):
+    root = layouts.sysu(tmp_path, skip=[(1, 2)])
+    assert described(root).check().verdict == "OK: 'sysu', 141 images, as synthetic.json says"
+    os.remove(root / "cam6/0007/0002.jpg")
+    report = open_dataset("sysu", root).check()
+    assert not report.ok and any("8 images of camera 6, expected 9" in error for error in report.errors)
+    assert open_dataset("sysu", root, subset=True).check().ok
+    layouts.text(root / "synthetic.json", "{")
+    report = open_dataset("sysu", root).check()
+    assert not report.ok and "synthetic.json' cannot be read" in report.errors[0]
+
+
+def test_a_check_names_extra_missing_and_empty_files(tmp_path):
+    root = layouts.sysu(tmp_path)
+    layouts.text(root / "cam1/0001/notes.txt", "x")
+    dataset = described(root)
+    os.remove(root / "cam3/0001/0001.jpg")
+    layouts.text(root / "cam1/0002/0002.jpg", "")
+    report = dataset.check()
+    assert report.extra == ["cam1/0001/notes.txt"] and "cam1/0001/notes.txt" in report.warnings[0]
+    assert report.missing == [str(root / "cam3/0001/0001.jpg")]
+    assert report.unreadable == [str(root / "cam1/0002/0002.jpg")]
+    assert len(report.errors) == 2 and not report.ok
+    told = json.loads(json.dumps(report.to_dict()))
+    assert told["ok"] is False and told["missing"] == report.missing and told["verdict"] == report.verdict
+
+
+def test_a_check_finds_test_images_and_identities_in_training(tmp_path):
+    root = layouts.sysu(tmp_path)
+    layouts.text(root / "exp/test_id.txt", "6,7,5")
+    report = check_dataset(open_dataset("sysu", root, subset=True))
+    assert "visible: 12 images to train and to test on" in report.errors[0]
+    assert "infrared: 1 identities to train and to test on: 0005" in report.errors[-1]
+    root = layouts.regdb(tmp_path / "regdb")
+    lines = (root / "idx/test_visible_1.txt").read_text()
+    (root / "idx/test_visible_1.txt").write_text(lines + lines.splitlines()[0] + "\n")
+    report = open_dataset("regdb", root, subset=True).check()
+    assert len(report.errors) == 1 and "1 images are listed twice" in report.errors[0]
+
+
+def test_a_check_finds_a_damaged_pack(tmp_path):
+    dataset = described(layouts.sysu(tmp_path))
+    dataset.visible.load(SIZE)
+    assert dataset.check(decode=True, progress=False).ok
+    data = next((tmp_path / ".ecul-pack").glob("*.uint8"))
+    content = bytearray(data.read_bytes())
+    content[7] ^= 1
+    data.write_bytes(content)
+    assert dataset.check().ok
+    report = dataset.check(decode=True, progress=False)
+    assert report.errors == [f"damaged pack, remove it: {str(data)!r}"]
+
+
+def test_an_empty_pile_is_an_error():
+    none, one = np.zeros((0, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8)
+    report = Dataset.from_arrays(visible=one, infrared=none).check()
+    assert report.errors == ["infrared: no images"]
