@@ -33,6 +33,7 @@ MEASURES = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 _NAMES = ("protocol", "mode", "shots", "direction", "draw", "reranking", "trials")
 _SCORES = {"sysu": sysu_scores, "regdb": regdb_scores, "llcm": llcm_scores}
 _SYSU_GALLERY = {"all": (1, 2, 4, 5), "indoor": (1, 2)}
+_BLOCK = 8_000_000  # entries of the distance matrix at a time
 _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
 _LLCM_DRAWN_QUERIES = "visible-to-infrared (drawn queries)"
 _MODES: dict[str, tuple[str, ...]] = {
@@ -259,7 +260,7 @@ def _trial_scores(protocol, task: _Task, query, gallery, asked, searched, rerank
     distances = None
     if rerank:
         distances = k_reciprocal_distances(query[torch.from_numpy(asked)], found)
-    block = max(1, 8_000_000 // max(1, len(searched)))
+    block = max(1, _BLOCK // max(1, len(searched)))
     parts = []
     for start in range(0, len(asked), block):
         rows = asked[start : start + block]

@@ -1,0 +1,480 @@
+"""Metrics against a brute-force oracle, galleries against the published drawing, evaluate() as a whole."""
+
+import json
+import os
+import random
+
+import layouts
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.io import savemat
+
+import ecul.evaluation
+import ecul.metrics
+from ecul.data import Dataset, open_dataset
+from ecul.evaluation import average, eval_llcm, eval_regdb, eval_sysu, evaluate
+from ecul.features import extract
+from ecul.rerank import k_reciprocal_distances
+
+
+def oracle(distmat, q_pids, g_pids, q_camids, g_camids, rule, max_rank=20):
+    """METHOD §7, one query after the other; of equal distances the lower index first."""
+    curves, precisions, penalties = [], [], []
+    for q in range(len(q_pids)):
+        ranking = sorted(range(len(g_pids)), key=lambda g: (distmat[q][g], g))
+        if rule == "sysu":
+            ranking = [g for g in ranking if not (q_camids[q] == 3 and g_camids[g] == 2)]
+        if rule == "llcm":
+            ranking = [g for g in ranking if not (g_pids[g] == q_pids[q] and g_camids[g] == q_camids[q])]
+        hits = [g_pids[g] == q_pids[q] for g in ranking]
+        if not any(hits):
+            continue
+        shown = [g_pids[g] for g in ranking]
+        if rule != "regdb":
+            shown = list(dict.fromkeys(shown))
+        first = shown.index(q_pids[q])
+        curves.append([float(first < k) for k in range(1, max_rank + 1)])
+        places = [place for place, hit in enumerate(hits, 1) if hit]
+        precisions.append(sum(found / place for found, place in enumerate(places, 1)) / len(places))
+        penalties.append(len(places) / places[-1])
+    if not curves:
+        return None
+    return np.mean(curves, 0), np.mean(precisions), np.mean(penalties)
+
+
+def call(rule, distmat, q_pids, g_pids, q_camids, g_camids, **options):
+    if rule == "regdb":
+        return eval_regdb(distmat, q_pids, g_pids, **options)
+    metric = eval_sysu if rule == "sysu" else eval_llcm
+    return metric(distmat, q_pids, g_pids, q_camids, g_camids, **options)
+
+
+def problem(seed, queries, gallery, ids, levels):
+    """Random distances of `levels` values (0: all different), identities and cameras."""
+    rng = np.random.default_rng(seed)
+    distmat = rng.integers(0, levels, (queries, gallery)) if levels else rng.random((queries, gallery))
+    pids = rng.integers(0, ids, queries), rng.integers(0, ids, gallery)
+    return (distmat.astype(np.float32), *pids, rng.choice([3, 6, 2], queries), rng.integers(1, 6, gallery))
+
+
+@pytest.mark.parametrize("rule", ["sysu", "regdb", "llcm"])
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.sampled_from([0, 1, 2, 5]),
+    st.sampled_from([1, 5, 20, 40]),
+)
+def test_metrics_equal_the_brute_force(rule, seed, queries, gallery, ids, levels, max_rank):
+    arrays = problem(seed, queries, gallery, ids, levels)
+    expected = oracle(*arrays, rule, max_rank)
+    if expected is None:
+        with pytest.raises(ValueError, match="no query has a match"):
+            call(rule, *arrays, max_rank=max_rank)
+        return
+    cmc, mean_precision, mean_penalty = call(rule, *arrays, max_rank=max_rank)
+    assert cmc.shape == (max_rank,)
+    np.testing.assert_allclose(cmc, expected[0], atol=1e-12)
+    np.testing.assert_allclose([mean_precision, mean_penalty], expected[1:], atol=1e-12)
+
+
+def test_ties_go_to_the_lower_gallery_index():
+    distmat = np.zeros((1, 3), np.float32)
+    for place in range(3):
+        g_pids = np.array([7, 8, 9])
+        g_pids[place] = 1
+        cmc, mean_precision, _ = eval_regdb(distmat, np.array([1]), g_pids, max_rank=3)
+        assert cmc.tolist() == [0.0] * place + [1.0] * (3 - place) and mean_precision == 1 / (place + 1)
+
+
+def test_few_gallery_identities_give_a_full_curve():
+    arrays = problem(0, 9, 12, 3, 0)
+    for rule in ("sysu", "regdb", "llcm"):
+        cmc, *_ = call(rule, *arrays)
+        assert cmc.shape == (20,) and cmc[-1] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_torch_and_numpy_give_the_same(dtype):
+    arrays = problem(1, 8, 20, 5, 6)
+    for rule in ("sysu", "regdb", "llcm"):
+        tensors = [torch.from_numpy(values) for values in arrays]
+        tensors[0] = tensors[0].to(dtype).requires_grad_(dtype.is_floating_point)
+        for ours, theirs in zip(call(rule, *arrays), call(rule, *tensors), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_metrics_refuse_what_they_cannot_rank():
+    distmat, *rest = problem(2, 4, 6, 2, 0)
+    distmat[1, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        eval_sysu(distmat, *rest)
+    with pytest.raises(ValueError, match=r"q_pids: expected 4 values for distmat \(4, 6\), not \(3,\)"):
+        eval_sysu(np.zeros((4, 6)), rest[0][:3], *rest[1:])
+    with pytest.raises(ValueError, match="g_camids: expected 6 values"):
+        eval_llcm(np.zeros((4, 6)), *rest[:3], rest[3][:5])
+    with pytest.raises(ValueError, match="distmat"):
+        eval_regdb(np.zeros(4), rest[0], rest[1])
+
+
+# Galleries
+
+
+def published_draw(root, trial, cameras, shots=1):
+    """The field's script: seed the module, walk the folders, choose."""
+    random.seed(trial)
+    ids = ["%04d" % int(pid) for pid in (root / "exp/test_id.txt").read_text().split(",")]  # noqa: UP031
+    chosen = []
+    for pid in sorted(ids):
+        for camera in cameras:
+            folder = root / f"cam{camera}" / pid
+            if folder.is_dir():
+                files = sorted(f"{folder}/{name}" for name in os.listdir(folder))
+                if shots == 1:
+                    chosen.append(random.choice(files))
+                else:
+                    chosen += random.sample(files, min(shots, len(files)))
+    return [os.path.relpath(path, root) for path in chosen]
+
+
+@pytest.fixture
+def world(tmp_path):
+    counts = {(pid, camid): 2 + (pid * camid) % 11 for pid in (6, 7, 8, 10) for camid in range(1, 7)}
+    return layouts.sysu(tmp_path, test=(10, 7, 6, 8), skip=[(7, 1), (8, 5)], count=counts, images=1)
+
+
+def features_of(dataset, dim=6):
+    """Features that know a little of the identity."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.normal(size=(len(pile), dim)) + np.eye(32, dim)[pile.pids % dim]
+        for name, pile in (("visible", dataset.test_visible), ("infrared", dataset.test_infrared))
+    }
+
+
+def unit(rows):
+    return torch.nn.functional.normalize(torch.as_tensor(rows).float(), dim=1).numpy()
+
+
+def expected_row(dataset, features, pairs, rule):
+    """Mean and deviation over (query modality, rows, gallery modality, rows) of each trial."""
+    figures = []
+    for q_name, q_rows, g_name, g_rows in pairs:
+        query, gallery = getattr(dataset, "test_" + q_name), getattr(dataset, "test_" + g_name)
+        distmat = -unit(features[q_name])[q_rows] @ unit(features[g_name])[g_rows].T
+        ids = query.pids[q_rows], gallery.pids[g_rows], query.camids[q_rows], gallery.camids[g_rows]
+        cmc, mean_precision, mean_penalty = oracle(distmat, *ids, rule)
+        figures.append([100 * value for value in (*cmc[[0, 4, 9, 19]], mean_precision, mean_penalty)])
+    return np.mean(figures, 0), np.std(figures, 0)
+
+
+def assert_row(row, expected):
+    names = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
+    np.testing.assert_allclose([row[name] for name in names], expected[0], atol=1e-9)
+    np.testing.assert_allclose([row[name + "_std"] for name in names], expected[1], atol=1e-9)
+
+
+@pytest.mark.parametrize(("mode", "cameras"), [("all", (1, 2, 4, 5)), ("indoor", (1, 2))])
+@pytest.mark.parametrize("shots", [1, 10])
+def test_sysu_is_evaluated_on_the_published_draws(world, mode, cameras, shots):
+    dataset = open_dataset("sysu", world)
+    features = features_of(dataset)
+    everyone = np.arange(len(dataset.test_infrared))
+    place = dataset.test_visible.names.index
+    pairs = [
+        (
+            "infrared",
+            everyone,
+            "visible",
+            [place(name) for name in published_draw(world, trial, cameras, shots)],
+        )
+        for trial in range(10)
+    ]
+    results = evaluate(None, dataset, features=features, modes=[mode], shots=[shots])
+    (row,) = results.rows
+    assert_row(row, expected_row(dataset, features, pairs, "sysu"))
+    assert row["protocol"] == "SYSU-MM01" and row["mode"] == mode and row["trials"] == 10
+    assert row["draw"] == "random.seed(t)" and row["reranking"] == "no re-ranking"
+    assert row["shots"] == {1: "single-shot", 10: "multi-shot"}[shots]
+
+
+def test_sysu_default_rows_are_all_and_indoor_single_shot(world):
+    dataset = open_dataset("sysu", world)
+    results = evaluate(None, dataset, features=features_of(dataset))
+    assert [(row["mode"], row["shots"]) for row in results.rows] == [
+        ("all", "single-shot"),
+        ("indoor", "single-shot"),
+    ]
+    told = str(results)
+    for word in ("SYSU-MM01", "random.seed(t)", "no re-ranking", "10 trials", "indoor", "mAP", "±"):
+        assert word in told
+    assert json.loads(json.dumps(results.to_dict()))["rows"] == results.rows
+
+
+def test_drawing_leaves_the_global_generator_alone(world):
+    dataset = open_dataset("sysu", world)
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
+    evaluate(None, dataset, features=features_of(dataset), trials=2)
+    assert random.random() == expected
+
+
+def permutations(counts, trials=10, ids=10):
+    """rand_perm_cam as scipy writes MATLAB's cells."""
+    rng = np.random.default_rng(3)
+    outer = np.empty((6, 1), object)
+    for camid in range(1, 7):
+        inner = np.empty((ids, 1), object)
+        for pid in range(1, ids + 1):
+            count = counts.get((pid, camid), 0)
+            inner[pid - 1, 0] = np.array([rng.permutation(count) + 1 for _ in range(trials)]).reshape(
+                trials, count
+            )
+        outer[camid - 1, 0] = inner
+    return outer
+
+
+@pytest.mark.parametrize("shots", [1, 10])
+def test_the_official_draw(world, tmp_path, shots):
+    dataset = open_dataset("sysu", world)
+    counts = {}
+    for pid, camid in zip(dataset.test_visible.pids, dataset.test_visible.camids, strict=True):
+        counts[pid, camid] = counts.get((pid, camid), 0) + 1
+    cells = permutations(counts)
+    path = tmp_path / "rand_perm_cam.mat"
+    savemat(path, {"rand_perm_cam": cells})
+    pairs = []
+    for trial in range(10):
+        names = [
+            f"cam{camid}/{pid:04d}/{number:04d}.jpg"
+            for pid in (6, 7, 8, 10)
+            for camid in (1, 2, 4, 5)
+            if (pid, camid) in counts
+            for number in cells[camid - 1, 0][pid - 1, 0][trial][:shots]
+        ]
+        rows = [dataset.test_visible.names.index(name) for name in names]
+        pairs.append(("infrared", np.arange(len(dataset.test_infrared)), "visible", rows))
+    features = features_of(dataset)
+    results = evaluate(None, dataset, features=features, modes="all", shots=[shots], draw=path)
+    assert_row(results.rows[0], expected_row(dataset, features, pairs, "sysu"))
+    assert results.rows[0]["draw"] == "rand_perm_cam.mat"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a mat file", "cannot be read as rand_perm_cam.mat"),
+        ({"something": np.zeros(3)}, "cannot be read as rand_perm_cam.mat"),
+        ({"rand_perm_cam": np.zeros((6, 10))}, "should be 6 cells"),
+        ({"rand_perm_cam": permutations({})[:4]}, "should be 6 cells"),
+        ({"rand_perm_cam": permutations({})}, "no trial 0 for identity 6 in camera 1"),
+        ({"rand_perm_cam": permutations({}, ids=2)}, "no trial 0 for identity 6 in camera 1"),
+        (
+            {"rand_perm_cam": permutations({(p, c): 50 for p in range(11) for c in range(7)}, 1)},
+            "identity 6 in camera 1, which has 8",
+        ),
+    ],
+)
+def test_a_mat_file_of_another_shape_is_named(world, tmp_path, content, message):
+    path = tmp_path / "mine.mat"
+    path.write_bytes(content) if isinstance(content, bytes) else savemat(path, content)
+    dataset = open_dataset("sysu", world)
+    with pytest.raises(ValueError, match=f"mine.mat.*{message}"):
+        evaluate(None, dataset, features=features_of(dataset), shots=[10], draw=path)
+
+
+def test_regdb_both_directions_and_the_average_of_trials(tmp_path):
+    root = layouts.regdb(tmp_path)
+    results = []
+    for trial in (1, 2):
+        dataset = open_dataset("regdb", root, trial=trial)
+        features = features_of(dataset)
+        everything = np.arange(len(dataset.test_visible)), np.arange(len(dataset.test_infrared))
+        result = evaluate(None, dataset, features=features)
+        assert [row["direction"] for row in result.rows] == ["visible-to-infrared", "infrared-to-visible"]
+        forth = ("visible", everything[0], "infrared", everything[1])
+        back = ("infrared", everything[1], "visible", everything[0])
+        for row, pair in zip(result.rows, (forth, back), strict=True):
+            assert_row(row, expected_row(dataset, features, [pair], "regdb"))
+            assert row["trials"] == 1 and row["protocol"] == f"RegDB trial {trial}"
+        results.append(result)
+    mean = average(results)
+    for row, *rows in zip(mean.rows, *(result.rows for result in results), strict=True):
+        assert row["protocol"] == "RegDB" and row["trials"] == 2 and row["direction"] == rows[0]["direction"]
+        np.testing.assert_allclose(row["mAP"], np.mean([one["mAP"] for one in rows]))
+        np.testing.assert_allclose(row["rank1_std"], np.std([one["rank1"] for one in rows]))
+    assert "RegDB" in mean.table()
+    reversed_rows = evaluate(None, dataset, features=features, modes="infrared-to-visible")
+    with pytest.raises(ValueError, match="results"):
+        average([results[0], reversed_rows])
+    with pytest.raises(ValueError, match="differ in what they measure"):
+        average([evaluate(None, dataset, features=features, modes="visible-to-infrared"), reversed_rows])
+    with pytest.raises(ValueError, match="results"):
+        average([])
+
+
+def test_llcm_both_directions_in_both_readings(tmp_path):
+    root = layouts.llcm(tmp_path, test=(4, 5, 11), images=3, skip=[("nir", 4, 2), ("vis", 5, 7)])
+    dataset = open_dataset("llcm", root)
+    features = features_of(dataset)
+
+    def drawn(kind, trial):
+        random.seed(trial)
+        pile = dataset.test_visible if kind == "vis" else dataset.test_infrared
+        cameras = layouts.LLCM_VISIBLE if kind == "vis" else layouts.LLCM_INFRARED
+        rows = []
+        for pid in ("0004", "0005", "0011"):
+            for camid in cameras:
+                folder = root / f"test_{kind}" / f"cam{camid}" / pid
+                if folder.is_dir():
+                    files = sorted(f"{folder}/{name}" for name in os.listdir(folder))
+                    rows.append(pile.names.index(os.path.relpath(random.choice(files), root)))
+        return rows
+
+    visible, infrared = np.arange(len(dataset.test_visible)), np.arange(len(dataset.test_infrared))
+    results = evaluate(None, dataset, features=features)
+    wanted = [
+        [("infrared", infrared, "visible", drawn("vis", trial)) for trial in range(10)],
+        [("visible", visible, "infrared", drawn("nir", trial)) for trial in range(10)],
+        [("infrared", drawn("nir", trial), "visible", visible) for trial in range(10)],
+    ]
+    for row, pairs in zip(results.rows, wanted, strict=True):
+        assert_row(row, expected_row(dataset, features, pairs, "llcm"))
+    assert [(row["mode"], row["direction"]) for row in results.rows] == [
+        ("drawn gallery", "infrared-to-visible"),
+        ("drawn gallery", "visible-to-infrared"),
+        ("drawn queries", "visible-to-infrared"),
+    ]
+
+
+# evaluate()
+
+
+class Mean(torch.nn.Module):
+    """A model whose embedding is the mean colour of each row of pixels."""
+
+    input_size, num_features = (16, 8), 48
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def embed(self, x, modality):
+        return torch.nn.functional.normalize(self.scale * x.float().mean(3).flatten(1), dim=1)
+
+
+def test_a_model_is_evaluated_like_its_features(world):
+    dataset = open_dataset("sysu", world)
+    model = Mean()
+    features = {
+        name: extract(model, pile, name, progress=False)
+        for name, pile in (("visible", dataset.test_visible), ("infrared", dataset.test_infrared))
+    }
+    ours = evaluate(model, dataset, trials=3, progress=False)
+    for row, other in zip(ours.rows, evaluate(None, dataset, features=features, trials=3).rows, strict=True):
+        assert row == other
+
+
+def test_blocks_of_any_size_give_the_same(world, monkeypatch):
+    dataset = open_dataset("sysu", world)
+    features = features_of(dataset)
+    whole = evaluate(None, dataset, features=features, trials=2)
+    widths = []
+
+    def watched(distmat, *arrays):
+        widths.append(distmat.size)
+        return ecul.metrics.sysu_scores(distmat, *arrays)
+
+    monkeypatch.setitem(ecul.evaluation._SCORES, "sysu", watched)
+    monkeypatch.setattr(ecul.evaluation, "_BLOCK", 100)
+    small = evaluate(None, dataset, features=features, trials=2)
+    assert max(widths) <= 100 and len(widths) > 4
+    for row, other in zip(whole.rows, small.rows, strict=True):
+        assert row.keys() == other.keys()
+        for name in row:
+            assert row[name] == pytest.approx(other[name])
+
+
+def test_evaluate_refuses_what_it_cannot_measure(world):
+    dataset = open_dataset("sysu", world)
+    features = features_of(dataset)
+    own = Dataset.from_arrays(np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(ValueError, match="'arrays' has no test images with a protocol"):
+        evaluate(None, own, features=features)
+    nameless = Dataset.from_arrays(own.visible.load((4, 4)), np.zeros((2, 4, 4), np.uint8), test=own)
+    object.__setattr__(nameless, "protocol", "regdb")
+    with pytest.raises(ValueError, match="no identities"):
+        evaluate(None, nameless, features={"visible": np.eye(2), "infrared": np.eye(2)})
+    for options, message in (
+        ({"modes": ["outdoor"]}, "modes: 'sysu' knows all, indoor, not"),
+        ({"trials": 0}, "at least 1"),
+        ({"shots": [0]}, "at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(None, dataset, features=features, **options)
+    with pytest.raises(ValueError, match="either a model or features"):
+        evaluate(None, dataset)
+    with pytest.raises(ValueError, match="'visible' and 'infrared'"):
+        evaluate(None, dataset, features={"visible": features["visible"]})
+    features["visible"] = features["visible"][1:]
+    with pytest.raises(ValueError, match=r"features\['visible'\]: expected \d+ finite rows"):
+        evaluate(None, dataset, features=features)
+
+
+# Re-ranking
+
+
+def rerank_oracle(query, gallery, k1, k2, weight):
+    """Zhong et al., dense, in float64, one point after the other."""
+    points = np.concatenate([query, gallery]).astype(np.float64)
+    squared = ((points[:, None] - points[None]) ** 2).sum(2)
+    original = (squared / squared.max(0)).T
+    order = np.argsort(original, 1, kind="stable")
+    total = len(points)
+
+    def reciprocal(i, k):
+        return {j for j in order[i, : k + 1] if i in order[j, : k + 1]}
+
+    encoded = np.zeros((total, total))
+    for i in range(total):
+        core = reciprocal(i, k1)
+        members = set(core)
+        for j in core:
+            half = reciprocal(j, int(np.around(k1 / 2)))
+            if len(half & core) > 2 / 3 * len(half):
+                members |= half
+        chosen = sorted(members)
+        encoded[i, chosen] = np.exp(-original[i, chosen]) / np.exp(-original[i, chosen]).sum()
+    if k2 > 1:
+        encoded = np.stack([encoded[order[i, :k2]].mean(0) for i in range(total)])
+    shared = np.minimum(encoded[:, None], encoded[None]).sum(2)
+    jaccard = 1 - shared / (2 - shared)
+    return ((1 - weight) * jaccard + weight * original)[: len(query), len(query) :]
+
+
+@given(
+    st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 20), st.sampled_from([(20, 6), (5, 3), (4, 1)])
+)
+def test_reranking_equals_the_dense_definition(seed, queries, gallery, ks):
+    points = np.random.default_rng(seed).normal(size=(queries + gallery, 5))
+    points = torch.from_numpy(unit(points))
+    ours = k_reciprocal_distances(points[:queries], points[queries:], *ks)
+    assert ours.shape == (queries, gallery) and ours.dtype == np.float32
+    expected = rerank_oracle(points[:queries].numpy(), points[queries:].numpy(), *ks, 0.3)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_reranking_is_named_and_changes_the_ranking(world):
+    dataset = open_dataset("sysu", world)
+    features = features_of(dataset)
+    plain = evaluate(None, dataset, features=features, trials=2)
+    reranked = evaluate(None, dataset, features=features, trials=2, rerank=True)
+    assert "k-reciprocal (k1=20, k2=6, lambda=0.3)" in str(reranked) and "no re-ranking" not in str(reranked)
+    assert [row["mAP"] for row in plain.rows] != [row["mAP"] for row in reranked.rows]
+    with pytest.raises(ValueError, match="rerank: 30000 images together"):
+        k_reciprocal_distances(torch.zeros(10_000, 1), torch.zeros(20_000, 1))
