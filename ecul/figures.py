@@ -1,12 +1,12 @@
 """One walking person as layers of signed distances: negative inside, in units of the person's stature.
 
-Coordinates belong to the person: x to the right from the middle of the body, y downward from the crown (0)
-to the ground (1). Every edge, of a limb or of a stripe, is a signed distance, so that one ramp makes it both
-smooth and, when the ramp is wide, blurred. All arrays are (images, height, width): one call draws every
-image that one camera takes of one person.
+Coordinates belong to the person: x to the right of the body's middle, y down from the crown (0) to the ground
+(1). Every edge, of a limb or of a stripe, is a signed distance, so that one ramp makes it smooth or blurred.
+Arrays are (images, height, width): one call draws every image that one camera takes of one person.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -82,8 +82,7 @@ def draw_tones(rng, channels):
     tones["hair"] = rng.uniform(0.08, 0.5)
     for name in ("upper", "lower"):
         dark = rng.uniform(0.08, 0.30)
-        pair = rng.permutation([dark, dark + rng.uniform(0.5, 0.65)])
-        tones[name], tones[name + "2"] = pair
+        tones[name], tones[name + "2"] = rng.permutation([dark, dark + rng.uniform(0.5, 0.65)])
     tints = {name: _tint(rng, tones[name], channels, 0.08 if name == "skin" else 0.4) for name in TONES}
     return {name: tint.astype(np.float32) for name, tint in tints.items()}
 
@@ -93,7 +92,7 @@ def _tint(rng, brightness, channels, saturation):
     if channels == 1:
         return np.array([brightness])
     chroma = rng.normal(size=3)
-    chroma -= LUMA @ chroma
+    chroma -= LUMA @ chroma  # luma 0
     chroma *= saturation / np.abs(chroma).max()
     room = np.where(chroma > 0, 1 - brightness, brightness) / np.abs(chroma)
     return brightness + min(1.0, room.min()) * chroma
@@ -142,9 +141,9 @@ class Canvas:
         if kind == "dots":
             return np.hypot(_wrap(x, period), _wrap(y, period)) - 0.3 * period
         if kind == "diagonal":
-            return _wave((x + y) / np.sqrt(2), period)
+            return _wave((x + y) / 2**0.5, period)
         if kind == "chevron":
-            return _wave((np.abs(x) + y) / np.sqrt(2), period)
+            return _wave((np.abs(x) + y) / 2**0.5, period)
         if kind == "halves":
             return y
         if kind == "band":
@@ -164,41 +163,59 @@ def _wave(t, period):
     return np.abs(_wrap(t, period)) - period / 4
 
 
+class Pose(NamedTuple):
+    """How a person stands to the camera: (images, 1, 1) arrays."""
+
+    front: np.ndarray  # 1 from the front, -1 from behind
+    side: np.ndarray  # 1 walking to the right, -1 to the left
+    broad: np.ndarray  # how wide the trunk, an ellipse from above, looks
+    stride: np.ndarray  # how far the right foot is ahead, as seen
+
+    @classmethod
+    def at(cls, yaw, phase):
+        front, side = np.cos(yaw), np.sin(yaw)
+        stride = np.sin(phase) * (0.2 + 0.8 * np.abs(side)) * np.where(side < 0, -1, 1)
+        return cls(front, side, np.sqrt(front**2 + (0.75 * side) ** 2), stride)
+
+
 def draw_person(canvas, person, tones, yaw, phase):
     """Paint a person, seen from `yaw` (0 = from the front) at a walking `phase`: (images, 1, 1) radians."""
-    front, side = np.cos(yaw), np.sin(yaw)
-    broad = np.sqrt(front**2 + (0.75 * side) ** 2)  # a trunk is an ellipse from above
-    stride = np.sin(phase) * (0.2 + 0.8 * np.abs(side)) * np.where(side < 0, -1, 1)
+    pose = Pose.at(yaw, phase)
     if person.bag == "backpack":
-        _backpack(canvas, person, tones, front, side)
-    _legs(canvas, person, tones, front, side, broad, stride)
-    _trunk(canvas, person, tones, front, side, broad)
-    hands = _arms(canvas, person, tones, front, side, broad, stride)
-    _head(canvas, person, tones, front, side)
+        canvas.paint(_backpack(canvas, person, pose), tones["bag"])
+    _draw_legs(canvas, person, tones, pose)
+    _draw_trunk(canvas, person, tones, pose)
+    hands = _draw_arms(canvas, person, tones, pose)
+    _draw_head(canvas, person, tones, pose)
     if person.bag == "backpack":
-        _backpack(canvas, person, tones, front, side, only=front < -0.2)
+        canvas.paint(_where(pose.front < -0.2, _backpack(canvas, person, pose)), tones["bag"])
     if person.bag == "handbag":
-        x, y = hands[person.bag_side]
-        canvas.paint(canvas.trapezoid(x, y, y + 0.15, 0.04, 0.065), tones["bag"])
+        hand = hands[person.bag_side]
+        canvas.paint(canvas.trapezoid(hand, 0.50, 0.65, 0.04, 0.065), tones["bag"])
     if person.bag == "sling":
-        tilt = person.bag_side * np.where(front < 0, -1, 1) * broad
+        tilt = person.bag_side * np.where(pose.front < 0, -1, 1) * pose.broad
         strap = canvas.capsule(-0.8 * person.shoulders * tilt, 0.18, 0.11 * tilt, 0.48, 0.014)
         pouch = canvas.trapezoid(0.12 * tilt, 0.45, 0.58, 0.065, 0.065)
         canvas.paint(np.minimum(strap, pouch), tones["bag"])
 
 
-def _legs(canvas, person, tones, front, side, broad, stride):
+def _where(seen, distance):
+    """The shape in the images where it is seen, nothing in the others."""
+    return np.where(seen, distance, np.inf)
+
+
+def _draw_legs(canvas, person, tones, pose):
     """Legs, shoes and the lower garment."""
     cover = LOWER[person.lower]
     skirt = person.lower in ("skirt", "gown")
-    middle = 0.5 + 0.46 * cover / 2
-    cloth = canvas.pattern(person.lower_pattern, person.lower_period, 0.02 * side, middle, person.hips)
+    middle = 0.5 + 0.23 * cover
+    cloth = canvas.pattern(person.lower_pattern, person.lower_period, 0.02 * pose.side, middle, person.hips)
     garment = (tones["lower"], tones["lower2"], cloth)
     for leg in (-1, 1):
-        hip = leg * 0.5 * person.hips * front
-        foot = hip + 0.11 * leg * stride
-        lift = 0.02 * np.maximum(0, leg * stride)
-        knee = 0.5 * (hip + foot) + 0.02 * side
+        hip = leg * 0.5 * person.hips * pose.front
+        foot = hip + 0.11 * leg * pose.stride
+        lift = 0.02 * np.maximum(0, leg * pose.stride)
+        knee = 0.5 * (hip + foot) + 0.02 * pose.side
         canvas.paint(canvas.capsule(hip, 0.50, knee, 0.73, person.limb * 1.15), tones["skin"])
         canvas.paint(canvas.capsule(knee, 0.73, foot, 0.95 - lift, person.limb * 0.85), tones["skin"])
         if not skirt:
@@ -208,67 +225,66 @@ def _legs(canvas, person, tones, front, side, broad, stride):
             canvas.paint(canvas.capsule(hip, 0.50, end_x, end_y, wide * 1.15), *garment)
             if cover > 0.5:
                 canvas.paint(canvas.capsule(knee, 0.73, foot, 0.93 - lift, wide), *garment)
-        toe = foot + 0.05 * side
-        sole = np.maximum(canvas.capsule(foot, 0.965 - lift, toe, 0.975 - lift, 0.028), canvas.y - 1)
+        shoe = canvas.capsule(foot, 0.965 - lift, foot + 0.05 * pose.side, 0.975 - lift, 0.028)
+        shoe = np.maximum(shoe, canvas.y - 1)
         if person.boots:
             shin = canvas.capsule(foot, 0.96 - lift, foot + (knee - foot) * 0.6, 0.96 - person.boots, 0.038)
-            sole = np.minimum(sole, shin)
-        canvas.paint(sole, tones["shoes"])
-    half = person.hips * broad
-    if skirt:
-        flare = half * (0.7 + 0.5 * person.lower_width)
-        canvas.paint(canvas.trapezoid(0, 0.42, 0.5 + 0.46 * cover, half, flare), *garment)
-    else:
-        canvas.paint(canvas.trapezoid(0, 0.42, 0.53, half, half), *garment)
+            shoe = np.minimum(shoe, shin)
+        canvas.paint(shoe, tones["shoes"])
+    half = person.hips * pose.broad
+    seam = 0.5 + 0.46 * cover if skirt else 0.53
+    flare = 0.7 + 0.5 * person.lower_width if skirt else 1.0
+    canvas.paint(canvas.trapezoid(0, 0.42, seam, half, half * flare), *garment)
 
 
-def _trunk(canvas, person, tones, front, side, broad):
-    """Neck, upper garment, belt and logo."""
+def _draw_trunk(canvas, person, tones, pose):
+    """Neck, upper garment, belt and, on the chest, a logo."""
     canvas.paint(canvas.capsule(0, 0.12, 0, 0.18, 0.028), tones["skin"])
-    cloth = canvas.pattern(person.upper, person.upper_period, 0.03 * side, 0.31, person.shoulders)
-    top, bottom = person.shoulders * broad, (person.hips + 0.01) * broad
+    cloth = canvas.pattern(person.upper, person.upper_period, 0.03 * pose.side, 0.31, person.shoulders)
+    top, bottom = person.shoulders * pose.broad, (person.hips + 0.01) * pose.broad
     trunk = canvas.trapezoid(0, 0.175, person.hem, top - 0.015, bottom) - 0.012
     canvas.paint(trunk, tones["upper"], tones["upper2"], cloth)
     if person.belt:
         canvas.paint(np.maximum(trunk, np.abs(canvas.y - 0.45) - 0.016), tones["bag"])
     if person.logo:
-        seen = np.where(front > 0.2, 0.0, 1.0)
-        canvas.paint(canvas.ellipse(0.05 * side, 0.27, 0.05, 0.04) + seen, tones["shoes"])
+        logo = canvas.ellipse(0.05 * pose.side, 0.27, 0.05, 0.04)
+        canvas.paint(_where(pose.front > 0.2, logo), tones["shoes"])
 
 
-def _arms(canvas, person, tones, front, side, broad, stride):
+def _draw_arms(canvas, person, tones, pose):
     """Arms and sleeves; returns where each hand is."""
+    kind = "plain" if person.upper == "open" else person.upper
+    cloth = canvas.pattern(kind, person.upper_period, 0.03 * pose.side, 0.31, person.shoulders)
+    garment = (tones["upper"], tones["upper2"], cloth)
     hands = {}
-    cloth = canvas.pattern(person.upper, person.upper_period, 0.03 * side, 0.31, 0.0)
-    cloth = None if person.upper == "open" else cloth
     for arm in (-1, 1):
-        shoulder = arm * (person.shoulders - 0.005) * front
-        hand = shoulder + 0.03 * arm * front - 0.10 * arm * stride
-        elbow = 0.5 * (shoulder + hand) + 0.012 * arm * front - 0.012 * side
+        shoulder = arm * (person.shoulders - 0.005) * pose.front
+        hand = shoulder + 0.03 * arm * pose.front - 0.10 * arm * pose.stride
+        elbow = 0.5 * (shoulder + hand) + 0.012 * arm * pose.front - 0.012 * pose.side
         canvas.paint(canvas.capsule(shoulder, 0.20, elbow, 0.34, person.limb * 0.75), tones["skin"])
         canvas.paint(canvas.capsule(elbow, 0.34, hand, 0.49, person.limb * 0.65), tones["skin"])
-        wide, garment = person.limb * 0.98, (tones["upper"], tones["upper2"], cloth)
         if person.sleeve > 0:
-            canvas.paint(canvas.capsule(shoulder, 0.20, elbow, 0.32, wide), *garment)
+            canvas.paint(canvas.capsule(shoulder, 0.20, elbow, 0.32, person.limb * 0.98), *garment)
         if person.sleeve > 0.5:
-            canvas.paint(canvas.capsule(elbow, 0.33, hand, 0.45, wide * 0.9), *garment)
-        hands[arm] = (hand, 0.50)
+            canvas.paint(canvas.capsule(elbow, 0.33, hand, 0.45, person.limb * 0.88), *garment)
+        hands[arm] = hand
     return hands
 
 
-def _head(canvas, person, tones, front, side):
+def _draw_head(canvas, person, tones, pose):
     """Face and hair; from behind the hair covers the face."""
-    rx, ry = 0.050 * person.head, 0.066 * person.head
+    side, rx, ry = pose.side, 0.05 * person.head, 0.066 * person.head
+    hanging = canvas.trapezoid(-0.025 * side, 0.05, 0.25, rx + 0.012, rx + 0.03) - 0.01
     if person.hair == "long":
-        canvas.paint(canvas.trapezoid(-0.03 * side, 0.05, 0.25, rx + 0.012, rx + 0.03) - 0.01, tones["hair"])
+        canvas.paint(hanging, tones["hair"])
     canvas.paint(canvas.ellipse(0.01 * side, 0.075, rx, ry), tones["skin"])
     if person.hair == "bald":
         return
-    line = np.where(front < 0, 0.11, 0.055)
-    crown = canvas.ellipse(-0.012 * side, 0.068, rx + 0.012, ry + 0.010)
     if person.hair == "round":
         crown = canvas.ellipse(-0.02 * side, 0.06, rx + 0.045, ry + 0.025)
-    crown = np.maximum(crown, canvas.y - line)
+    else:
+        crown = canvas.ellipse(-0.012 * side, 0.068, rx + 0.012, ry + 0.010)
+    crown = np.maximum(crown, canvas.y - np.where(pose.front < 0, 0.11, 0.055))
     if person.hair == "bun":
         crown = np.minimum(crown, canvas.ellipse(-0.05 * side, -0.005, 0.035, 0.035))
     if person.hair == "hat":
@@ -276,12 +292,10 @@ def _head(canvas, person, tones, front, side):
         crown = np.minimum(np.maximum(crown, canvas.y - 0.05), brim)
     canvas.paint(crown, tones["hair"])
     if person.hair == "long":
-        hanging = canvas.trapezoid(-0.02 * side, 0.05, 0.25, rx + 0.012, rx + 0.03) - 0.01
-        canvas.paint(hanging + np.where(front < 0, 0.0, 1.0), tones["hair"])
+        canvas.paint(_where(pose.front < 0, hanging), tones["hair"])
 
 
-def _backpack(canvas, person, tones, front, side, only=True):
-    """A box on the back: behind the trunk from the front, over it from behind."""
-    half = 0.6 * person.shoulders * np.abs(front) + 0.05 * np.abs(side)
-    box = canvas.trapezoid(-0.11 * side, 0.20, 0.39, 0.9 * half, half) - 0.01
-    canvas.paint(box + np.where(only, 0.0, 1.0), tones["bag"])
+def _backpack(canvas, person, pose):
+    """A box on the back, painted behind the body and, from behind, over it too."""
+    half = 0.6 * person.shoulders * np.abs(pose.front) + 0.05 * np.abs(pose.side)
+    return canvas.trapezoid(-0.11 * pose.side, 0.20, 0.39, 0.9 * half, half) - 0.01

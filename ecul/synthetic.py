@@ -26,7 +26,16 @@ SEEN_FROM_BEHIND = (2, 5, 6)
 _PERSON, _TONES, _CAMERA, _IMAGE, _MISSING, _SPLIT = range(6)
 
 
-def synthesize(root, *, identities=96, test_identities=None, images=4, size=(64, 32), seed=0, progress=True):
+def synthesize(
+    root: str | os.PathLike,
+    *,
+    identities: int = 96,
+    test_identities: int | None = None,
+    images: int = 4,
+    size: tuple[int, int] = (64, 32),
+    seed: int = 0,
+    progress: bool = True,
+) -> str:
     """Render walking people as JPEG files under `root` and return `root` as a string.
 
     Equals SYSU-MM01's raw layout: ``cam{1..6}/{id:04d}/{n:04d}.jpg`` (cameras 1, 2, 4, 5 visible RGB; 3, 6
@@ -41,48 +50,43 @@ def synthesize(root, *, identities=96, test_identities=None, images=4, size=(64,
     The world is built beside `root` and renamed when complete. A complete world with the same parameters is
     left as it is. Raises ValueError for a parameter out of range, or when `root` holds something else.
     """
-    root = Path(root)
-    test_identities = max(2, identities // 2) if test_identities is None else test_identities
     parameters = _check_parameters(identities, test_identities, images, size, seed)
-    if _holds_world(root, parameters):
+    home = Path(root).absolute()
+    if _holds_world(home, parameters):
         return str(root)
-    partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
+    partial = home.with_name(f".{home.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         _write_world(partial, parameters, progress)
-        if root.is_dir():
-            root.rmdir()
-        partial.rename(root)
+        if home.is_dir():
+            home.rmdir()
+        partial.rename(home)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return str(root)
 
 
 def _check_parameters(identities, test_identities, images, size, seed):
-    try:
-        height, width = size
-    except (TypeError, ValueError):
-        raise ValueError(f"size must be (height, width), got {size!r}") from None
-    named = {
-        "identities": (identities, 2),
-        "test_identities": (test_identities, 1),
-        "images": (images, 1),
-        "size[0] (height)": (height, 32),
-        "size[1] (width)": (width, 16),
-        "seed": (seed, 0),
-    }
-    for name, (value, least) in named.items():
+    """The parameters as synthetic.json holds them, or a ValueError that names the first wrong one."""
+
+    def integer(name, value, least):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if identities + test_identities > 9999:
-        raise ValueError(
-            f"identities + test_identities must be at most 9999, got {identities} + {test_identities}"
-        )
+        return int(value)
+
+    identities = integer("identities", identities, 2)
+    held_out = max(2, identities // 2) if test_identities is None else test_identities
+    held_out = integer("test_identities", held_out, 1)
+    if identities + held_out > 9999:
+        raise ValueError(f"identities + test_identities must be at most 9999, got {identities} + {held_out}")
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise ValueError(f"size must be (height, width), got {size!r}")
     return {
-        "identities": int(identities),
-        "test_identities": int(test_identities),
-        "images": int(images),
-        "size": [int(height), int(width)],
-        "seed": int(seed),
+        "identities": identities,
+        "test_identities": held_out,
+        "images": integer("images", images, 1),
+        "size": [integer("size: height", size[0], 32), integer("size: width", size[1], 16)],
+        "seed": integer("seed", seed, 0),
     }
 
 
@@ -147,7 +151,8 @@ def _cameras_of(seed, pid):
 
 
 def _count(jobs, pids, images):
-    seen = [camid for pid, camid in jobs if pid in set(pids)]
+    members = set(pids)
+    seen = [camid for pid, camid in jobs if pid in members]
     cameras = {str(camid): images * seen.count(camid) for camid in CAMERAS}
     return {
         "visible": sum(cameras[str(camid)] for camid in VISIBLE_CAMERAS),
@@ -158,8 +163,10 @@ def _count(jobs, pids, images):
 
 
 def _write_job(root, parameters, pid, camera):
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("writing images needs Pillow: pip install 'ecul[images]'") from error
     folder = root / f"cam{camera.camid}" / f"{pid:04d}"
     folder.mkdir(parents=True)
     pictures = render(parameters["seed"], pid, camera, parameters["images"], parameters["size"])
@@ -190,28 +197,26 @@ class Camera:
         channels = 1 if camid in INFRARED_CAMERAS else 3
         turned = np.pi * (camid in SEEN_FROM_BEHIND)
 
-        def tone(middle, spread):
-            return (middle + spread * rng.uniform(-1, 1) + 0.06 * rng.uniform(-1, 1, channels)).astype(
-                np.float32
-            )
+        def tone(middle):
+            return middle + rng.uniform(-0.2, 0.2) + rng.uniform(-0.06, 0.06, channels).astype(np.float32)
 
-        def box(wall):
-            return (*rng.uniform([-0.35, 0.0, 0.03, 0.1], [0.35, 0.8, 0.15, 0.4]), tone(wall, 0.2))
+        def box():
+            return (*rng.uniform([-0.35, 0.0, 0.03, 0.1], [0.35, 0.8, 0.15, 0.4]).tolist(), tone(wall))
 
-        wall = tone(0.5, 0.2)
+        wall = tone(0.5)
         return cls(
             camid=camid,
             channels=channels,
-            gain=(rng.uniform(0.9, 1.15) * rng.uniform(0.92, 1.08, channels)).astype(np.float32),
+            gain=rng.uniform(0.9, 1.15) * rng.uniform(0.92, 1.08, channels).astype(np.float32),
             gamma=rng.uniform(0.85, 1.2),
             noise=rng.uniform(0.005, 0.02),
             blur=rng.uniform(0.8, 1.5) / 64,
             yaw=turned + rng.uniform(-0.6, 0.6),
             scale=rng.uniform(0.94, 1.0),
             wall=wall,
-            floor=tone(0.5, 0.2),
+            floor=tone(0.5),
             horizon=rng.uniform(0.6, 0.85),
-            boxes=tuple(box(wall) for _ in range(4)),
+            boxes=tuple(box() for _ in range(4)),
         )
 
 
@@ -248,7 +253,7 @@ def render(seed, pid, camera, images, size):
     y, x = np.mgrid[:height, :width].astype(np.float32) + 0.5
     x, y = (x - width / 2) / height, y / height
     pixels = np.zeros((images, height, width, camera.channels), np.float32)
-    _backdrop(Canvas(pixels, x + shot["sway"], y + 0 * shot["sway"], camera.blur), camera)
+    _backdrop(Canvas(pixels, x + shot["sway"], y, camera.blur), camera)
     stature = 0.96 * person.height * camera.scale * shot["zoom"]
     crown = 0.97 + shot["shift_y"] - stature
     figure = Canvas(pixels, (x - shot["shift_x"]) / stature, (y - crown) / stature, camera.blur / stature)
@@ -272,5 +277,5 @@ def _occlude(canvas, shot):
     """A post beside the middle or a box at the foot of one image in ten."""
     post = np.abs(canvas.x - 0.15 * shot["side"]) - 0.035
     box = 0.85 + 0.05 * shot["side"] - canvas.y
-    nowhere = np.where(shot["occluded"] < 0.1, 0.0, 9.0)
-    canvas.paint(np.where(shot["kind"] < 0.5, post, box) + nowhere, shot["gray"][..., None])
+    shape = np.where(shot["kind"] < 0.5, post, box)
+    canvas.paint(np.where(shot["occluded"] < 0.1, shape, np.inf), shot["gray"][..., None])

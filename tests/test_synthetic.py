@@ -183,6 +183,7 @@ def test_cameras_differ_and_images_of_one_person_differ():
     [
         {"identities": 1},
         {"identities": 0},
+        {"identities": "many", "test_identities": None},
         {"identities": 2.5},
         {"identities": True},
         {"test_identities": 0},
