@@ -6,6 +6,7 @@ Sparse matrices are plain CSR arrays: `indptr` (N + 1,) and `indices` (nnz,) int
 Every function takes torch tensors on any device, or NumPy arrays, and returns the same kind.
 """
 
+import contextlib
 import functools
 import warnings
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from .kernels import jaccard_neighbors, topk_similarity
 
-ROWS = 2048  # rows handled at a time where a step needs more than O(k) room a row
+ROWS = 8192  # rows handled at a time where a step needs more than O(k) room a row
 
 
 def _same_kind(function):
@@ -153,13 +154,17 @@ def extend_encodings(
     modalities = _check_codes("modalities", modalities, ranks, largest=1)
     if k3 is None:
         cameras, modalities, k3 = torch.zeros_like(cameras), torch.zeros_like(modalities), k2
-    range_ = ranks[:, :k3]
-    weights = torch.cat([_member_weights(cameras[rows], modalities[rows], k2) for rows in range_.split(ROWS)])
-    members = weights > 0
-    chosen = _sparse(_row_numbers(range_)[members], range_[members], weights[members], len(ranks))
-    encodings = _sparse(_rows_of(indptr), indices, values.double(), len(ranks))
-    extended = torch.sparse.mm(chosen, encodings).coalesce()
-    return *_compressed(extended), extended.values().float()
+    size = len(ranks)
+    encodings = _sparse(_rows_of(indptr), indices, values.double(), (size, size))
+    parts = []
+    for near in ranks[:, :k3].split(ROWS):
+        weights = _member_weights(cameras[near], modalities[near], k2)
+        member, numbers = weights > 0, torch.arange(len(near), device=near.device)[:, None].expand_as(near)
+        chosen = _sparse(numbers[member], near[member], weights[member], (len(near), size))
+        extended = _product(chosen, encodings)
+        parts.append((*_row_counts(extended), extended.values().float()))
+    counts, indices, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return _offsets(counts), indices, values
 
 
 @_same_kind
@@ -269,38 +274,47 @@ def _rank(points, k) -> torch.Tensor:
 
 
 def _encode(points, ranks, k1):
-    size = len(points)
     mutual = _reciprocal(ranks, k1)
     half = _reciprocal(ranks, round(k1 / 2) + 1)
-    inside = (torch.sparse.mm(mutual, half) * mutual).coalesce()  # |H(j) & R(i)| for j in R(i)
-    half_size = half.indices()[0].bincount(minlength=size)
+    inside = (_product(mutual, half) * mutual).coalesce()  # |H(j) & R(i)| for j in R(i)
     i, j = inside.indices()
-    grow = 3 * inside.values() > 2 * half_size[j]
-    grown = torch.sparse.mm(_sparse(i[grow], j[grow], inside.values()[grow], size), half)
-    expanded = (mutual + grown).coalesce()
-    indptr, indices = _compressed(expanded)
+    grow = 3 * inside.values() > 2 * half.indices()[0].bincount(minlength=len(points))[j]
+    grown = _product(_sparse(i[grow], j[grow], inside.values()[grow], mutual.shape), half)
+    counts, indices = _row_counts((mutual + grown).coalesce())
+    indptr = _offsets(counts)
     weights = torch.exp(2 * _similarities(points, indptr, indices).double() - 2)
     totals = torch.segment_reduce(weights, "sum", offsets=indptr)
-    return indptr, indices, weights / totals[expanded.indices()[0]]
+    return indptr, indices, weights / totals.repeat_interleave(counts)
 
 
 def _reciprocal(ranks, k) -> torch.Tensor:
     """R(i, k) as a sparse (N, N) matrix of ones; it is symmetric."""
     near = ranks[:, :k]
-    itself = torch.arange(len(near), device=near.device)[:, None, None]
-    mutual = torch.cat([(near[near[i]] == itself[i]).any(2) for i in itself.flatten().split(ROWS)])
-    rows = _row_numbers(near)[mutual]
-    return _sparse(rows, near[mutual], torch.ones(len(rows), device=near.device), len(near))
+    itself = torch.arange(len(near), device=near.device)[:, None]
+    mutual = torch.cat([(near[near[i]] == itself[i, None]).any(2) for i in itself[:, 0].split(ROWS)])
+    rows = itself.expand_as(near)[mutual]
+    return _sparse(rows, near[mutual], torch.ones(len(rows), device=near.device), (len(near), len(near)))
 
 
 def _similarities(points, indptr, indices) -> torch.Tensor:
-    """`(points @ points.T)` at the entries of a CSR pattern, and nowhere else."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # "in beta state"
-        size = len(points)
-        empty = torch.zeros(len(indices), device=points.device)
-        pattern = torch.sparse_csr_tensor(indptr, indices, empty, (size, size), check_invariants=False)
+    """`points @ points.T` at the entries of a CSR pattern, and nowhere else."""
+    empty = torch.zeros(len(indices), device=points.device)
+    with _beta_allowed():
+        pattern = torch.sparse_csr_tensor(indptr, indices, empty, check_invariants=False)
         return torch.sparse.sampled_addmm(pattern, points, points.T, beta=0.0).values()
+
+
+def _product(a, b) -> torch.Tensor:
+    with _beta_allowed():
+        return torch.sparse.mm(a, b).coalesce()
+
+
+@contextlib.contextmanager
+def _beta_allowed():
+    """Without torch's notice that its CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR", category=UserWarning)
+        yield
 
 
 def _member_weights(cameras, modalities, k2) -> torch.Tensor:
@@ -321,20 +335,20 @@ def _member_weights(cameras, modalities, k2) -> torch.Tensor:
     return (place < k2) / (modalities_present * cameras_present * members).double()
 
 
-def _sparse(rows, cols, values, size) -> torch.Tensor:
-    matrix = torch.sparse_coo_tensor(torch.stack([rows, cols]), values, (size, size), check_invariants=False)
+def _sparse(rows, cols, values, shape) -> torch.Tensor:
+    matrix = torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False)
     return matrix.coalesce()
 
 
-def _compressed(matrix) -> tuple[torch.Tensor, torch.Tensor]:
+def _row_counts(matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """A coalesced matrix's entries a row, and their columns."""
     rows, cols = matrix.indices()
-    counts = rows.bincount(minlength=matrix.shape[0])
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), cols
+    return rows.bincount(minlength=matrix.shape[0]), cols
+
+
+def _offsets(counts) -> torch.Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def _rows_of(indptr) -> torch.Tensor:
     return torch.arange(len(indptr) - 1, device=indptr.device).repeat_interleave(indptr.diff())
-
-
-def _row_numbers(table) -> torch.Tensor:
-    return torch.arange(len(table), device=table.device)[:, None].expand_as(table)

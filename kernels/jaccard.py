@@ -3,14 +3,21 @@
 Step 7 of EMCC (arXiv 2412.19134): d_ij = 1 - s / (2 - s), s = sum_l min(v_il, v_jl).
 """
 
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-UNIT = 2**30  # overlaps are counted in whole units of 2**-30, so that no order of summation matters
-BLOCK = 2048
+from ._checks import check_device, check_vector
+from ._triton import jit, tl, use_triton
+
+UNIT = 2**30  # overlaps are whole numbers of units of 2**-30: no order of summation changes them
+ROWS = 1024  # the reference compares this many rows with as many at a time
+PAIRS = 4096  # and measures this many pairs at a time
+STRIP = 2**25  # overlaps the kernel holds at a time
+BLOCK, WARPS = 256, 4
 
 
 def jaccard_neighbors(
@@ -18,91 +25,161 @@ def jaccard_neighbors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All pairs of rows with Jaccard distance d <= eps, as a graph.
 
-    Equals, for the dense matrix `v` of the encodings and without ever holding one,
-    `s = torch.minimum(v[:, None], v[None]).sum(-1); (1 - s / (2 - s) <= eps).to_sparse_csr()`.
+    `s = torch.minimum(v[:, None], v[None]).sum(-1); (1 - s / (2 - s) <= eps).to_sparse_csr()` for the dense
+    matrix `v` of the encodings, which never exists: memory grows with the entries and the pairs found.
 
     Args:
-        indptr, indices, values: the encodings in CSR form, (N + 1,) int64, (nnz,) int64 and
-            (nnz,) float32. Columns lie in 0..N-1 and do not repeat within a row; values are
-            finite, not negative, and a row sums to 1 at most.
-        eps: the largest distance kept, in (0, 1]. At eps = 1 every pair qualifies: N * N of them.
+        indptr, indices, values: N encodings in CSR form: (N + 1,) int64, (nnz,) int64 and (nnz,) float32 or
+            float64. Columns lie in 0..N-1 and none repeats within a row; values are not negative, and those
+            of a row sum to 1 at most.
+        eps: the largest distance kept, in (0, 1]. At eps = 1 every pair qualifies, N * N of them.
 
     Returns:
-        (indptr, indices), int64: row i lists the rows within eps of row i, ascending. It is
-        symmetric, and every row lists itself.
+        indptr, indices, int64: row i lists the rows within eps of row i, ascending. The graph is symmetric,
+        and every row lists itself.
 
-    Values are rounded to multiples of 2**-30 and summed as integers, so the result does not depend
-    on the order of summation and is the same on every device.
+    Values are rounded to multiples of 2**-30 and summed as integers: the result is the same on every device.
 
     Raises:
-        ValueError: eps outside (0, 1], or arrays that are not such a CSR matrix.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
     """
+    _check(indptr, indices, values, eps)
+    if eps < 1 and len(indices) and use_triton(values):
+        return _launch(indptr, indices, values, eps)
     return jaccard_neighbors_reference(indptr, indices, values, eps)
 
 
 def jaccard_neighbors_reference(
     indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same on the host, in sparse products: the specification of `jaccard_neighbors`.
+    """`jaccard_neighbors` in sparse products on the host: the specification and the CPU path.
 
-    min(a, b) <= sqrt(a * b), so the product of the square roots bounds every overlap from above;
-    the few pairs whose bound reaches the overlap that eps asks for are then measured exactly.
+    As min(a, b) <= sqrt(a b), the product of the square roots bounds every overlap from above. It is taken
+    block by block of rows; the few pairs whose bound reaches the overlap that eps asks for are measured.
     """
-    _check(indptr, indices, values, eps)
-    size = len(indptr) - 1
+    size, device = len(indptr) - 1, indptr.device
     if eps == 1:
-        everyone = torch.arange(size, device=indptr.device)
-        return torch.arange(size + 1, device=indptr.device) * size, everyone.repeat(size)
-    counts = torch.round(values.float() * UNIT).to(torch.int32)
-    encodings = csr_matrix(
-        (counts.cpu().numpy(), indices.cpu().numpy(), indptr.cpu().numpy()), shape=(size, size)
-    )
-    starts = range(0, size, BLOCK)
-    roots = [encodings[start : start + BLOCK].astype(np.float32).sqrt() for start in starts]
-    columns = [block.T.tocsr() for block in roots]
+        everyone = torch.arange(size, device=device)
+        return torch.arange(size + 1, device=device) * size, everyone.repeat(size)
+    units = _units(values).cpu().numpy()
+    encodings = csr_matrix((units, indices.cpu().numpy(), indptr.cpu().numpy()), shape=(size, size))
+    encodings.sort_indices()
+    starts = range(0, size, ROWS)
+    roots = [encodings[start : start + ROWS].astype(np.float32).sqrt() for start in starts]
+    least = _least_overlap(eps)
+    longest = int(np.diff(encodings.indptr).max(initial=0))
+    reach = least / (1 + (longest + 4) * 2**-23)  # what the bound may lack by its rounding in float32
 
-    def search(first: int, second: int):
-        bound = (roots[first] @ columns[second]).tocoo()
-        enough = bound.data >= (2 * (1 - eps) / (2 - eps) - 1e-3) * UNIT
-        one, other = bound.row[enough] + first * BLOCK, bound.col[enough] + second * BLOCK
-        one, other = one[one < other], other[one < other]
-        overlap = np.asarray(encodings[one].minimum(encodings[other]).sum(axis=1)).ravel() / UNIT
-        close = 1 - overlap / (2 - overlap) <= eps
-        return one[close], other[close]
+    def search(second):
+        """The pairs (i, j) within eps, i < j, with j in one block of rows."""
+        columns, found = roots[second].T.tocsr(), []
+        for first in range(second + 1):
+            bound = (roots[first] @ columns).tocoo()
+            likely = bound.data >= reach
+            i, j = bound.row[likely] + starts[first], bound.col[likely] + starts[second]
+            i, j = i[i < j], j[i < j]
+            for part in range(0, len(i), PAIRS):
+                one, other = i[part : part + PAIRS], j[part : part + PAIRS]
+                overlap = np.asarray(encodings[one].minimum(encodings[other]).sum(axis=1)).ravel()
+                found.append(np.stack([one, other])[:, overlap >= least])
+        return np.concatenate([np.empty((2, 0), np.int64), *found], axis=1)
 
-    blocks = [(first, second) for first in range(len(starts)) for second in range(first, len(starts))]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        found = list(pool.map(lambda pair: search(*pair), blocks))
-    one = np.concatenate([np.empty(0, np.int64), *(pair[0] for pair in found)])
-    other = np.concatenate([np.empty(0, np.int64), *(pair[1] for pair in found)])
-    itself = np.arange(size)
-    rows, cols = np.concatenate([one, other, itself]), np.concatenate([other, one, itself])
-    graph = csr_matrix((np.ones(len(rows), bool), (rows, cols)), shape=(size, size))
-    graph.sort_indices()
-    return tuple(
-        torch.from_numpy(part.astype(np.int64)).to(indptr.device) for part in (graph.indptr, graph.indices)
-    )
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    try:
+        pairs = list(pool.map(search, reversed(range(len(starts)))))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    pairs = np.concatenate([np.empty((2, 0), np.int64), *pairs], axis=1)
+    return _graph(*torch.from_numpy(pairs).to(device), size)
+
+
+def _units(values):
+    return torch.round(values * UNIT).to(torch.int32)
+
+
+def _least_overlap(eps):
+    """The smallest overlap, in units, whose distance is eps or less; every step of d is monotone in s."""
+    return bisect_left(range(UNIT + 1), True, key=lambda s: 1 - (s / UNIT) / (2 - s / UNIT) <= eps)
+
+
+def _graph(i, j, size):
+    """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j."""
+    itself = torch.arange(size, device=i.device)
+    keys = torch.cat([i * size + j, j * size + i, itself * (size + 1)]).sort().values
+    degree = (keys // max(size, 1)).bincount(minlength=size)
+    return torch.cat([degree.new_zeros(1), degree.cumsum(0)]), keys % max(size, 1)
 
 
 def _check(indptr, indices, values, eps):
     if not 0 < eps <= 1:
-        raise ValueError(f"eps must lie in (0, 1], got {eps}")
-    if indptr.ndim != 1 or len(indptr) == 0:
-        raise ValueError(f"indptr must be a vector of N + 1 offsets, got shape {tuple(indptr.shape)}")
-    if indices.ndim != 1 or indices.shape != values.shape:
-        raise ValueError(
-            "indices and values must be vectors of one length, "
-            f"got shapes {tuple(indices.shape)} and {tuple(values.shape)}"
-        )
-    if not values.is_floating_point():
-        raise ValueError(f"values must be floating point, got {values.dtype}")
-    if indptr[0] != 0 or indptr[-1] != len(indices) or bool((indptr[1:] < indptr[:-1]).any()):
-        raise ValueError(f"indptr must rise from 0 to the number of entries, {len(indices)}")
+        raise ValueError(f"eps must lie in (0, 1]; got {eps}")
+    check_vector("indptr", indptr)
+    check_vector("indices", indices)
+    check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
+    check_device("indices", indices, indptr.device)
+    check_device("values", values, indptr.device)
+    if len(indptr) == 0:
+        raise ValueError("indptr must hold N + 1 offsets, a single 0 for no rows; got none")
+    if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr.diff() < 0).any():
+        raise ValueError(f"indptr must rise from 0 to the number of entries, {len(indices)}, and never fall")
     if len(indices) == 0:
         return
-    if indices.min() < 0 or indices.max() >= len(indptr) - 1:
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= len(indptr) - 1:
+        raise ValueError(f"indices must lie in 0..{len(indptr) - 2}, the rows; got {low}..{high}")
+    most = torch.segment_reduce(values, "sum", offsets=indptr).max()
+    if not ((values >= 0).all() and most <= 1.001):
         raise ValueError(
-            f"indices must lie in 0..{len(indptr) - 2}, got {int(indices.min())}..{int(indices.max())}"
+            f"values must not be negative or NaN and sum to 1 at most in a row; got a sum of {most}"
         )
-    if not bool((values >= 0).all()) or not bool((values <= 1).all()):
-        raise ValueError("values must be finite and lie in [0, 1]: each row is a distribution")
+
+
+# The kernel. `place` puts the entries into the order of their columns, rows ascending in each column, so an
+# entry (i, l) finds behind its own place the entries (j, l) of all rows j > i: its column's inverted list. It
+# adds min(v_il, v_jl) to the overlap of i and j, which lies in a dense strip of a few rows i and all j. The
+# sums are integers, so atomic additions in any order give the same bits.
+
+
+@jit
+def _add_overlaps(
+    strip, rows, cols, units, place, ends, list_rows, list_units, first, height, size, BLOCK: tl.constexpr
+):
+    entry = first + tl.program_id(0)
+    row = tl.load(rows + entry) % height
+    unit = tl.load(units + entry)
+    start = tl.load(place + entry) + 1
+    end = tl.load(ends + tl.load(cols + entry))
+    for block in range(start, end, BLOCK):
+        lane = block + tl.arange(0, BLOCK)
+        within = lane < end
+        other = tl.load(list_rows + lane, within, 0)
+        smaller = tl.minimum(tl.load(list_units + lane, within, 0), unit)
+        tl.atomic_add(strip + row * size + other, smaller, within, sem="relaxed")
+
+
+def _launch(indptr, indices, values, eps):
+    size, device = len(indptr) - 1, indptr.device
+    units = _units(values)
+    rows = torch.arange(size, device=device).repeat_interleave(indptr.diff())
+    by_column = (indices * size + rows).argsort()
+    place = torch.empty_like(by_column)
+    place[by_column] = torch.arange(len(by_column), device=device)
+    ends = indices.bincount(minlength=size).cumsum(0)
+    list_rows, list_units = rows[by_column], units[by_column]
+    least = _least_overlap(eps)
+    height = max(1, min(size, STRIP // size))
+    strip = torch.empty(height, size, dtype=torch.int32, device=device)
+    tops = list(range(0, size, height))
+    edges = [*indptr[tops].tolist(), len(indices)]
+    found = []
+    for top, first, last in zip(tops, edges, edges[1:], strict=False):
+        if first == last:
+            continue
+        strip.zero_()
+        _add_overlaps[(last - first,)](
+            strip, rows, indices, units, place, ends, list_rows, list_units, first, height, size,
+            BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+        found.append((strip >= least).nonzero() + torch.tensor([top, 0], device=device))
+    empty = torch.empty(0, 2, dtype=torch.int64, device=device)
+    return _graph(*torch.cat([empty, *found]).T, size)
