@@ -12,6 +12,7 @@ Without Triton installed everything runs on the references.
 
 import os
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,3 +35,26 @@ def jit(function):
 def use_triton(tensor: torch.Tensor) -> bool:
     """True where a call on `tensor` runs the Triton kernels: the only dispatch rule of `ecul.kernels`."""
     return ENABLED and (tensor.is_cuda or INTERPRETED)
+
+
+class Config(NamedTuple):
+    """One fixed way to launch a kernel: block sizes, warps, pipeline stages.
+
+    `shared` states the bytes of shared memory that a program takes at most, and no register is ever spilled:
+    the tests hold the compiler to both, for compute capabilities 8.0 and 9.0.
+    """
+
+    blocks: dict[str, Any]
+    warps: int
+    stages: int
+    shared: int
+
+    def launch(self, kernel, grid: tuple[int, ...], *args, **constants) -> None:
+        """Start `kernel` over `grid`, on the stream and device of its tensors."""
+        stages = min(self.stages, 2) if torch.version.hip else self.stages
+        kernel[grid](*args, **constants, **self.blocks, num_warps=self.warps, num_stages=stages)
+
+
+def rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix`, copied only if the entries of a row do not lie side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

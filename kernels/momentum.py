@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import check_device, check_matrix, check_vector
+from ._triton import jit, rows_contiguous, tl, triton, use_triton
 
 RULES = ("sequential", "instance", "mean", "hard")
 
@@ -46,11 +47,11 @@ def momentum_update_(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; on CPU tensors
-            also a label beyond the bank.
+            also a label beyond the bank (on CUDA the kernel asserts it, without a wait on the host).
     """
     _check(bank, x, labels, momentum, rule)
     priority = _draw(labels, generator) if rule == "instance" else None
-    momentum_update_reference(bank, x, labels, momentum, rule, priority)
+    _momentum_update_(bank, x.detach(), labels, momentum, rule, priority)
     return bank
 
 
@@ -122,3 +123,98 @@ def _check(bank, x, labels, momentum, rule):
         raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
     if not labels.is_cuda and labels.numel() and int(labels.max()) >= bank.shape[0]:
         raise ValueError(f"labels must be below the {bank.shape[0]} rows of bank; got {int(labels.max())}")
+
+
+# The kernel: one launch, a program per batch slot. It works only if its slot is the first of its label; then
+# the label's row is its alone: it keeps the row in registers and walks the batch in order, the next sample on
+# its way while this one is at work. No atomics, and so the same bits in every run.
+
+
+@jit
+def _next(labels, label, start, B, BLOCK_B: tl.constexpr):
+    """The first slot from `start` on that carries `label`, or B."""
+    start, found = tl.full((), start, tl.int32), tl.full((), B, tl.int32)
+    while (start < B) & (found == B):
+        slots = start + tl.arange(0, BLOCK_B)
+        same = tl.load(labels + slots, mask=slots < B, other=-1) == label
+        found = tl.min(tl.where(same & (slots < B), slots, B), 0)
+        start += BLOCK_B
+    return found
+
+
+@jit
+def _moved(row, sample, momentum):
+    moved = momentum * row + (1.0 - momentum) * sample
+    return moved / tl.maximum(tl.sqrt(tl.sum(moved * moved, 0)), 1e-12)
+
+
+@jit
+def _update_kernel(
+    bank, x, labels, priority, B, C, D, bank_stride, x_stride, momentum,
+    RULE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0)
+    label = tl.load(labels + slot)
+    tl.device_assert(label < C, "a label is beyond the rows of bank")
+    if (label >= 0) & (label < C) & (_next(labels, label, 0, B, BLOCK_B) == slot):
+        features = tl.arange(0, BLOCK_D)
+        live = features < D
+        place = bank + label * bank_stride + features
+        row = tl.load(place, mask=live, other=0.0).to(tl.float32)
+        sample = tl.load(x + slot.to(tl.int64) * x_stride + features, mask=live, other=0.0).to(tl.float32)
+        chosen, least = sample, float("inf")
+        total, count = tl.zeros((BLOCK_D,), tl.float32), 0.0
+        while slot < B:
+            after = _next(labels, label, slot + 1, B, BLOCK_B)
+            there = x + after.to(tl.int64) * x_stride + features
+            upcoming = tl.load(there, mask=live & (after < B), other=0.0).to(tl.float32)
+            if RULE == "sequential":
+                row = _moved(row, sample, momentum)
+            elif RULE == "mean":
+                total, count = total + sample, count + 1.0
+            else:
+                key = tl.sum(row * sample, 0) if RULE == "hard" else tl.load(priority + slot)
+                chosen = tl.where(key < least, sample, chosen)
+                least = tl.minimum(key, least)
+            slot, sample = after, upcoming
+        if RULE == "mean":
+            row = _moved(row, total / count, momentum)
+        elif RULE != "sequential":
+            row = _moved(row, chosen, momentum)
+        tl.store(place, row.to(bank.dtype.element_ty), mask=live)
+
+
+WIDEST = 16384  # features a program can keep in registers; wider rows take the reference
+
+
+def _launch(bank, x, labels, momentum, rule, priority):
+    x, labels = rows_contiguous(x), labels.contiguous()
+    (C, D), B = bank.shape, x.shape[0]
+    if B == 0 or C == 0:
+        return
+    block = triton.next_power_of_2(D)
+    _update_kernel[(B,)](
+        bank, x, labels, priority, B, C, D, bank.stride(0), x.stride(0), momentum,
+        RULE=rule, BLOCK_B=512, BLOCK_D=block,
+        num_warps=4 if block <= 2048 else 8, debug=True, sanitize_overflow=False,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("ecul::momentum_update_", mutates_args=("bank",))
+def _momentum_update_(
+    bank: torch.Tensor,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    momentum: float,
+    rule: str,
+    priority: torch.Tensor | None,
+) -> None:
+    if use_triton(bank) and bank.shape[1] <= WIDEST and bank.stride(1) == 1:
+        _launch(bank, x, labels, momentum, rule, priority)
+    else:
+        momentum_update_reference(bank, x, labels, momentum, rule, priority)
+
+
+@_momentum_update_.register_fake
+def _(bank, x, labels, momentum, rule, priority):
+    return None

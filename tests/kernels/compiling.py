@@ -1,0 +1,62 @@
+"""Compile what a launcher launches, for a GPU that is not there.
+
+A stand-in for Triton's driver names the target, and `JITFunction.run` compiles without launching. So the
+kernels are compiled from the very arguments, constants and options that the library's own launchers pass.
+"""
+
+import re
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+SM80, SM90 = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)
+GFX942 = GPUTarget("hip", "gfx942", 64)
+
+
+@contextmanager
+def compiling(target):
+    """Inside, a launch compiles for `target` and does nothing else; yields the list of (name, kernel)."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    stand_in = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: str(target),
+        get_current_stream=lambda device: 0,
+    )
+    previous = driver._active
+    driver.set_active(stand_in)
+    try:
+        hip = "7" if target.backend == "hip" else None
+        with patch.object(JITFunction, "run", compile_only), patch.object(torch.version, "hip", hip):
+            yield compiled
+    finally:
+        driver._active = previous
+
+
+def resources(kernel, folder: Path) -> dict[str, int]:
+    """Registers, spilled bytes and shared bytes of a kernel compiled for CUDA, as ptxas reports them."""
+    ptx = folder / "kernel.ptx"
+    ptx.write_text(kernel.asm["ptx"])
+    architecture = re.search(r"\.target (\S+)", kernel.asm["ptx"])[1].rstrip(",")
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [ptxas, "-v", f"--gpu-name={architecture}", ptx, "-o", folder / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+        "spilled": sum(int(size) for size in re.findall(r"(\d+) bytes spill", report)),
+        "shared": kernel.metadata.shared,
+    }
