@@ -1,9 +1,9 @@
 """Extended modality-camera clustering: labels from features, in memory linear in their number.
 
-ECUL, arXiv 2412.19134. `emcc` is four sparse steps, each a public function of its own:
-`rank_neighbors`, `reciprocal_encodings`, `extend_encodings`, `neighbor_graph`, then `dbscan`.
-Sparse matrices are plain CSR arrays: `indptr` (N + 1,) and `indices` (nnz,) int64, and `values`.
-Every function takes torch tensors on any device, or NumPy arrays, and returns the same kind.
+ECUL, arXiv 2412.19134. `emcc` is a few sparse steps, each a public function of its own: `rank_neighbors`,
+`reciprocal_encodings`, `extend_encodings`, `neighbor_graph`, `dbscan`. Sparse matrices are plain CSR arrays:
+`indptr` (N + 1,) and `indices` (nnz,) int64, columns ascending in a row, and `values`. Every function takes
+torch tensors on any device, or NumPy arrays, and returns the same kind.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .kernels import jaccard_neighbors, topk_similarity
 
-ROWS = 8192  # rows handled at a time where a step needs more than O(k) room a row
+ROWS = 8192  # rows handled at a time by the steps that need more than O(k) room a row
 
 
 def _same_kind(function):
@@ -36,6 +36,14 @@ def _same_kind(function):
     return wrapper
 
 
+@contextlib.contextmanager
+def _beta_allowed():
+    """Without torch's notice that its CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR", category=UserWarning)
+        yield
+
+
 @_same_kind
 def emcc(
     features,
@@ -50,37 +58,41 @@ def emcc(
 ):
     """Cluster features across cameras and modalities; -1 marks outliers.
 
-    Equals DBSCAN(eps, min_samples) on the Jaccard distance between the extended k-reciprocal
-    encodings of the features (arXiv 2412.19134; METHOD: neighbours, encodings, extension, distance).
+    DBSCAN(eps, min_samples) on the Jaccard distance between the extended k-reciprocal encodings of the
+    features: Wu et al., arXiv 2412.19134, on Zhong et al., CVPR 2017.
 
     Args:
-        features: (N, D) floating point, one point a row; rows are normalised in float32.
+        features: (N, D) floating point, a point a row; rows are normalised in float32.
         cameras: (N,) integers >= 0, the camera of each point; None: one camera.
         modalities: (N,) integers, 0 visible and 1 infrared; None: one modality.
         k1: size of the neighbourhoods that must be mutual.
-        k2: members of each camera, or neighbours where k3 is None, that an encoding is averaged over.
-        k3: size of the range these members are taken from, at least k2; None: plain local query
-            expansion over k2 neighbours, cameras and modalities unused (standard clustering).
+        k2: members of each camera that an encoding is averaged over.
+        k3: size of the range they are taken from, at least k2; None: plain local query expansion over the k2
+            nearest, cameras and modalities unused, which is the standard clustering.
         eps: the largest Jaccard distance between neighbours, in (0, 1].
         min_samples: neighbours, the point among them, that make a core point.
 
     Returns:
-        (N,) int64 labels: clusters count from 0 in the order of their smallest core point.
+        (N,) int64 labels; clusters count from 0 in the order of their smallest core point.
 
-    Neighbourhoods hold the point itself first, whatever its duplicates; ties go to the lower index;
-    sizes beyond N mean N. Similarities are float32. The averaging in the extension is a
-    reconstruction [R]: see `extend_encodings`.
+    Neighbourhoods hold the point itself first, even before its duplicates; ties go to the lower index; sizes
+    beyond N mean N. Similarities are float32, distances exact (`jaccard_neighbors`). [R] The averaging in the
+    extension is a reconstruction, see `extend_encodings`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape or range; features that are not
-            finite or a row of zeros.
+        TypeError, ValueError: an argument of the wrong kind, shape or range; a row of features that is not
+            finite, or all zeros.
     """
-    _check_sizes(k1, k2, k3, eps, min_samples)
+    _check_sizes(k1=k1, k2=k2, min_samples=min_samples)
+    _check_range(k2, k3)
+    if not 0 < eps <= 1:
+        raise ValueError(f"eps must lie in (0, 1], got {eps}")
     points = _normalize(features)
     cameras = _check_codes("cameras", cameras, points)
     modalities = _check_codes("modalities", modalities, points, largest=1)
-    if len(points) == 0:
-        return torch.empty(0, dtype=torch.int64, device=points.device)
+    size = len(points)
+    if eps == 1:  # no distance is larger
+        return torch.full((size,), 0 if size >= min_samples else -1, device=points.device)
     with tqdm(total=5, desc="emcc", unit="step", delay=2, leave=False, disable=None) as bar:
 
         def done(result):
@@ -96,106 +108,105 @@ def emcc(
 
 @_same_kind
 def rank_neighbors(features, k: int):
-    """The k nearest points of every point by cosine similarity, the point itself first.
+    """The k nearest points of every point by cosine similarity, the point itself first: (N, min(k, N)) int64.
 
-    Equals `(x @ x.T).fill_diagonal_(inf).topk(k).indices` with ties to the lower index, where `x`
-    is `features` with unit rows in float32; (N, D) to (N, min(k, N)) int64.
-    Raises ValueError where k < 1, and for features that are not finite or hold a row of zeros.
+    `(x @ x.T).fill_diagonal_(inf).topk(k).indices`, ties to the lower index, for `x = normalize(features)` in
+    float32. Raises TypeError and ValueError as `emcc` does.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    _check_sizes(k=k)
     return _rank(_normalize(features), k)
 
 
 @_same_kind
 def reciprocal_encodings(features, ranks, k1: int = 30):
-    """Encode each point by its expanded k-reciprocal neighbours; CSR (N, N), rows sum to 1.
+    """Encode each point by its expanded k-reciprocal neighbours: CSR (N, N) float64, rows sum to 1.
 
-    Row i is `softmax(2 * cos(f_i, f_j) - 2)` over j in E(i). R(i, k), the mutual neighbours within
-    rank k, grows into E(i) by the half set H(j) = R(j, round(k1 / 2) + 1) of every j in R(i, k1) that
-    has more than two thirds of it in R(i, k1) already (METHOD: steps 2 to 5; Zhong et al., CVPR 2017).
+    Row i is `softmax(2 * cos(f_i, f_j) - 2)` over j in E(i): the points R(i, k1) that hold i among their own
+    k1 nearest, and R(j, round(k1 / 2) + 1) of every j in R(i, k1) that has more than two thirds of it in
+    R(i, k1) already (Zhong et al., CVPR 2017).
 
     Args:
         features: (N, D) floating point; rows are normalised.
-        ranks: (N, K) int64 from `rank_neighbors`, K >= min(k1, N).
+        ranks: (N, >= min(k1, N)) int64 from `rank_neighbors`.
         k1: size of the neighbourhoods that must be mutual.
 
     Returns:
-        indptr (N + 1,) int64, indices int64, ascending in a row, values float64.
+        indptr, indices, values.
     """
-    if k1 < 1:
-        raise ValueError(f"k1 must be at least 1, got {k1}")
+    _check_sizes(k1=k1)
     points = _normalize(features)
-    _check_ranks(ranks, len(points), "k1", k1)
+    _check_ranks(ranks, len(points), k1)
     return _encode(points, ranks, k1)
 
 
 @_same_kind
+@_beta_allowed()
 def extend_encodings(
     indptr, indices, values, ranks, cameras=None, modalities=None, k2: int = 6, k3: int | None = 12
 ):
-    """Average encodings over the first k2 members of every camera within the nearest k3: CSR (N, N).
+    """Average encodings over the first k2 members of every camera within the k3 nearest: CSR (N, N) float32.
 
-    `V'_i = mean over modalities ( mean over their cameras ( mean over members j of V_j ) )`, over those
-    present among the k3 nearest of i. k3=None: the mean over the k2 nearest, cameras unused.
-    [P] that there are two sizes and that cameras and modalities count; [R] this averaging.
+    `V'_i = mean over modalities (mean over their cameras (mean over the camera's members j of V_j))`, over
+    those present among the k3 nearest of i; k3=None: the mean over the k2 nearest, cameras unused.
+    [P] Two sizes, aware of cameras and modalities. [R] This averaging of them.
 
     Args:
         indptr, indices, values: encodings, CSR (N, N).
-        ranks: (N, K) int64 from `rank_neighbors`, K >= min(k3 or k2, N).
+        ranks: (N, >= min(k3 or k2, N)) int64 from `rank_neighbors`.
         cameras, modalities, k2, k3: as in `emcc`.
 
     Returns:
-        indptr, indices, values: CSR, columns ascending, float32 from float64 sums.
+        indptr, indices, values; sums are float64, rounded once.
     """
-    _check_sizes(1, k2, k3, 1, 1)
-    _check_ranks(ranks, len(indptr) - 1, "k3" if k3 else "k2", k3 or k2)
+    _check_range(k2, k3)
     cameras = _check_codes("cameras", cameras, ranks)
     modalities = _check_codes("modalities", modalities, ranks, largest=1)
     if k3 is None:
         cameras, modalities, k3 = torch.zeros_like(cameras), torch.zeros_like(modalities), k2
-    size = len(ranks)
-    encodings = _sparse(_rows_of(indptr), indices, values.double(), (size, size))
-    parts = []
+    size = len(indptr) - 1
+    _check_ranks(ranks, size, k3)
+    rows = torch.arange(size, device=ranks.device)
+    encodings = _sparse(rows.repeat_interleave(indptr.diff()), indices, values.double(), (size, size))
+    parts = [(indptr.new_zeros(1), indices[:0], values[:0].float())]
     for near in ranks[:, :k3].split(ROWS):
         weights = _member_weights(cameras[near], modalities[near], k2)
-        member, numbers = weights > 0, torch.arange(len(near), device=near.device)[:, None].expand_as(near)
-        chosen = _sparse(numbers[member], near[member], weights[member], (len(near), size))
-        extended = _product(chosen, encodings)
-        parts.append((*_row_counts(extended), extended.values().float()))
+        member = weights > 0
+        chosen = _sparse(
+            rows[: len(near), None].expand_as(near)[member], near[member], weights[member], (len(near), size)
+        )
+        extended = torch.sparse.mm(chosen, encodings).to_sparse_csr()
+        parts.append((extended.crow_indices().diff(), extended.col_indices(), extended.values().float()))
     counts, indices, values = (torch.cat(part) for part in zip(*parts, strict=True))
-    return _offsets(counts), indices, values
+    return counts.cumsum(0), indices, values
 
 
 @_same_kind
 def neighbor_graph(indptr, indices, values, eps: float = 0.6):
-    """The pairs of points with Jaccard distance d <= eps between their encodings: CSR, no values.
+    """The pairs of points whose encodings have Jaccard distance d <= eps: CSR (N, N) without values.
 
-    See `ecul.kernels.jaccard_neighbors`: symmetric, ascending, and every point lists itself.
+    Symmetric, and every point lists itself; see `ecul.kernels.jaccard_neighbors`.
     """
     return jaccard_neighbors(indptr, indices, values, eps)
 
 
 @_same_kind
 def dbscan(indptr, indices, min_samples: int = 4):
-    """DBSCAN labels from the graph of points within eps; equals scikit-learn's, -1 = outlier.
+    """DBSCAN labels from the graph of the pairs within eps: scikit-learn's, -1 = outlier; (N,) int64.
+
+    Clusters count from 0 in the order of their smallest core point; a point that is no core joins the
+    lowest-numbered cluster that reaches it.
 
     Args:
-        indptr, indices: CSR of a symmetric graph, (N + 1,) and (nnz,) integers, no pair twice. A
-            point counts as its own neighbour whether or not the graph says so.
+        indptr, indices: CSR of a symmetric graph, (N + 1,) and (nnz,) integers, no pair twice. A point counts
+            as its own neighbour whether or not the graph says so.
         min_samples: neighbours, the point among them, that make a core point.
 
-    Returns:
-        (N,) int64. Clusters count from 0 in the order of their smallest core point; a point that is
-        no core joins the lowest-numbered cluster that reaches it.
-
-    The graph of a tensor on a device is copied to the host and its labels back: it is small, and
-    connected components are sequential work.
+    A graph on a device is copied to the host and the labels back: it is small, and finding connected
+    components is sequential work.
     """
-    if min_samples < 1:
-        raise ValueError(f"min_samples must be at least 1, got {min_samples}")
-    rows, cols = _rows_of(indptr).cpu().numpy(), indices.cpu().numpy()
+    _check_sizes(min_samples=min_samples)
     size = len(indptr) - 1
+    rows, cols = np.repeat(np.arange(size), indptr.diff().cpu().numpy()), indices.cpu().numpy()
     rows, cols = rows[rows != cols], cols[rows != cols]
     core = np.bincount(rows, minlength=size) + 1 >= min_samples
     inner = core[rows] & core[cols]
@@ -211,25 +222,76 @@ def dbscan(indptr, indices, min_samples: int = 4):
     return torch.from_numpy(labels.astype(np.int64)).to(indptr.device)
 
 
-def _normalize(features) -> torch.Tensor:
+def _rank(points, k):
+    itself = torch.arange(len(points), device=points.device)[:, None]
+    k = min(k, len(points))
+    if k <= 1:
+        return itself[:, :k]
+    return torch.cat([itself, topk_similarity(points, points, k - 1, exclude_self=True)[1]], 1)
+
+
+@_beta_allowed()
+def _encode(points, ranks, k1):
+    mutual, half = _reciprocal(ranks, k1), _reciprocal(ranks, round(k1 / 2) + 1)
+    inside = (torch.sparse.mm(mutual, half) * mutual).coalesce()  # |H(j) & R(i)| for j in R(i)
+    i, j = inside.indices()
+    grow = 3 * inside.values() > 2 * half.indices()[0].bincount(minlength=len(points))[j]
+    grown = torch.sparse.mm(_sparse(i[grow], j[grow], inside.values()[grow], mutual.shape), half)
+    expanded = (mutual + grown).coalesce().to_sparse_csr()
+    similarity = torch.sparse.sampled_addmm(expanded, points, points.T, beta=0.0).values()
+    indptr = expanded.crow_indices()
+    weights = torch.exp(2 * similarity.double() - 2)
+    totals = torch.segment_reduce(weights, "sum", offsets=indptr)
+    return indptr, expanded.col_indices(), weights / totals.repeat_interleave(indptr.diff())
+
+
+def _reciprocal(ranks, k):
+    """R(i, k) as a sparse (N, N) matrix of ones; it is symmetric."""
+    near = ranks[:, :k]
+    itself = torch.arange(len(near), device=near.device)[:, None]
+    mutual = torch.cat([(near[near[i]] == itself[i, None]).any(2) for i in itself[:, 0].split(ROWS)])
+    rows = itself.expand_as(near)[mutual]
+    return _sparse(rows, near[mutual], torch.ones(len(rows), device=near.device), (len(near), len(near)))
+
+
+def _member_weights(cameras, modalities, k2):
+    """Each neighbour's weight in the extension, (rows, k3) float64, 0 for those left out; a row sums to 1.
+
+    A member counts 1 / (modalities present * cameras of its modality present * members of its camera).
+    """
+    places = torch.arange(cameras.shape[1], device=cameras.device)
+    earlier = places[:, None] > places
+    alike = modalities[:, :, None] == modalities[:, None, :]
+    same = alike & (cameras[:, :, None] == cameras[:, None, :])
+    place = (same & earlier).sum(2)  # within the camera
+    cameras_present = (alike & (place == 0)[:, None, :]).sum(2)  # each by its nearest
+    modalities_present = (~(alike & earlier).any(2)).sum(1, keepdim=True)
+    members = same.sum(2).clamp(max=k2)
+    return (place < k2) / (modalities_present * cameras_present * members).double()
+
+
+def _sparse(rows, cols, values, shape):
+    matrix = torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False)
+    return matrix.coalesce()
+
+
+def _normalize(features):
     if not isinstance(features, torch.Tensor):
         raise TypeError(f"features must be a torch tensor or a NumPy array, got {type(features).__name__}")
     if not features.is_floating_point():
-        raise TypeError(f"features must be floating point, got {features.dtype}; try features.float()")
+        raise TypeError(f"features must be floating point, got {features.dtype}: try features.float()")
     if features.ndim != 2:
         raise ValueError(f"features must have shape (N, D), got {tuple(features.shape)}")
     points = features.detach().float()
-    norms = torch.linalg.vector_norm(points, dim=1, keepdim=True, dtype=torch.float64)
-    for bad, what in ((~norms.isfinite(), "is not finite"), (norms == 0, "is all zeros")):
+    norms = torch.linalg.vector_norm(points, dim=1, keepdim=True, dtype=torch.float64).float()
+    for bad, what in ((~norms.isfinite(), "not finite"), (norms == 0, "all zeros")):
         if bad.any():
-            row = int(bad.flatten().nonzero()[0])
-            raise ValueError(
-                f"features must be finite and not zero, but row {row} {what} ({int(bad.sum())} such rows)"
-            )
-    return points / norms.float()
+            row, count = int(bad.flatten().nonzero()[0]), int(bad.sum())
+            raise ValueError(f"features must be finite, no row zero; row {row} is {what} ({count} such rows)")
+    return points / norms
 
 
-def _check_codes(name, codes, points, largest=None) -> torch.Tensor:
+def _check_codes(name, codes, points, largest=None):
     if codes is None:
         return torch.zeros(len(points), dtype=torch.int64, device=points.device)
     codes = torch.as_tensor(codes, device=points.device)
@@ -244,111 +306,20 @@ def _check_codes(name, codes, points, largest=None) -> torch.Tensor:
     return codes
 
 
-def _check_sizes(k1, k2, k3, eps, min_samples):
-    for name, value in (("k1", k1), ("k2", k2), ("k3", k3), ("min_samples", min_samples)):
-        if value is None and name == "k3":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+def _check_sizes(**sizes):
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | np.integer):
+            raise TypeError(f"{name} must be an integer, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+def _check_range(k2, k3):
+    _check_sizes(k2=k2, **({} if k3 is None else {"k3": k3}))
     if k3 is not None and k3 < k2:
         raise ValueError(f"k3 must be at least k2 = {k2}, or None for plain query expansion, got {k3}")
-    if not 0 < eps <= 1:
-        raise ValueError(f"eps must lie in (0, 1], got {eps}")
 
 
-def _check_ranks(ranks, size, name, k):
+def _check_ranks(ranks, size, k):
     if ranks.ndim != 2 or len(ranks) != size or ranks.shape[1] < min(k, size):
-        raise ValueError(
-            f"ranks must have shape ({size}, >= {min(k, size)}) for {name} = {k}, got {tuple(ranks.shape)}"
-        )
-
-
-def _rank(points, k) -> torch.Tensor:
-    itself = torch.arange(len(points), device=points.device)[:, None]
-    k = min(k, len(points))
-    if k <= 1:
-        return itself[:, :k]
-    return torch.cat([itself, topk_similarity(points, points, k - 1, exclude_self=True)[1]], 1)
-
-
-def _encode(points, ranks, k1):
-    mutual = _reciprocal(ranks, k1)
-    half = _reciprocal(ranks, round(k1 / 2) + 1)
-    inside = (_product(mutual, half) * mutual).coalesce()  # |H(j) & R(i)| for j in R(i)
-    i, j = inside.indices()
-    grow = 3 * inside.values() > 2 * half.indices()[0].bincount(minlength=len(points))[j]
-    grown = _product(_sparse(i[grow], j[grow], inside.values()[grow], mutual.shape), half)
-    counts, indices = _row_counts((mutual + grown).coalesce())
-    indptr = _offsets(counts)
-    weights = torch.exp(2 * _similarities(points, indptr, indices).double() - 2)
-    totals = torch.segment_reduce(weights, "sum", offsets=indptr)
-    return indptr, indices, weights / totals.repeat_interleave(counts)
-
-
-def _reciprocal(ranks, k) -> torch.Tensor:
-    """R(i, k) as a sparse (N, N) matrix of ones; it is symmetric."""
-    near = ranks[:, :k]
-    itself = torch.arange(len(near), device=near.device)[:, None]
-    mutual = torch.cat([(near[near[i]] == itself[i, None]).any(2) for i in itself[:, 0].split(ROWS)])
-    rows = itself.expand_as(near)[mutual]
-    return _sparse(rows, near[mutual], torch.ones(len(rows), device=near.device), (len(near), len(near)))
-
-
-def _similarities(points, indptr, indices) -> torch.Tensor:
-    """`points @ points.T` at the entries of a CSR pattern, and nowhere else."""
-    empty = torch.zeros(len(indices), device=points.device)
-    with _beta_allowed():
-        pattern = torch.sparse_csr_tensor(indptr, indices, empty, check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, points, points.T, beta=0.0).values()
-
-
-def _product(a, b) -> torch.Tensor:
-    with _beta_allowed():
-        return torch.sparse.mm(a, b).coalesce()
-
-
-@contextlib.contextmanager
-def _beta_allowed():
-    """Without torch's notice that its CSR tensors are in beta."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR", category=UserWarning)
-        yield
-
-
-def _member_weights(cameras, modalities, k2) -> torch.Tensor:
-    """Each neighbour's weight in the extension, (rows, k3) float64; 0 = not a member.
-
-    A member of camera c of modality m weighs 1 / (modalities present * cameras of m present * members
-    of c), so that a row's weights sum to 1.
-    """
-    earlier = torch.ones(cameras.shape[1], cameras.shape[1], device=cameras.device).tril(-1).bool()
-    alike = modalities[:, :, None] == modalities[:, None, :]
-    same = alike & (cameras[:, :, None] == cameras[:, None, :])
-    place = (same & earlier).sum(2)
-    present = place == 0  # one neighbour for each camera, its nearest
-    cameras_present = (alike & present[:, None, :]).sum(2)
-    leads = ~(alike & earlier).any(2)  # one neighbour for each modality
-    modalities_present = leads.sum(1, keepdim=True)
-    members = same.sum(2).clamp(max=k2)
-    return (place < k2) / (modalities_present * cameras_present * members).double()
-
-
-def _sparse(rows, cols, values, shape) -> torch.Tensor:
-    matrix = torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False)
-    return matrix.coalesce()
-
-
-def _row_counts(matrix) -> tuple[torch.Tensor, torch.Tensor]:
-    """A coalesced matrix's entries a row, and their columns."""
-    rows, cols = matrix.indices()
-    return rows.bincount(minlength=matrix.shape[0]), cols
-
-
-def _offsets(counts) -> torch.Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-
-
-def _rows_of(indptr) -> torch.Tensor:
-    return torch.arange(len(indptr) - 1, device=indptr.device).repeat_interleave(indptr.diff())
+        raise ValueError(f"ranks must have shape ({size}, {min(k, size)} or more), got {tuple(ranks.shape)}")
