@@ -96,10 +96,15 @@ def load_run(output, model, optimizer, config, identity):
         epoch = int(f.metadata()["epoch"])
     tensors = load_file(tensors_file)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            moments.setdefault(int(i), {})[name] = value
+            i, name = int(key.split(".")[1]), key.split(".")[2]
+            if (
+                value.shape == parameters[i].shape
+            ):  # in the parameter's memory format, which a fused step relies on
+                value = torch.empty_like(parameters[i]).copy_(value)
+            moments.setdefault(i, {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     return saved["history"][:epoch]

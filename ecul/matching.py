@@ -24,7 +24,11 @@ def match_clusters(visible, infrared):
     Source: MBCCM section 3.2 and its published code.
     """
     is_tensor = isinstance(visible, torch.Tensor)
-    distance = 2 - 2 * _unit_rows(infrared, "infrared") @ _unit_rows(visible, "visible").T
+    unit_visible, unit_infrared = _unit_rows(visible, "visible"), _unit_rows(infrared, "infrared")
+    if unit_visible.shape[1] != unit_infrared.shape[1]:
+        sizes = f"{unit_visible.shape[1]} and {unit_infrared.shape[1]}"
+        raise ValueError(f"visible and infrared must have as many features as each other, got {sizes}")
+    distance = 2 - 2 * unit_infrared @ unit_visible.T
     matched = np.zeros(distance.shape, dtype=bool)
     one_to_one, covering = _assign(distance)
     for i, j in zip(*one_to_one, strict=True):

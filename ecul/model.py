@@ -129,7 +129,8 @@ class TwoStreamResNet(nn.Module):
 
     def forward(self, visible, infrared):
         """Unit embeddings (A + B, num_features) float32 of (A, 3, H, W) and (B, 3, H, W), visible first."""
-        return self._shared(torch.cat([self.visible(visible), self.infrared(infrared)]))
+        streams = ((self.visible, visible), (self.infrared, infrared))
+        return self._shared(torch.cat([stem(x) for stem, x in streams if len(x)]))
 
     def embed(self, x, modality):
         """Unit embeddings (N, num_features) float32 of images of one modality, "visible" or "infrared"."""

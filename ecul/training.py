@@ -82,8 +82,12 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
                 )
         piles = load_piles(dataset, config.size, device)
         for epoch in tqdm(range(len(history), config.epochs), desc="epochs", disable=None):
-            row = run_epoch(model, optimizer, piles, config, epoch)
-            _require_finite(row, directory, len(history))
+            try:
+                row = run_epoch(model, optimizer, piles, config, epoch)
+            except ValueError as e:
+                _require_finite(epoch, {}, model, directory)
+                raise e
+            _require_finite(epoch, row, model, directory)
             history.append(row)
             log.info(describe(row))
             if directory is not None:
@@ -253,16 +257,19 @@ def describe(row):
     return text + (f" (monitor: ARI {monitored})" if monitored else "")
 
 
-def _require_finite(row, directory, good):
+def _require_finite(epoch, row, model, directory):
+    """End a diverged run before it overwrites the last good checkpoint."""
     bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
+    bad += [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         kept = (
-            f"the last good checkpoint is {directory}, epoch {good}"
-            if directory and good
+            f"the last good checkpoint is {directory}, epoch {epoch}"
+            if directory and epoch
             else "nothing was saved"
         )
+        named = ", ".join(bad[:4]) + (" ..." if len(bad) > 4 else "")
         raise RuntimeError(
-            f"epoch {row['epoch']}: {', '.join(bad)} is not finite; {kept}. Lower lr, or set precision='fp32'"
+            f"epoch {epoch} diverged: {named} not finite; {kept}. Lower lr, or set precision='fp32'"
         )
 
 

@@ -1,0 +1,107 @@
+"""Augmentation: distributions against METHOD section 6, and independence between images."""
+
+import pytest
+import torch
+
+from ecul import augment
+
+N = 4000
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def noise(count=N, size=(16, 8)):
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def share(condition):
+    return condition.float().mean().item()
+
+
+def test_normalize_is_imagenets():
+    x = augment.normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    expected = [(1 - m) / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)]
+    assert torch.allclose(x[0, :, 0, 0], torch.tensor(expected))
+
+
+def test_crop_shifts_by_up_to_pad_and_fills_zeros(generator):
+    images = torch.zeros(N, 3, 9, 9, dtype=torch.uint8)
+    images[:, :, 4, 4] = 200
+    cropped = augment.crop(images, 2, generator)
+    place = cropped[:, 0].flatten(1).argmax(1)
+    counts = torch.bincount(place, minlength=81).reshape(9, 9)
+    assert cropped.shape == images.shape and (counts.nonzero() - 4).abs().max() == 2
+    assert counts[2:7, 2:7].min() > 0.6 * N / 25 and counts.sum() == N
+    ones = augment.crop(torch.ones(N, 3, 9, 9, dtype=torch.uint8), 2, generator)
+    assert share((ones == 1).flatten(1).all(1)) == pytest.approx(1 / 25, abs=0.015)
+
+
+def test_flip_mirrors_half_of_the_images(generator):
+    images = noise()
+    flipped = augment.flip(images, generator)
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    assert share(mirrored) == pytest.approx(0.5, abs=0.03)
+    assert (flipped == images).flatten(1).all(1)[~mirrored].all()
+
+
+def test_erasing_fills_one_rectangle_of_the_stated_area_and_shape(generator):
+    h, w = 64, 32
+    images = torch.full((N, 3, h, w), -9.0)
+    erased = augment.erase(images, 0.5, generator)
+    inside = (erased != -9).all(1)
+    touched = inside.flatten(1).any(1)
+    assert share(touched) == pytest.approx(0.5, abs=0.03)
+    rows, columns = inside.any(2).sum(1)[touched], inside.any(1).sum(1)[touched]
+    area = inside.flatten(1).sum(1)[touched]
+    assert torch.equal(area, rows * columns)
+    assert rows.max() < h and columns.max() < w
+    assert area.min() >= 0.9 * 0.02 * h * w and area.max() <= 1.1 * 0.4 * h * w
+    aspect = rows / columns
+    assert aspect.min() > 0.25 and aspect.max() < 4.5 and share(aspect > 1) > 0.5
+    colour = erased[touched][inside[touched][:, None].expand(-1, 3, -1, -1)].reshape(-1, 1)
+    assert set(colour.unique().tolist()) == set(torch.tensor(augment.ERASED).tolist())
+
+
+def test_channel_exchange_copies_each_channel_equally_often(generator):
+    images = noise()
+    exchanged = augment.exchange_channels(images, generator)
+    for channel in range(3):
+        copied = (exchanged == images[:, channel : channel + 1]).flatten(1).all(1)
+        assert share(copied) == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_channel_adapt_has_its_five_outcomes(generator):
+    images = noise()
+    adapted = augment.adapt_channels(images, generator)
+    gray = (images * torch.tensor(augment.GRAY)[:, None, None]).sum(1, keepdim=True).expand_as(images)
+    outcomes = [images[:, c : c + 1].expand_as(images) for c in range(3)] + [gray, images]
+    shares = [share(torch.isclose(adapted, o).flatten(1).all(1)) for o in outcomes]
+    assert shares == pytest.approx([0.25, 0.25, 0.25, 0.125, 0.125], abs=0.025)
+
+
+def test_linear_transform_scales_rectangles_and_ends_on_black_images(generator):
+    images = noise(400, (24, 12))
+    scaled = augment.scale_rectangles(images, 0.8, generator)
+    changed = (scaled != images).flatten(1).any(1)
+    assert share(changed) == pytest.approx(0.8, abs=0.07)
+    assert scaled.min() >= 0 and scaled.max() <= 1
+    black = torch.zeros(4, 3, 24, 12)
+    assert torch.equal(augment.scale_rectangles(black, 1.0, generator), black)
+
+
+@pytest.mark.parametrize("view", ["visible", "exchanged", "infrared"])
+def test_views_are_independent_between_images_and_repeat_with_the_seed(view):
+    image = (noise(1)[0] * 255).to(torch.uint8).expand(64, -1, -1, -1)
+    first, again = (
+        augment.train_view(image, view, 2, torch.Generator().manual_seed(3), True) for _ in range(2)
+    )
+    assert torch.equal(first, again) and first.dtype == torch.float32
+    assert len(first.flatten(1).unique(dim=0)) > 50
+
+
+def test_an_unknown_view_is_named():
+    with pytest.raises(ValueError, match="'thermal'"):
+        augment.train_view(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "thermal", 2)

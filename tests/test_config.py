@@ -1,0 +1,68 @@
+"""Presets and the errors of a configuration."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ecul import Config
+from ecul.config import DATASETS, METHODS
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_preset_is_valid_and_survives_json(dataset, method):
+    config = Config.preset(dataset, method=method)
+    assert config.method == method
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_published_numbers():
+    sysu, regdb, mbccm = Config.preset("sysu"), Config.preset("regdb"), Config.preset("sysu", method="mbccm")
+    assert (sysu.k1, sysu.k2, sysu.k3, sysu.k1_joint, sysu.k2_joint, sysu.k3_joint) == (30, 6, 12, 40, 16, 40)
+    assert (sysu.identities, sysu.instances, sysu.iterations, sysu.epochs) == (8, 16, 200, 75)
+    assert (regdb.eps, regdb.k1_joint, regdb.k2_joint, regdb.k3_joint, regdb.iterations) == (
+        0.3,
+        38,
+        10,
+        38,
+        100,
+    )
+    assert (mbccm.identities, mbccm.instances, mbccm.iterations, mbccm.epochs) == (12, 12, 300, 80)
+    assert mbccm.lr_milestones == (20, 50, 70) and mbccm.weight_instance == 0
+
+
+def test_overrides_win_and_the_config_is_frozen():
+    config = Config.preset("regdb", method="mbccm", iterations=7)
+    assert config.iterations == 7 and config.replace(seed=3).seed == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"itterations": 3}, "no field 'itterations' .did you mean 'iterations'"),
+        ({"method": "ecull"}, "method must be one of .*did you mean 'ecul'"),
+        ({"depth": 51}, "depth must be one of"),
+        ({"update_rule": "tsmen"}, "did you mean 'tsmem'"),
+        ({"k1": 0}, "k1 must be a whole number of at least 1, got 0"),
+        ({"k1": 2.5}, "k1 must be a whole number"),
+        ({"eps": 1.5}, "eps"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"lr": -1}, "lr must be above 0"),
+        ({"weight_joint": -0.1}, "weight_joint"),
+        ({"size": (288,)}, "size must be"),
+        ({"iterations": True}, "iterations must be a whole number"),
+    ],
+)
+def test_errors_name_the_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_dict(fields)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'sysu'"):
+        Config.preset("sisu")
+    with pytest.raises(ValueError, match="did you mean 'mbccm'"):
+        Config.preset("sysu", method="mbcm")

@@ -1,0 +1,124 @@
+"""Cluster matching and instance selection against loops written from METHOD section 2 and 4."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecul import match_clusters
+from ecul.matching import select_instances
+
+
+def unit(rng, n, d):
+    x = rng.normal(size=(n, d))
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def best_assignment(cost):
+    """Minimum-cost one-to-one assignment by trying every one; cost has at most as many rows as columns."""
+    rows, columns = cost.shape
+    chosen = min(
+        itertools.permutations(range(columns), rows), key=lambda p: sum(cost[i, j] for i, j in enumerate(p))
+    )
+    return list(enumerate(chosen))
+
+
+def oracle(visible, infrared):
+    """METHOD section 2, step by step, for a few clusters a side."""
+    distance = 2 - 2 * infrared @ visible.T
+    b, a = distance.shape
+    small = distance if b <= a else distance.T
+    k = max(a, b) // min(a, b) + 1
+    first = best_assignment(small)
+    tiled = np.concatenate([small] * k)
+    second = [(r % small.shape[0], c) for c, r in best_assignment(tiled.T)]
+    if b > a:
+        first, second = [(c, r) for r, c in first], [(c, r) for r, c in second]
+    match = np.zeros((b, a), dtype=bool)
+    for i, j in first:
+        for other in range(a):
+            match[i, other] |= distance[i, other] <= distance[i, j]
+    for i, j in second:
+        for other in range(b):
+            match[other, j] |= distance[other, j] <= distance[i, j]
+    return match
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
+def test_equals_the_oracle(a, b, seed):
+    rng = np.random.default_rng(seed)
+    visible, infrared = unit(rng, a, 5), unit(rng, b, 5)
+    assert np.array_equal(match_clusters(visible, infrared), oracle(visible, infrared))
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10**6))
+def test_is_total(a, b, seed):
+    rng = np.random.default_rng(seed)
+    match = match_clusters(unit(rng, a, 8), unit(rng, b, 8))
+    assert match.shape == (b, a) and match.dtype == bool
+    assert match.any(axis=0).all() and match.any(axis=1).all()
+
+
+def test_finds_the_planted_partners():
+    rng = np.random.default_rng(0)
+    visible = unit(rng, 30, 64)
+    order = rng.permutation(30)
+    infrared = visible[order] + 0.01 * rng.normal(size=(30, 64))
+    assert np.array_equal(match_clusters(visible, infrared), order[:, None] == np.arange(30))
+
+
+def test_scale_and_kind_do_not_matter():
+    rng = np.random.default_rng(1)
+    visible, infrared = unit(rng, 7, 6), unit(rng, 3, 6)
+    as_tensor = match_clusters(torch.tensor(3 * visible), torch.tensor(0.5 * infrared))
+    assert isinstance(as_tensor, torch.Tensor) and as_tensor.dtype == torch.bool
+    assert np.array_equal(as_tensor.numpy(), match_clusters(visible, infrared))
+
+
+@pytest.mark.parametrize(
+    ("visible", "infrared", "message"),
+    [
+        (np.ones((0, 4)), np.ones((2, 4)), "visible .* at least one cluster"),
+        (np.ones((2, 4)), np.ones((0, 4)), "infrared .* at least one cluster"),
+        (np.zeros((2, 4)), np.ones((2, 4)), "visible centres must be finite and not zero"),
+        (np.ones((2, 4)), np.full((2, 4), np.nan), "infrared centres must be finite"),
+        (np.ones((2, 4)), np.ones((2, 5)), "as many features"),
+    ],
+)
+def test_errors_name_the_side(visible, infrared, message):
+    with pytest.raises(ValueError, match=message):
+        match_clusters(visible, infrared)
+
+
+def selected_oracle(visible, infrared, y_v, y_r, k):
+    similarity = visible @ infrared.T
+    near_v = [
+        sorted(range(len(infrared)), key=lambda j: (-similarity[i, j], j))[:k] for i in range(len(visible))
+    ]
+    near_r = [
+        sorted(range(len(visible)), key=lambda i: (-similarity[i, j], i))[:k] for j in range(len(infrared))
+    ]
+    keep_v, keep_r = [-1] * len(visible), [-1] * len(infrared)
+    for i, j in itertools.product(range(len(visible)), range(len(infrared))):
+        if j in near_v[i] and i in near_r[j] and y_v[i] == y_r[j] != -1:
+            keep_v[i], keep_r[j] = y_v[i], y_r[j]
+    return keep_v, keep_r
+
+
+@given(st.integers(1, 25), st.integers(1, 25), st.integers(1, 6), st.integers(0, 10**6))
+def test_instance_selection_equals_the_oracle(a, b, k, seed):
+    rng = np.random.default_rng(seed)
+    visible, infrared = unit(rng, a, 6), unit(rng, b, 6)
+    y_v, y_r = rng.integers(-1, 4, a), rng.integers(-1, 4, b)
+    tensors = [torch.tensor(x, dtype=torch.float32) for x in (visible, infrared)]
+    kept = select_instances(*tensors, torch.tensor(y_v), torch.tensor(y_r), k)
+    rounded = [x.double().numpy() for x in tensors]
+    assert [t.tolist() for t in kept] == list(selected_oracle(*rounded, y_v.tolist(), y_r.tolist(), k))
+
+
+def test_instance_selection_with_an_empty_modality():
+    kept_v, kept_r = select_instances(torch.eye(3), torch.empty(0, 3), torch.arange(3), torch.empty(0).long())
+    assert kept_v.tolist() == [-1, -1, -1] and len(kept_r) == 0

@@ -1,0 +1,191 @@
+"""Losses, memories and TSMem against loops written from METHOD sections 3 and 4."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ecul import ClusterMemory, InstanceMemory
+from ecul.losses import agreement_loss, consistency_loss, contrastive_loss
+from ecul.memory import cluster_means, random_members, tsmem
+
+
+def unit(rng, n, d):
+    return F.normalize(torch.tensor(rng.normal(size=(n, d))), dim=1)
+
+
+def instance_oracle(x, bank, bank_labels, labels, temp):
+    """L_I in Python floats: positives summed, every slot in the denominator, -1 not counted."""
+    losses = []
+    for f, y in zip(x.tolist(), labels, strict=True):
+        if y == -1:
+            continue
+        scores = [sum(a * b for a, b in zip(f, row, strict=True)) / temp for row in bank.tolist()]
+        positive = sum(math.exp(s) for s, l in zip(scores, bank_labels, strict=True) if l == y)
+        losses.append(-math.log(positive) + math.log(sum(math.exp(s) for s in scores)))
+    return sum(losses) / max(len(losses), 1)
+
+
+@given(st.integers(1, 12), st.integers(1, 20), st.integers(0, 10**6))
+def test_contrastive_loss_equals_the_oracle(b, slots, seed):
+    rng = np.random.default_rng(seed)
+    x, bank = unit(rng, b, 5), unit(rng, slots, 5)
+    bank_labels = rng.integers(0, 4, slots)
+    labels = rng.choice([-1, *bank_labels], b)
+    loss = contrastive_loss(x.float(), bank.float(), torch.tensor(bank_labels), torch.tensor(labels), 0.5)
+    assert loss.item() == pytest.approx(instance_oracle(x, bank, bank_labels, labels, 0.5), abs=1e-5)
+
+
+@given(st.integers(1, 10), st.integers(2, 12), st.integers(0, 10**6))
+def test_cluster_loss_and_gradient_are_those_of_cross_entropy(b, clusters, seed):
+    rng = np.random.default_rng(seed)
+    labels = torch.tensor(rng.integers(-1, clusters, b))
+    memory = ClusterMemory.from_clusters(unit(rng, clusters, 6).float(), temp=0.05)
+    x = unit(rng, b, 6).float().requires_grad_()
+    y = x.detach().double().requires_grad_()
+    loss = memory(x, labels)
+    loss.backward()
+    if (labels >= 0).any():
+        logits = F.normalize(y, dim=1) @ memory.features.double().T / 0.05
+        expected = F.cross_entropy(logits, labels, ignore_index=-1)
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+        assert torch.allclose(x.grad.double(), y.grad, atol=1e-4)
+    else:
+        assert loss.item() == 0 and not x.grad.any()
+
+
+def test_forward_and_backward_change_no_state():
+    rng = np.random.default_rng(0)
+    for memory in (ClusterMemory.from_clusters(unit(rng, 4, 6).float()), InstanceMemory(6, 4)):
+        memory.features.copy_(unit(rng, 4, 6))
+        before = {k: v.clone() for k, v in memory.state_dict().items()}
+        memory(unit(rng, 3, 6).float().requires_grad_(), torch.tensor([0, 1, -1])).backward()
+        assert all(torch.equal(before[k], v) for k, v in memory.state_dict().items())
+
+
+def test_an_outlier_row_is_nobodys_positive():
+    features = F.normalize(torch.eye(4) + 0.1, dim=1)
+    memory = InstanceMemory.from_features(features, torch.tensor([0, 0, -1, -1]))
+    assert memory.labels.tolist()[:2] == [0, 0]
+    assert len(set(memory.labels.tolist())) == 3 and max(memory.labels.tolist()[2:]) < -1
+    loss = memory(features[:1], torch.tensor([0]))
+    assert loss.item() == pytest.approx(
+        instance_oracle(features[:1], features, [0, 0, -4, -5], [0], 0.05), abs=1e-4
+    )
+
+
+def updated_oracle(bank, x, labels, momentum, rule):
+    """METHOD section 3's rules that draw nothing, row by row."""
+    bank = [torch.tensor(r, dtype=torch.float64) for r in bank.tolist()]
+    x = [torch.tensor(f, dtype=torch.float64) for f in x.tolist()]
+    for y in sorted(set(labels) - {-1}):
+        mine = [f for f, label in zip(x, labels, strict=True) if label == y]
+        if rule == "mean":
+            mine = [sum(mine) / len(mine)]
+        if rule == "hard":
+            mine = [min(mine, key=lambda f: float(f @ bank[y]))]
+        for f in mine:
+            row = momentum * bank[y] + (1 - momentum) * f
+            bank[y] = row / row.norm()
+    return torch.stack(bank)
+
+
+@pytest.mark.parametrize("rule", ["sequential", "mean", "hard"])
+@given(st.integers(0, 12), st.integers(1, 5), st.sampled_from([0.0, 0.1, 0.9]), st.integers(0, 10**6))
+def test_update_equals_the_oracle(rule, b, rows, momentum, seed):
+    rng = np.random.default_rng(seed)
+    memory = ClusterMemory.from_clusters(unit(rng, rows, 4).float(), momentum=momentum, rule=rule)
+    before, x, labels = memory.features.clone(), unit(rng, b, 4).float(), rng.integers(-1, rows, b)
+    memory.update(x, torch.tensor(labels, dtype=torch.int64))
+    expected = updated_oracle(before, x, labels.tolist(), momentum, rule)
+    assert torch.allclose(memory.features.double(), expected, atol=1e-5)
+
+
+def test_the_instance_rule_takes_one_member_uniformly():
+    taken = []
+    for seed in range(300):
+        memory = ClusterMemory.from_clusters(torch.eye(4)[3:], momentum=0.0, rule="instance")
+        generator = torch.Generator().manual_seed(seed)
+        memory.update(torch.eye(4)[:3], torch.zeros(3, dtype=torch.int64), generator)
+        taken.append(int(memory.features[0].argmax()))
+        assert memory.features[0].max() == 1
+    assert min(np.bincount(taken, minlength=3)) > 70 and len(np.bincount(taken)) == 3
+
+
+@given(st.integers(1, 30), st.integers(0, 10**6))
+def test_consistency_equals_the_oracle(b, seed):
+    rng = np.random.default_rng(seed)
+    p, q = (torch.tensor(rng.normal(size=(b, 7)) * 4) for _ in range(2))
+    total = 0.0
+    for a_row, b_row in zip(p.tolist(), q.tolist(), strict=True):
+        soft_a = [math.exp(v) / sum(map(math.exp, a_row)) for v in a_row]
+        soft_b = [math.exp(v) / sum(map(math.exp, b_row)) for v in b_row]
+        total += (
+            sum(y * math.log(y / x) + x * math.log(x / y) for x, y in zip(soft_a, soft_b, strict=True)) / 2
+        )
+    assert consistency_loss(p, q).item() == pytest.approx(total / b, rel=1e-4, abs=1e-6)
+
+
+def test_agreement_vanishes_for_equal_memories_and_teaches_x():
+    rng = np.random.default_rng(0)
+    banks = {m: ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for m in ("visible", "infrared")}
+    others = {m: ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for m in ("visible", "infrared")}
+    x = unit(rng, 3, 6).float().requires_grad_()
+    assert agreement_loss(banks, banks, x).item() == pytest.approx(0, abs=1e-6)
+    agreement_loss(banks, others, x).backward()
+    assert x.grad.abs().sum() > 0
+
+
+@given(st.integers(1, 40), st.integers(0, 10**6))
+def test_cluster_means_equal_the_oracle(n, seed):
+    rng = np.random.default_rng(seed)
+    x, groups = unit(rng, n, 5), torch.tensor(rng.integers(0, 2, n))
+    drawn = rng.integers(-1, 5, n)
+    drawn[0] = 0
+    labels = torch.tensor(np.searchsorted(np.unique(drawn[drawn >= 0]), drawn))
+    labels[drawn < 0] = -1
+    for c in range(int(labels.max()) + 1):
+        plain = x[labels == c].mean(0)
+        parts = [
+            x[(labels == c) & (groups == g)].mean(0) for g in (0, 1) if ((labels == c) & (groups == g)).any()
+        ]
+        joint = sum(parts) / len(parts)
+        assert torch.allclose(cluster_means(x, labels)[c], plain / plain.norm(), atol=1e-9)
+        assert torch.allclose(cluster_means(x, labels, groups)[c], joint / joint.norm(), atol=1e-9)
+
+
+def test_random_members_are_members_and_every_member_is_drawn():
+    x, labels = torch.eye(6), torch.tensor([0, 1, 0, -1, 1, 1])
+    drawn = torch.stack(
+        [random_members(x, labels, torch.Generator().manual_seed(s)).argmax(1) for s in range(100)]
+    )
+    assert set(drawn[:, 0].tolist()) == {0, 2} and set(drawn[:, 1].tolist()) == {1, 4, 5}
+
+
+def test_tsmem_has_two_steps():
+    assert tsmem(4, 5) == ("random", "instance", 0.0)
+    assert tsmem(5, 5) == ("mean", "mean", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ClusterMemory(4, 0), "at least 1"),
+        (lambda: ClusterMemory(4, 2, momentum=1.5), "momentum"),
+        (lambda: ClusterMemory(4, 2, temp=0), "temp"),
+        (lambda: ClusterMemory(4, 2, rule="best"), "rule must be one of"),
+        (lambda: ClusterMemory.from_clusters(torch.eye(3))(torch.eye(3)[:2], torch.tensor([0, 3])), "label"),
+        (
+            lambda: ClusterMemory.from_clusters(torch.eye(3)).update(torch.eye(3)[:1], torch.tensor([7])),
+            "label",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,185 @@
+"""The main job: it learns, repeats itself, survives a kill, and comes through every collapse."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
+from ecul.training import build_model
+
+TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}
+TINY |= {"tsmem_switch": 1, "k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6}
+
+
+def tiny(**overrides):
+    return Config.preset("demo", **{**TINY, **overrides})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return synthesize(
+        tmp_path_factory.mktemp("w") / "world", identities=10, images=3, size=(32, 16), progress=False
+    )
+
+
+@pytest.fixture(scope="module")
+def dataset(world):
+    return open_dataset("sysu", world)
+
+
+def arrays(visible, infrared, **more):
+    rng = np.random.default_rng(0)
+    piles = [rng.integers(0, 256, (n, 32, 16, 3), dtype=np.uint8) for n in (visible, infrared)]
+    return Dataset.from_arrays(visible=piles[0], infrared=piles[1], **more)
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", ["united", "ecul", "mbccm"])
+def test_every_method_runs_and_leaves_a_run_directory(method, dataset, tmp_path):
+    rows = []
+    run = train(dataset, tiny(method=method), output=tmp_path / "run", on_epoch=rows.append)
+    assert rows == run.history and [r["stage"] for r in rows] == [1, 2, 2]
+    losses = {k for k in rows[-1] if k.startswith("loss_")}
+    assert ("loss_cluster_joint" in losses) == (method != "mbccm")
+    assert ("loss_agnostic_visible" in losses) == ("loss_consistency" in losses) == (method != "ecul")
+    assert all(math.isfinite(rows[-1][k]) for k in losses)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"config.json", "log.jsonl", "model.safetensors", "resume.json", "resume.safetensors"} <= names
+    assert [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == rows
+    assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(dataset):
+    first, again, other = (train(dataset, tiny(seed=s)).model for s in (0, 0, 1))
+    assert same(first, again) and not same(first, other)
+
+
+def test_identities_never_reach_training(world):
+    dataset = open_dataset("sysu", world)
+    blind = Dataset.from_arrays(
+        visible=dataset.visible.load((64, 32)).permute(0, 2, 3, 1).numpy(),
+        infrared=dataset.infrared.load((64, 32)).permute(0, 2, 3, 1).numpy(),
+        visible_cameras=dataset.visible.camids,
+        infrared_cameras=dataset.infrared.camids,
+    )
+    seen, unseen = (train(d, tiny()) for d in (dataset, blind))
+    assert same(seen.model, unseen.model)
+    assert any(k.startswith("monitor_") for k in seen.history[0])
+    assert not any(k.startswith("monitor_") for k in unseen.history[0])
+
+
+def test_resume_continues_to_the_same_weights(dataset, tmp_path):
+    config = tiny()
+    whole = train(dataset, config, output=tmp_path / "whole")
+
+    def stop_after_two(row):
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, config, output=tmp_path / "parts", on_epoch=stop_after_two)
+    resumed = train(dataset, config, output=tmp_path / "parts", resume=True)
+    assert same(whole.model, resumed.model) and [r["epoch"] for r in resumed.history] == [0, 1, 2]
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        tmp_path / "parts" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_kill_in_mid_epoch_then_resume(world, dataset, tmp_path):
+    config = tiny()
+    code = f"""
+import os, signal
+import ecul.training as training
+from ecul import Config, open_dataset
+learn = training.learn
+def killed(*args):
+    if calls.append(1) or len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return learn(*args)
+calls, training.learn = [], killed
+config = Config.from_dict({config.to_dict()!r})
+training.train(open_dataset("sysu", {str(world)!r}), config, output={str(tmp_path / "k")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+    resumed = train(dataset, config, output=tmp_path / "k", resume=True)
+    assert same(train(dataset, config).model, resumed.model)
+
+
+def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dataset, tmp_path):
+    train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run; pass resume=True"):
+        train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
+    with pytest.raises(ValueError, match="epochs_cross: 0 then, 2 now"):
+        train(dataset, tiny(), output=tmp_path / "run", resume=True)
+
+
+def test_an_unwritable_output_is_said_at_the_start(dataset, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="output: cannot write to"):
+        train(dataset, tiny(), output=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("piles", "overrides"),
+    [
+        ((40, 40), {"min_samples": 60}),  # everything an outlier
+        ((40, 40), {"eps": 1.0}),  # one giant cluster
+        ((1, 1), {}),  # one image each
+    ],
+)
+def test_collapse_is_said_and_does_not_end_the_run(piles, overrides, caplog):
+    caplog.set_level(logging.WARNING)
+    run = train(arrays(*piles), tiny(**{"min_samples": 2, **overrides}))
+    assert len(run.history) == 3 and all(r["skipped"] for r in run.history)
+    assert "fewer than two clusters in a modality" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["united", "ecul", "mbccm"])
+def test_fewer_clusters_than_identities_and_clusters_of_one_image(method):
+    config = tiny(method=method, min_samples=1, eps=0.3, eps_joint=0.3, identities=64)
+    run = train(arrays(12, 9, visible_cameras=np.ones(12, int), infrared_cameras=np.ones(9, int)), config)
+    assert not any(r.get("skipped") for r in run.history)
+
+
+def test_joint_collapse_leaves_the_other_terms(caplog):
+    run = train(arrays(12, 9), tiny(method="ecul", min_samples=1, eps=0.3, eps_joint=1.0, k1_joint=40))
+    assert "loss_cluster_visible" in run.history[-1]
+
+
+def test_divergence_names_the_last_good_checkpoint(dataset, tmp_path):
+    config = tiny(lr=1e-35, lr_gamma=1e65, lr_milestones=(1,))
+    with pytest.raises(RuntimeError, match="epoch 1 diverged: .* the last good checkpoint is .*run, epoch 1"):
+        train(dataset, config, output=tmp_path / "run")
+    assert np.isfinite(TwoStreamResNet.from_pretrained(tmp_path / "run").bottleneck.weight.detach()).all()
+
+
+@pytest.mark.parametrize("piles", [(40, 0), (0, 40)])
+def test_an_empty_modality_is_refused_before_work(piles):
+    with pytest.raises(ValueError, match="error: (visible|infrared): no images"):
+        train(arrays(*piles), tiny())
+
+
+def test_weights_of_another_architecture_are_refused(dataset, tmp_path):
+    torch.save(TwoStreamResNet(18, width=8).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="does not fit"):
+        train(dataset, tiny(weights=str(tmp_path / "w.pth")))
+
+
+def test_training_raises_cross_modality_map(tmp_path):
+    root = synthesize(tmp_path / "world", identities=32, images=4, progress=False)
+    dataset = open_dataset("sysu", root)
+    config = Config.preset("demo", epochs_intra=4, epochs_cross=4, tsmem_switch=4, iterations=24)
+    before = evaluate(build_model(config, torch.device("cpu")), dataset, modes=["all"], progress=False)
+    after = evaluate(train(dataset, config).model, dataset, modes=["all"], progress=False)
+    assert after.rows[0]["mAP"] > 1.3 * before.rows[0]["mAP"]
