@@ -27,6 +27,10 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Write a dict of tensors as safetensors; metadata values become strings."""
+    """Write a dict of tensors as safetensors; metadata values become strings. Equal content, equal bytes."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_file(path, save(tensors, {k: str(v) for k, v in (metadata or {}).items()}))
+    data = save(tensors, {k: str(v) for k, v in (metadata or {}).items()})
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()  # the library's order is arbitrary
+    header += b" " * (-len(header) % 8)
+    write_file(path, len(header).to_bytes(8, "little") + header + data[end:])
