@@ -43,10 +43,14 @@ def jaccard_neighbors(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
     """
-    _check(indptr, indices, values, eps)
-    if eps < 1 and len(indices) and use_triton(values):
-        return _launch(indptr, indices, values, eps)
-    return jaccard_neighbors_reference(indptr, indices, values, eps)
+    if not 0 < eps <= 1:
+        raise ValueError(f"eps must lie in (0, 1]; got {eps}")
+    check_vector("indptr", indptr)
+    check_vector("indices", indices)
+    check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
+    check_device("indices", indices, indptr.device)
+    check_device("values", values, indptr.device)
+    return _jaccard_neighbors(indptr, indices, values, eps)
 
 
 def jaccard_neighbors_reference(
@@ -110,14 +114,23 @@ def _graph(i, j, size):
     return torch.cat([degree.new_zeros(1), degree.cumsum(0)]), keys % max(size, 1)
 
 
-def _check(indptr, indices, values, eps):
-    if not 0 < eps <= 1:
-        raise ValueError(f"eps must lie in (0, 1]; got {eps}")
-    check_vector("indptr", indptr)
-    check_vector("indices", indices)
-    check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
-    check_device("indices", indices, indptr.device)
-    check_device("values", values, indptr.device)
+@torch.library.custom_op("ecul::jaccard_neighbors", mutates_args=())
+def _jaccard_neighbors(
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_matrix(indptr, indices, values)
+    if eps < 1 and len(indices) and use_triton(values):
+        return _launch(indptr, indices, values, eps)
+    return jaccard_neighbors_reference(indptr, indices, values, eps)
+
+
+@_jaccard_neighbors.register_fake
+def _(indptr, indices, values, eps):
+    pairs = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(indptr), indices.new_empty(pairs)
+
+
+def _check_matrix(indptr, indices, values):
     if len(indptr) == 0:
         raise ValueError("indptr must hold N + 1 offsets, a single 0 for no rows; got none")
     if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr.diff() < 0).any():

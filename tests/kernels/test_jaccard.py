@@ -1,11 +1,19 @@
 """Pairs within a Jaccard distance, against dense float64 matrices."""
 
 import numpy as np
+import pytest
 import torch
-from ecul.kernels import jaccard_neighbors
+from ecul.kernels import jaccard, jaccard_neighbors, jaccard_neighbors_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+
+WORLD = {
+    "seed": st.integers(0, 10**6),
+    "size": st.integers(1, 24),
+    "columns": st.integers(1, 24),
+    "exact": st.booleans(),
+}
 
 
 def dense_distance(encodings):
@@ -15,7 +23,7 @@ def dense_distance(encodings):
     return distance
 
 
-def random_encodings(seed, size, columns, exact):
+def random_encodings(seed, size, columns, exact=False):
     """Rows that sum to 1 or less over a few shared columns; `exact`: multiples of 1/64, some rows empty."""
     rng = np.random.default_rng(seed)
     weights = rng.integers(0, 8, (size, size)) * (np.arange(size) < columns)
@@ -24,29 +32,145 @@ def random_encodings(seed, size, columns, exact):
         weights[weights.cumsum(1) > 64] = 0
         return weights / 64
     weights = weights * rng.random((size, size))
-    encodings = (weights / np.maximum(weights.sum(1, keepdims=True), 1e-9)).astype(np.float32)
-    return np.round(encodings.astype(np.float64) * 2**30) / 2**30
+    encodings = weights / np.maximum(weights.sum(1, keepdims=True), 1e-9)
+    return np.round(encodings * 2**30) / 2**30
 
 
-def as_arguments(encodings, device="cpu", dtype=torch.float32):
+def as_arguments(encodings, device="cpu"):
     matrix = csr_matrix(encodings)
     indptr, indices = (
         torch.from_numpy(a.astype(np.int64)).to(device) for a in (matrix.indptr, matrix.indices)
     )
-    return indptr, indices, torch.from_numpy(matrix.data).to(device, dtype)
+    return indptr, indices, torch.from_numpy(matrix.data).to(device)
 
 
 def assert_graph(graph, within):
+    assert all(part.dtype == torch.int64 for part in graph)
     indptr, indices = (part.cpu().numpy() for part in graph)
-    rows, cols = np.nonzero(within)
     np.testing.assert_array_equal(indptr, np.concatenate([[0], within.sum(1).cumsum()]))
-    np.testing.assert_array_equal(indices, cols)
+    np.testing.assert_array_equal(indices, np.nonzero(within)[1])
 
 
-@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.booleans())
+@given(**WORLD)
 def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, exact):
     encodings = random_encodings(seed, size, columns, exact)
     distance = dense_distance(encodings)
     eps = float(np.random.default_rng(seed).choice(np.append(distance[distance > 0], 0.5)))
-    within = distance <= eps
-    assert_graph(jaccard_neighbors(*as_arguments(encodings, dtype=torch.float64), eps), within)
+    assert_graph(jaccard_neighbors(*as_arguments(encodings), eps), distance <= eps)
+
+
+@pytest.mark.parametrize(
+    "name, size", [("ROWS", 7), ("PAIRS", 3), ("STRIP", 60), ("STRIP", 1), ("BLOCK", 16)]
+)
+def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, name, size):
+    encodings = random_encodings(3, 50, 8)
+    monkeypatch.setattr(jaccard, name, size)
+    for eps in (0.4, 0.5, 0.6):
+        within = dense_distance(encodings) <= eps
+        assert 50 + 10 < within.sum() < 50 * 50
+        assert_graph(jaccard_neighbors(*as_arguments(encodings, device), eps), within)
+
+
+def test_a_row_longer_than_a_block_of_the_kernel(device):
+    size = 2 * jaccard.BLOCK + 3
+    encodings = np.zeros((size, size))
+    encodings[:, 0], encodings[range(size), range(size)] = 0.5, 0.5  # one column that every row shares
+    encodings[0, 0] = 1
+    graph = jaccard_neighbors(*as_arguments(encodings, device), 0.67)  # s = 1/2, d = 2/3 for every pair
+    assert graph[0].tolist() == list(range(0, size * size + 1, size))
+    assert_graph(jaccard_neighbors(*as_arguments(encodings, device), 0.66), np.eye(size, dtype=bool))
+
+
+def test_the_columns_of_a_row_may_come_in_any_order_and_views_may_have_strides(device):
+    encodings = random_encodings(5, 20, 6)
+    indptr, indices, values = as_arguments(encodings, device)
+    rows = torch.arange(20, device=device).repeat_interleave(indptr.diff())
+    order = (rows * 100 - indices).argsort()
+    strided = torch.stack([values[order], values[order]], 1)[:, 0]
+    assert_graph(jaccard_neighbors(indptr, indices[order], strided, 0.5), dense_distance(encodings) <= 0.5)
+
+
+def test_values_in_float32_are_read_as_they_are(device):
+    encodings = random_encodings(6, 30, 8).astype(np.float32).astype(np.float64)
+    indptr, indices, values = as_arguments(encodings, device)
+    units = np.round(encodings * 2**30) / 2**30
+    assert_graph(jaccard_neighbors(indptr, indices, values.float(), 0.5), dense_distance(units) <= 0.5)
+
+
+def test_no_rows_empty_rows_and_eps_of_one(device):
+    indptr, indices = jaccard_neighbors(*as_arguments(np.zeros((0, 0)), device), 0.5)
+    assert indptr.tolist() == [0] and indices.tolist() == []
+    assert_graph(jaccard_neighbors(*as_arguments(np.zeros((3, 3)), device), 0.5), np.eye(3, dtype=bool))
+    assert_graph(jaccard_neighbors(*as_arguments(np.eye(4), device), 1.0), np.ones((4, 4), bool))
+
+
+def test_the_smallest_overlap_within_eps_is_where_the_distance_crosses_it():
+    for eps in (1e-9, 0.3, 0.6, 2 / 3, 0.999999, 1 - 1e-9):
+        least = jaccard._least_overlap(eps)
+        overlap = np.array([least - 1, least]) / 2**30
+        np.testing.assert_array_equal(1 - overlap / (2 - overlap) <= eps, [False, True])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"eps": 0.0}, "eps must lie in"),
+        ({"eps": 1.1}, "eps must lie in"),
+        ({"eps": float("nan")}, "eps must lie in"),
+        ({"indptr": torch.tensor([0, 2, 1, 3])}, "indptr must rise from 0"),
+        ({"indptr": torch.tensor([1, 2, 2, 3])}, "indptr must rise from 0"),
+        ({"indptr": torch.tensor([0, 1, 2])}, "indptr must rise from 0"),
+        ({"indptr": torch.empty(0, dtype=torch.int64)}, "indptr must hold"),
+        ({"indices": torch.tensor([0, 1, 3])}, r"indices must lie in 0..2.*; got 0..3"),
+        ({"indices": torch.tensor([0, -1, 2])}, "indices must lie in"),
+        ({"indices": torch.tensor([0, 1])}, "values must have one entry"),
+        ({"values": torch.tensor([0.5, float("nan"), 0.5])}, "values must not be negative or NaN"),
+        ({"values": torch.tensor([0.5, -0.5, 0.5])}, "values must not be negative or NaN"),
+        ({"values": torch.tensor([0.5, 1.5, 0.5])}, "sum to 1 at most"),
+        ({"values": torch.tensor([1, 1, 1])}, "values must be float32, float64"),
+        ({"indptr": torch.tensor([0.0, 1, 2, 3])}, "indptr must be int64"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(change, message):
+    good = {"indptr": torch.arange(4), "indices": torch.arange(3), "values": torch.ones(3), "eps": 0.5}
+    with pytest.raises((TypeError, ValueError), match=message):
+        jaccard_neighbors(**{**good, **change})
+
+
+def test_torch_knows_the_operator(device):
+    arguments = (*as_arguments(random_encodings(1, 12, 5), device), 0.5)
+    torch.library.opcheck(torch.ops.ecul.jaccard_neighbors.default, arguments)
+
+
+@pytest.mark.interpreted
+def test_the_kernel_returns_what_the_reference_returns():
+    arguments = as_arguments(random_encodings(2, 60, 10))
+    for eps in (0.45, 0.6):
+        for ours, reference in zip(
+            jaccard_neighbors(*arguments, eps), jaccard_neighbors_reference(*arguments, eps), strict=True
+        ):
+            assert torch.equal(ours, reference)
+
+
+@pytest.mark.gpu
+def test_a_large_world_is_the_same_on_a_gpu():
+    encodings = random_encodings(2, 3000, 60)
+    for ours, reference in zip(
+        jaccard_neighbors(*as_arguments(encodings, "cuda"), 0.6),
+        jaccard_neighbors_reference(*as_arguments(encodings), 0.6),
+        strict=True,
+    ):
+        assert torch.equal(ours.cpu(), reference)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("target", ["SM80", "SM90", "GFX942"])
+def test_the_kernel_compiles_without_spills(target, tmp_path):
+    compiling = pytest.importorskip("compiling")
+    with compiling.compiling(getattr(compiling, target)) as compiled:
+        jaccard._launch(*as_arguments(random_encodings(0, 70, 10)), 0.5)
+    assert {name for name, _ in compiled} == {"_add_overlaps"}
+    for _, kernel in compiled:
+        if target != "GFX942":
+            assert "red.relaxed" in kernel.asm["ptx"] or "atom" in kernel.asm["ptx"]
+            assert compiling.resources(kernel, tmp_path)["spilled"] == 0
