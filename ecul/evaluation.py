@@ -255,7 +255,6 @@ def _llcm_task(visible: Images, infrared: Images, mode: str, trials: int) -> _Ta
 def _trial_scores(protocol, task: _Task, query, gallery, asked, searched, rerank: bool) -> np.ndarray:
     """Scores of every query, a bounded block of the distance matrix at a time."""
     q_pids, g_pids = task.query.identities(), task.gallery.identities()
-    asked = asked[np.argsort(q_pids[asked], kind="stable")]
     found = gallery[torch.from_numpy(searched)]
     distances = None
     if rerank:

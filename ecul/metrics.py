@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+_BLOCK = 4_000_000  # distances at a time
 Removed = Callable[[np.ndarray], np.ndarray]
 
 
@@ -64,48 +65,51 @@ def scores(distmat, q_pids, g_pids, removed: Removed | None = None, by_identity:
     """(Q, 3) float64: rank of the first match, average precision, inverse negative penalty; NaN: no match.
 
     removed(rows) -> (n, G) bool marks what those queries ignore. by_identity: the first column is the rank
-    among identities, each at its first image, instead of among images.
+    among identities, each at its first image, instead of among images. Works on a block of queries at a
+    time, so that its memory does not grow with their number.
     """
     result = np.full((len(q_pids), 3), np.nan)
-    columns = np.argsort(g_pids, kind="stable")
-    ids, starts = np.unique(g_pids[columns], return_index=True)
-    ends = np.append(starts[1:], len(columns))
-    queries = np.argsort(q_pids, kind="stable")
-    for rows in np.split(queries, np.flatnonzero(np.diff(q_pids[queries])) + 1):
-        place = np.searchsorted(ids, q_pids[rows[0]]) if len(rows) else len(ids)
-        if place == len(ids) or ids[place] != q_pids[rows[0]]:
-            continue
-        distances = distmat[rows]
+    block = max(1, _BLOCK // max(1, len(g_pids)))
+    for start in range(0, len(q_pids) if len(g_pids) else 0, block):
+        rows = np.arange(start, min(start + block, len(q_pids)))
+        distances = distmat[rows[0] : rows[-1] + 1]
         if removed is not None:
             distances = np.where(removed(rows), np.inf, distances)
-        positives = columns[starts[place] : ends[place]]
-        first, precision, penalty = _group_scores(distances, positives)
-        if by_identity:
-            nearest = positives[np.argmin(distances[:, positives], axis=1)]
-            ahead = _ahead(distances, nearest)[:, columns]
-            first = 1 + np.logical_or.reduceat(ahead, starts, axis=1).sum(1)
-        matched = np.isfinite(distances[:, positives]).any(1)
-        result[rows[matched]] = np.stack([first, precision, penalty], 1)[matched]
+        result[rows] = _block_scores(distances, q_pids[rows], g_pids, by_identity)
     return result
 
 
-def _group_scores(distances: np.ndarray, positives: np.ndarray):
-    """Queries of one identity: `positives` are its gallery columns, ignored ones at infinity."""
-    ranks = np.empty((len(distances), len(positives)))
-    for column, positive in enumerate(positives):
-        ranks[:, column] = 1 + _ahead(distances, positive).sum(1)
-    ranks[np.isinf(distances[:, positives])] = np.inf
+def _block_scores(distances: np.ndarray, q_pids, g_pids, by_identity: bool) -> np.ndarray:
+    """`scores` of a few queries; what a query ignores lies at infinity."""
+    columns = np.argsort(g_pids, kind="stable")
+    ids, starts, sizes = np.unique(g_pids[columns], return_index=True, return_counts=True)
+    place = np.searchsorted(ids, q_pids).clip(max=len(ids) - 1)
+    held = np.where(ids[place] == q_pids, sizes[place], 0)
+    offsets = np.arange(max(1, held.max()))
+    positives = columns[(starts[place][:, None] + offsets).clip(max=len(columns) - 1)]
+    bounds = np.where(offsets < held[:, None], np.take_along_axis(distances, positives, 1), np.inf)
+
+    ranks = np.full(bounds.shape, np.inf)
+    for column in offsets:
+        ranks[:, column] = 1 + _ahead(distances, positives[:, column]).sum(1)
+    ranks[np.isinf(bounds)] = np.inf
     ranks.sort(1)
     count = np.isfinite(ranks).sum(1)
-    last = ranks[np.arange(len(ranks)), np.maximum(count, 1) - 1]
-    precision = (np.arange(1, len(positives) + 1) / ranks).sum(1) / np.maximum(count, 1)
-    return ranks[:, 0], precision, count / last
+    matched = count > 0
+    count = np.maximum(count, 1)
+    last = np.take_along_axis(ranks, count[:, None] - 1, 1)[:, 0]
+    precision = ((offsets + 1) / ranks).sum(1) / count
+    first = ranks[:, 0]
+    if by_identity:
+        nearest = np.take_along_axis(positives, bounds.argmin(1)[:, None], 1)[:, 0]
+        ahead = _ahead(distances, nearest)[:, columns]
+        first = 1 + np.logical_or.reduceat(ahead, starts, axis=1).sum(1)
+    return np.where(matched[:, None], np.stack([first, precision, count / last], 1), np.nan)
 
 
-def _ahead(distances: np.ndarray, target) -> np.ndarray:
-    """(n, G) bool: ranked before column `target` (one, or one a row); ties go to the lower column."""
-    target = np.broadcast_to(target, len(distances))
-    bound = distances[np.arange(len(distances)), target][:, None]
+def _ahead(distances: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(n, G) bool: ranked before column `target` of its row; ties go to the lower column."""
+    bound = np.take_along_axis(distances, target[:, None], 1)
     tied_and_earlier = (distances == bound) & (np.arange(distances.shape[1]) < target[:, None])
     return (distances < bound) | tied_and_earlier
 

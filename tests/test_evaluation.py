@@ -108,6 +108,15 @@ def test_torch_and_numpy_give_the_same(dtype):
             np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("rule", ["sysu", "regdb", "llcm"])
+def test_metrics_in_blocks_are_the_same(rule, monkeypatch):
+    arrays = problem(3, 17, 9, 4, 3)
+    whole = call(rule, *arrays)
+    monkeypatch.setattr(ecul.metrics, "_BLOCK", 20)
+    for ours, theirs in zip(call(rule, *arrays), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_metrics_refuse_what_they_cannot_rank():
     distmat, *rest = problem(2, 4, 6, 2, 0)
     distmat[1, 2] = np.nan
