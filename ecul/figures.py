@@ -297,5 +297,5 @@ def _draw_head(canvas, person, tones, pose):
 
 def _backpack(canvas, person, pose):
     """A box on the back, painted behind the body and, from behind, over it too."""
-    half = 0.6 * person.shoulders * np.abs(pose.front) + 0.05 * np.abs(pose.side)
-    return canvas.trapezoid(-0.11 * pose.side, 0.20, 0.39, 0.9 * half, half) - 0.01
+    half = 0.5 * person.shoulders * np.abs(pose.front) + 0.05 * np.abs(pose.side)
+    return canvas.trapezoid(-0.11 * pose.side, 0.20, 0.36, 0.9 * half, half) - 0.01

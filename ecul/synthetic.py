@@ -211,7 +211,7 @@ class Camera:
             gamma=rng.uniform(0.85, 1.2),
             noise=rng.uniform(0.005, 0.02),
             blur=rng.uniform(0.8, 1.5) / 64,
-            yaw=turned + rng.uniform(-0.6, 0.6),
+            yaw=turned + rng.uniform(-0.45, 0.45),
             scale=rng.uniform(0.94, 1.0),
             wall=wall,
             floor=tone(0.5),
@@ -222,7 +222,7 @@ class Camera:
 
 # What changes from image to image: the lowest and the highest value of each.
 SHOT = {
-    "yaw": (-0.4, 0.4),
+    "yaw": (-0.35, 0.35),
     "phase": (-np.pi, np.pi),
     "shift_x": (-0.03, 0.03),
     "shift_y": (-0.03, 0.03),
