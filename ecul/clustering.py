@@ -22,14 +22,15 @@ ROWS = 8192  # rows handled at a time by the steps that need more than O(k) room
 
 
 def _same_kind(function):
-    """Let a function of tensors take NumPy arrays too; it then returns NumPy arrays."""
+    """Let a function of tensors take NumPy arrays too; where no argument is a tensor, NumPy comes back."""
+
+    def as_tensor(argument):
+        return torch.as_tensor(argument) if isinstance(argument, np.ndarray) else argument
 
     @functools.wraps(function)
-    def wrapper(first, *args, **options):
-        as_numpy = isinstance(first, np.ndarray)
-        first, *args = (torch.as_tensor(a) if isinstance(a, np.ndarray) else a for a in (first, *args))
-        result = function(first, *args, **options)
-        if not as_numpy:
+    def wrapper(*args, **options):
+        result = function(*map(as_tensor, args), **{name: as_tensor(a) for name, a in options.items()})
+        if any(isinstance(argument, torch.Tensor) for argument in (*args, *options.values())):
             return result
         return tuple(part.numpy() for part in result) if isinstance(result, tuple) else result.numpy()
 

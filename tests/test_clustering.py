@@ -1,12 +1,26 @@
 """EMCC against a brute-force float64 oracle: dense matrices and Python loops, straight from METHOD."""
 
+import json
+import os
+import subprocess
+import sys
+import threading
+
 import numpy as np
+import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN
 
+from ecul import clustering
 from ecul.clustering import (
+    dbscan,
     emcc,
+    extend_encodings,
+    neighbor_graph,
+    rank_neighbors,
+    reciprocal_encodings,
 )
 
 
@@ -103,6 +117,12 @@ WORLD = {
 }
 
 
+def dense(indptr, indices, values):
+    matrix = np.zeros((len(indptr) - 1, len(indptr) - 1))
+    matrix[np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), indices] = values
+    return matrix
+
+
 @given(**WORLD)
 def test_labels_equal_the_oracle_on_generic_features(seed, size, cameras, modalities, k1, k2, more):
     features, camera, modality = world(seed, size, 6, cameras, modalities)
@@ -128,3 +148,232 @@ def test_labels_equal_the_oracle_on_ties_and_duplicates_at_an_eps_that_occurs(
     min_samples = int(rng.integers(1, 6))
     labels = emcc(features, camera, modality, k1=k1, k2=k2, k3=k3, eps=eps, min_samples=min_samples)
     np.testing.assert_array_equal(labels, oracle_dbscan(distance, eps, min_samples))
+
+
+@given(**WORLD)
+def test_every_step_equals_its_part_of_the_oracle(seed, size, cameras, modalities, k1, k2, more):
+    features, camera, modality = world(seed, size, 6, cameras, modalities)
+    k3 = None if more is None else k2 + more
+    order, _ = oracle_ranks(features)
+    ranks = rank_neighbors(features, k=max(k1, k3 or k2))
+    np.testing.assert_array_equal(ranks, order[:, : max(k1, k3 or k2)])
+    encodings = reciprocal_encodings(features, ranks, k1=k1)
+    expected = oracle_encodings(features, k1)
+    np.testing.assert_allclose(dense(*encodings), expected, atol=1e-6)
+    np.testing.assert_array_equal(dense(*encodings) > 0, expected > 0)
+    extended = extend_encodings(*encodings, ranks, camera, modality, k2=k2, k3=k3)
+    expected = oracle_extension(expected, order, camera, modality, k2, k3)
+    np.testing.assert_allclose(dense(*extended), expected, atol=1e-6)
+    np.testing.assert_allclose(dense(*extended).sum(1), 1, atol=1e-6)
+    distance = oracle_distance(dense(*extended))
+    assume(np.abs(distance - 0.6).min() > 1e-6)
+    indptr, indices = neighbor_graph(*extended, eps=0.6)
+    np.testing.assert_array_equal(indptr, np.cumsum([0, *(distance <= 0.6).sum(1)]))
+    np.testing.assert_array_equal(indices, np.nonzero(distance <= 0.6)[1])
+
+
+@given(st.integers(0, 10**6), st.integers(0, 40), st.floats(0, 0.3), st.integers(1, 6), st.booleans())
+def test_dbscan_equals_scikit_learn_on_any_graph(seed, size, density, min_samples, itself):
+    near = np.triu(np.random.default_rng(seed).random((size, size)) < density, 1)
+    near = near | near.T
+    expected = oracle_dbscan(1.0 - (near | np.eye(size, dtype=bool)), 0.5, min_samples) if size else []
+    near |= itself & np.eye(size, dtype=bool)
+    labels = dbscan(np.cumsum([0, *near.sum(1)]), np.nonzero(near)[1], min_samples)
+    assert labels.dtype == np.int64
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_half_sets_round_half_to_even_as_published():
+    """k1 = 25 takes 13 half neighbours, 35 takes 19, 41 takes 21: seen on a line of equally spaced angles."""
+    for k1, half in ((25, 13), (35, 19), (41, 21), (27, 15)):
+        angles = np.linspace(0, 1.5, 120) ** 1.1
+        features = np.stack([np.cos(angles), np.sin(angles)], 1)
+        encodings = reciprocal_encodings(features, rank_neighbors(features, k1), k1)
+        expected = np.zeros((120, 120))
+        order, _ = oracle_ranks(features)
+        for i in range(120):
+            mutual = {j for j in order[i, :k1] if i in order[j, :k1]}
+            grown = set(mutual)
+            for j in mutual:
+                own = {l for l in order[j, :half] if j in order[l, :half]}
+                grown |= own if 3 * len(own & mutual) > 2 * len(own) else set()
+            expected[i, list(grown)] = 1
+        np.testing.assert_array_equal(dense(*encodings) > 0, expected > 0)
+
+
+def test_a_point_comes_before_its_duplicates():
+    ranks = rank_neighbors(np.ones((5, 4)), k=3)
+    assert ranks.tolist() == [[0, 1, 2], [1, 0, 2], [2, 0, 1], [3, 0, 1], [4, 0, 1]]
+
+
+@given(st.integers(0, 10**6), st.integers(2, 80), st.integers(1, 5))
+def test_permuting_the_points_permutes_the_labels(seed, size, min_samples):
+    """The partition of the core points and the outliers; where a border point goes is the order's."""
+    features, camera, modality = world(seed, size, 5, 3, 2)
+    order = np.random.default_rng(seed).permutation(size)
+    sizes = {"k1": 12, "k2": 3, "k3": 9}
+    assume(np.abs(oracle_emcc_distance(features, camera, modality, **sizes) - 0.5).min() > 1e-5)
+    within = oracle_emcc_distance(features, camera, modality, **sizes) <= 0.5
+    core = within.sum(1) >= min_samples
+    options = {**sizes, "eps": 0.5, "min_samples": min_samples}
+    labels = emcc(features, camera, modality, **options)
+    moved = np.empty_like(labels)
+    moved[order] = emcc(features[order], camera[order], modality[order], **options)
+    np.testing.assert_array_equal(moved == -1, labels == -1)
+    pairs = set(zip(labels[core].tolist(), moved[core].tolist(), strict=True))
+    assert len(pairs) == len(set(labels[core])) == len(set(moved[core]))
+    assert all(moved[i] in moved[within[i] & core] for i in np.flatnonzero(moved >= 0))
+
+
+def test_portions_repetitions_kinds_and_dtypes_do_not_change_the_labels(monkeypatch):
+    features, camera, modality = world(0, 200, 12, 4, 2, noise=0.4)
+    labels = emcc(features, camera, modality)
+    assert labels.max() > 3
+    tensors = [torch.from_numpy(a) for a in (features, camera, modality)]
+    same = emcc(*tensors)
+    assert isinstance(labels, np.ndarray) and isinstance(same, torch.Tensor) and same.dtype == torch.int64
+    np.testing.assert_array_equal(same, labels)
+    np.testing.assert_array_equal(emcc(features.astype(np.float64), camera.tolist(), modality > 0), labels)
+    np.testing.assert_array_equal(emcc(np.asfortranarray(features), camera, modality), labels)
+    scales = np.logspace(-15, 15, 200, base=2)[:, None].astype(np.float32)
+    np.testing.assert_array_equal(
+        emcc(features * np.exp2(np.round(np.log2(scales))), camera, modality), labels
+    )
+    coarse = tensors[0].bfloat16()
+    np.testing.assert_array_equal(emcc(coarse, *tensors[1:]), emcc(coarse.double(), *tensors[1:]))
+    monkeypatch.setattr(clustering, "ROWS", 7)
+    np.testing.assert_array_equal(emcc(features, camera, modality), labels)
+
+
+def test_sizes_beyond_the_points_and_hardly_any_points():
+    features, camera, modality = world(1, 9, 2, 2, 2)
+    large = emcc(features, camera, modality, k1=500, k2=100, k3=300)
+    np.testing.assert_array_equal(large, emcc(features, camera, modality, k1=500, k2=9, k3=9))
+    for kind in (np.zeros((0, 4), np.float32), torch.zeros(0, 4)):
+        labels = emcc(kind)
+        assert type(labels) is type(kind) and len(labels) == 0
+    assert emcc(np.ones((1, 3))).tolist() == [-1]
+    assert emcc(np.ones((1, 3)), min_samples=1).tolist() == [0]
+    assert emcc(features, eps=1).tolist() == [0] * 9
+    assert emcc(features, eps=1, min_samples=10).tolist() == [-1] * 9
+    assert emcc(np.ones((6, 3)), k1=6, k2=6, k3=None).tolist() == [0] * 6
+
+
+def test_plain_query_expansion_is_extension_over_one_group():
+    features, camera, modality = world(2, 80, 6, 3, 2)
+    plain = emcc(features, camera, modality, k2=5, k3=None)
+    np.testing.assert_array_equal(plain, emcc(features, k2=5, k3=5))
+    assert not np.array_equal(plain, emcc(features, camera, modality, k2=5, k3=20))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"features": [[1.0, 2.0]]}, TypeError, "features must be a torch tensor or a NumPy array, got list"),
+        ({"features": np.ones((3, 2), int)}, TypeError, "features must be floating point"),
+        ({"features": np.ones(3)}, ValueError, r"features must have shape \(N, D\), got \(3,\)"),
+        ({"features": np.array([[1, 1], [1, np.nan], [1, 1]])}, ValueError, "row 1 is not finite"),
+        ({"features": np.array([[1, 1], [1, 1], [np.inf, 1]])}, ValueError, "row 2 is not finite"),
+        ({"features": np.array([[1.0, 1], [0, 0], [0, 0]])}, ValueError, r"row 1 is all zeros \(2 such"),
+        (
+            {"cameras": np.zeros(2, int)},
+            ValueError,
+            "cameras must have one entry a point",
+        ),
+        ({"cameras": np.array([0, -1, 2])}, ValueError, "cameras must not be negative, got -1..2"),
+        ({"cameras": np.zeros(3)}, TypeError, "cameras must be integers"),
+        ({"modalities": np.array([0, 1, 2])}, ValueError, "modalities must lie in 0..1, got 0..2"),
+        ({"modalities": np.zeros(4, int)}, ValueError, "modalities must have one entry a point"),
+        ({"k1": 0}, ValueError, "k1 must be at least 1, got 0"),
+        ({"k1": 2.5}, TypeError, "k1 must be an integer"),
+        ({"k2": 0}, ValueError, "k2 must be at least 1, got 0"),
+        ({"k2": 5, "k3": 4}, ValueError, "k3 must be at least k2 = 5, or None"),
+        ({"eps": 0}, ValueError, r"eps must lie in \(0, 1\], got 0"),
+        ({"eps": 1.5}, ValueError, r"eps must lie in \(0, 1\], got 1.5"),
+        ({"eps": float("nan")}, ValueError, "eps must lie in"),
+        ({"min_samples": 0}, ValueError, "min_samples must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(change, error, message):
+    with pytest.raises(error, match=message):
+        emcc(**{"features": np.ones((3, 2)), **change})
+
+
+def test_steps_on_their_own_say_what_is_wrong():
+    features = np.ones((5, 2))
+    with pytest.raises(ValueError, match=r"ranks must have shape \(5, 4 or more\), got \(5, 2\)"):
+        reciprocal_encodings(features, rank_neighbors(features, 2), k1=4)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        rank_neighbors(features, 0)
+    encodings = reciprocal_encodings(features, rank_neighbors(features, 2), k1=2)
+    with pytest.raises(ValueError, match="ranks must have shape"):
+        extend_encodings(*encodings, rank_neighbors(features, 2), k2=2, k3=3)
+
+
+def test_an_interruption_leaves_nothing_behind(monkeypatch):
+    features, camera, modality = world(0, 60, 4, 2, 2)
+    labels = emcc(features, camera, modality)
+    before = threading.active_count()
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scipy.sparse.csr_matrix.minimum", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            emcc(features, camera, modality)
+    assert threading.active_count() == before
+    np.testing.assert_array_equal(emcc(features, camera, modality), labels)
+
+
+def in_a_process(code, **environment):
+    """Run code in a fresh interpreter; returns what it prints, read as JSON."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    return json.loads(run.stdout)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from Linux's /proc")
+def test_memory_stays_far_below_a_byte_a_pair():
+    code = """
+import json, re, torch
+from ecul import emcc
+torch.set_num_threads(1)
+emcc(torch.eye(50))
+peak = lambda: 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
+start = peak()
+generator = torch.Generator().manual_seed(0)
+size = 20_000
+groups = torch.randn(size // 20, 16, generator=generator).repeat_interleave(20, 0)
+labels = emcc(groups + 0.1 * torch.randn(size, 16, generator=generator), k1=10, k2=3, k3=8)
+print(json.dumps([peak() - start, int(labels.max()), size]))
+"""
+    grown, largest, size = in_a_process(code)
+    assert largest > 500
+    assert grown < size * size / 2
+
+
+def test_labels_are_the_same_in_the_interpreter_of_triton():
+    pytest.importorskip("triton")
+    features, camera, modality = world(0, 24, 3, 2, 2, noise=0.2, dim=8)
+    sizes = {"k1": 8, "k2": 3, "k3": 6}
+    labels = emcc(features, camera, modality, **sizes).tolist()
+    assert max(labels) >= 1
+    arrays = ", ".join(f"np.array({a.tolist()})" for a in (features, camera, modality))
+    code = f"""
+import json, numpy as np
+from ecul import emcc
+print(json.dumps(emcc({arrays}, **{sizes}).tolist()))
+"""
+    assert in_a_process(code, TRITON_INTERPRET="1") == labels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [world, tied_world])
+def test_labels_are_the_same_on_a_gpu(make):
+    features, camera, modality = (torch.from_numpy(a) for a in make(0, 500, 20, 4, 2))
+    labels = emcc(features, camera, modality)
+    on_gpu = emcc(features.cuda(), camera, modality)
+    assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), labels)
