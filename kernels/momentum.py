@@ -121,8 +121,6 @@ def _check(bank, x, labels, momentum, rule):
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
-    if not labels.is_cuda and labels.numel() and int(labels.max()) >= bank.shape[0]:
-        raise ValueError(f"labels must be below the {bank.shape[0]} rows of bank; got {int(labels.max())}")
 
 
 # The kernel: one launch, a program per batch slot. It works only if its slot is the first of its label; then
@@ -209,6 +207,8 @@ def _momentum_update_(
     rule: str,
     priority: torch.Tensor | None,
 ) -> None:
+    if not labels.is_cuda and labels.numel() and int(labels.max()) >= bank.shape[0]:
+        raise ValueError(f"labels must be below the {bank.shape[0]} rows of bank; got {int(labels.max())}")
     if use_triton(bank) and bank.shape[1] <= WIDEST and bank.stride(1) == 1:
         _launch(bank, x, labels, momentum, rule, priority)
     else:
