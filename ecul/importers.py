@@ -1,0 +1,173 @@
+"""Models that other code bases trained, brought in by the names of their weights.
+
+One layout covers AGW and everything that grew from it (ADCA, PGM, MBCCM and the first author's code):
+
+    visible_module.visible.{conv1,bn1}     the visible stem; the rest of that ResNet is never run
+    thermal_module.thermal.{conv1,bn1}     the infrared stem, likewise
+    base_resnet.base.layer1 ... layer4     the shared part; its conv1 and bn1 are never run
+    NL_2.0 ... NL_3.2                      non-local blocks, where there are any
+    bottleneck                             the neck; classifier and discriminator serve training alone
+
+with or without `module.` in front, alone in the file or under "net" (AGW), "state_dict" (ADCA, PGM, MBCCM)
+or "model". AGW: https://arxiv.org/abs/2001.04193, ADCA: https://arxiv.org/abs/2208.01711
+"""
+
+import contextlib
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from .model import BLOCKS, TwoStreamResNet
+
+CONTAINERS = ("net", "state_dict", "model")
+USED = (
+    (r"visible_module\.visible\.((?:conv1|bn1)\..+)", r"visible.\1"),
+    (r"thermal_module\.thermal\.((?:conv1|bn1)\..+)", r"infrared.\1"),
+    (r"base_resnet\.base\.(layer[1-4]\..+)", r"\1"),
+    (r"(bottleneck\..+)", r"\1"),
+)
+UNUSED = {
+    "copies of the shared layers inside the stems": r"(visible_module\.visible|thermal_module\.thermal)"
+    r"\.(layer[1-4]|fc)\..+",
+    "a third stem inside the shared part": r"base_resnet\.base\.(conv1|bn1|fc)\..+",
+    "what only training uses": r"(classifier|disnet|adnet|gem)\..+",
+}
+NON_LOCAL = re.compile(r"NL_([23])\.(\d+)\.(.+)")
+
+
+def import_checkpoint(path, input_size=(288, 144)):
+    """The model of a published checkpoint, and what of the file was left out.
+
+        model, unused = import_checkpoint("model_best.pth.tar")
+        model.save_pretrained("imported")
+
+    path: a `.pth` or `.tar` that `torch.save` wrote, read with weights only (plain NumPy figures beside the
+    weights are let in, code never is), or a `.safetensors`. input_size: (H, W) in pixels that it was trained
+    with, which the file does not say. Depth, width and non-local blocks follow from the shapes. Returns a
+    `TwoStreamResNet` in eval mode whose `embed` gives the published test feature, (N, num_features) unit
+    rows, and a dict from a reason to the names that were left out for it.
+    Errors: FileNotFoundError; ValueError for a file that is no checkpoint, or whose names or shapes do not
+    all fit, with the list of them. Source: the key names of the published repositories.
+    """
+    path = Path(path)
+    state = _strip(_open(path))
+    renamed, unused, unknown = {}, {}, []
+    for name, value in state.items():
+        if (new := _renamed(name)) is not None:
+            renamed[new] = value
+        elif reason := next((r for r, pattern in UNUSED.items() if re.fullmatch(pattern, name)), None):
+            unused.setdefault(reason, []).append(name)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(
+            f"{path}: {len(unknown)} of {len(state)} names belong to no known layout, "
+            f"so nothing was imported: {_listed(unknown)}. Known: {_listed(p for p, _ in USED)}"
+        )
+    settings = _settings(renamed, path)
+    model = TwoStreamResNet(**settings, input_size=tuple(input_size))
+    if settings["non_local"]:
+        renamed = _place_non_local(renamed, sorted(model.non_local), path)
+    model._load(renamed, path)
+    return model.eval(), unused
+
+
+def _open(path):
+    """The dict of tensors in a file, out of whatever it is wrapped in."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        with torch.serialization.safe_globals(_numpy_globals()):
+            content = torch.load(path, "cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as e:
+        raise ValueError(f"{path} cannot be read as weights alone: {str(e).strip().splitlines()[0]}") from e
+    for name in CONTAINERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds {type(content).__name__}, expected a dict of weights")
+    other = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor)]
+    if other:
+        raise ValueError(
+            f"{path}: {_listed(other)} are no tensors; expected a state dict, alone or under one of "
+            f"{', '.join(map(repr, CONTAINERS))}"
+        )
+    return content
+
+
+def _numpy_globals():
+    """What NumPy numbers and arrays (accuracies beside the weights) are made of, under old and new names."""
+    home = np._core if hasattr(np, "_core") else np.core
+    parts = [np.ndarray, np.dtype]
+    with contextlib.suppress(AttributeError):  # dtypes have classes of their own from NumPy 1.25
+        parts += [getattr(np.dtypes, f"{kind}DType") for kind in ("Float64", "Float32", "Int64", "Int32")]
+    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
+        for function in (home.multiarray._reconstruct, home.multiarray.scalar):
+            parts.append((function, f"{module}.{function.__name__}"))
+    return parts
+
+
+def _strip(state):
+    while all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _renamed(name):
+    if NON_LOCAL.fullmatch(name):
+        return name
+    for pattern, ours in USED:
+        if match := re.fullmatch(pattern, name):
+            return match.expand(ours)
+    return None
+
+
+def _settings(state, path):
+    """Depth, width and non-local blocks, from the names and shapes of the weights."""
+    counts = tuple(
+        len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")})
+        for stage in range(1, 5)
+    )
+    bottlenecks = "layer1.0.conv3.weight" in state
+    depths = [d for d, blocks in BLOCKS.items() if blocks == counts and (d >= 50) == bottlenecks]
+    if not depths or "visible.conv1.weight" not in state:
+        raise ValueError(
+            f"{path}: no ResNet with {counts} blocks in its four layers is known; depths are "
+            f"{', '.join(map(str, BLOCKS))}, and the visible stem must be there"
+        )
+    return {
+        "depth": depths[0],
+        "width": len(state["visible.conv1.weight"]),
+        "non_local": any(NON_LOCAL.fullmatch(name) for name in state),
+    }
+
+
+def _place_non_local(state, places, path):
+    """`NL_2.1.g.0.weight` -> `non_local.2_3.g.weight`: a layer's n-th block, by where it stands."""
+    placed = {}
+    for name, value in state.items():
+        if match := NON_LOCAL.fullmatch(name):
+            stage, number, rest = match[1], int(match[2]), match[3].replace("g.0.", "g.")
+            here = [place for place in places if place.startswith(f"{stage}_")]
+            if number >= len(here):
+                raise ValueError(
+                    f"{path}: {name} is one non-local block too many; layer{stage} has {len(here)}"
+                )
+            if rest == "theta.weight" and len(value) != 1:
+                raise ValueError(
+                    f"{path}: {name} has {len(value)} inner channels; only blocks with one are known"
+                )
+            name = f"non_local.{here[number]}.{rest}"
+        placed[name] = value
+    return placed
+
+
+def _listed(names):
+    names = list(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,141 @@
+"""Published key layouts: the same embeddings, everything else named, nothing skipped in silence."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ecul import TwoStreamResNet
+from ecul.importers import import_checkpoint
+
+
+def trained(depth=18, width=8, non_local=False):
+    """A model whose every weight and statistic has moved from its start."""
+    torch.manual_seed(3)
+    model = TwoStreamResNet(depth, width, non_local, (32, 16))
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    model.train()(torch.randn(4, 3, 32, 16), torch.randn(4, 3, 32, 16))
+    return model.eval()
+
+
+def published(model, prefix=""):
+    """The model's weights as AGW and its descendants name them, with the halves that they never run."""
+    shared = {k: v for k, v in model.state_dict().items() if k.startswith("layer")}
+    stems = {"visible": "visible_module.visible", "infrared": "thermal_module.thermal"}
+    state = {}
+    for modality, home in stems.items():
+        for name, value in getattr(model, modality).state_dict().items():
+            state[f"{home}.{name}"] = value
+            state[f"base_resnet.base.{name}"] = torch.full_like(value, 9)
+        state.update({f"{home}.{name}": torch.full_like(value, 9) for name, value in shared.items()})
+    state.update({f"base_resnet.base.{name}": value for name, value in shared.items()})
+    state.update({f"bottleneck.{k}": v for k, v in model.bottleneck.state_dict().items()})
+    for place in sorted(model.non_local):
+        stage = place[0]
+        number = [p for p in sorted(model.non_local) if p[0] == stage].index(place)
+        for name, value in model.non_local[place].state_dict().items():
+            state[f"NL_{stage}.{number}.{name.replace('g.', 'g.0.')}"] = value
+    return {prefix + k: v.clone() for k, v in state.items()}
+
+
+def same_embeddings(a, b):
+    x = torch.randn(3, 3, 32, 16, generator=torch.Generator().manual_seed(1))
+    return all(torch.equal(a.embed(x, m), b.embed(x, m)) for m in ("visible", "infrared"))
+
+
+def layouts(model):
+    """File contents by the name of who publishes them."""
+    head = {"classifier.weight": torch.zeros(5, model.num_features)}
+    adversary = {"disnet.ad_layer1.weight": torch.zeros(4, model.num_features), "gem.p": torch.ones(1)}
+    wrapped = {"module." + k: v for k, v in (published(model) | adversary).items()}
+    return {
+        "AGW": {
+            "net": published(model) | head,
+            "cmc": np.array([0.5, 0.6]),
+            "mAP": np.float64(0.5),
+            "epoch": 3,
+        },
+        "ADCA": {"state_dict": published(model, "module.") | {"module." + k: v for k, v in head.items()}},
+        "PGM": {"state_dict": published(model), "epoch": 9, "best_mAP": np.float32(0.5)},
+        "MBCCM": {"state_dict": wrapped, "epoch": 79, "best_mAP": 0.48},
+        "MBCCM net": {"net": wrapped},
+        "bare": published(model),
+    }
+
+
+@pytest.mark.parametrize("name", ["AGW", "ADCA", "PGM", "MBCCM", "MBCCM net", "bare"])
+def test_each_layout_gives_the_same_embeddings(name, tmp_path):
+    model = trained()
+    torch.save(layouts(model)[name], tmp_path / "model.pth")
+    imported, unused = import_checkpoint(tmp_path / "model.pth", (32, 16))
+    assert same_embeddings(model, imported) and imported.input_size == (32, 16)
+    names = [n for group in unused.values() for n in group]
+    assert (
+        "visible_module.visible.layer1.0.conv1.weight" in names and "base_resnet.base.conv1.weight" in names
+    )
+    assert ("classifier.weight" in names) == (name in ("AGW", "ADCA"))
+    assert ("disnet.ad_layer1.weight" in names) == name.startswith("MBCCM")
+    total = layouts(model)[name]
+    total = next((total[k] for k in ("net", "state_dict") if k in total), total)
+    assert len(names) + len(model.state_dict()) == len(total)
+
+
+def test_non_local_blocks_and_bottlenecks_find_their_places(tmp_path):
+    model = trained(50, 8, non_local=True)
+    torch.save({"net": published(model)}, tmp_path / "agw.pth")
+    imported, _ = import_checkpoint(tmp_path / "agw.pth", (32, 16))
+    assert imported.settings == model.settings and same_embeddings(model, imported)
+    assert model.non_local["3_5"].W[1].weight.abs().sum() > 0
+
+
+def test_safetensors_and_a_saved_import(tmp_path):
+    model = trained(34)
+    save_file(published(model), tmp_path / "model.safetensors")
+    imported, _ = import_checkpoint(tmp_path / "model.safetensors", (32, 16))
+    imported.save_pretrained(tmp_path / "mine")
+    assert same_embeddings(model, TwoStreamResNet.from_pretrained(tmp_path / "mine"))
+
+
+def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
+    state = published(trained())
+    cases = {
+        "attn_pool.weight belong|attn_pool": state | {"attn_pool.weight": torch.zeros(1)},
+        "missing bottleneck.weight": {k: v for k, v in state.items() if k != "bottleneck.weight"},
+        "layer2.0.conv1.weight is": state | {"base_resnet.base.layer2.0.conv1.weight": torch.zeros(1)},
+        "no ResNet with": {k: v for k, v in state.items() if "base.layer3.1" not in k},
+        "visible stem": {k: v for k, v in state.items() if "visible" not in k},
+        "epoch are no tensors": {"epoch": 3},
+        "expected a dict of weights": [torch.zeros(1)],
+    }
+    for message, content in cases.items():
+        torch.save(content, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match=message):
+            import_checkpoint(tmp_path / "odd.pth")
+
+
+def test_non_local_blocks_of_another_kind_are_named(tmp_path):
+    model = trained(50, 8, non_local=True)
+    wide = published(model) | {"NL_2.0.theta.weight": torch.zeros(32, 64, 1, 1)}
+    many = published(model) | {"NL_2.2.theta.weight": torch.zeros(1, 64, 1, 1)}
+    for message, state in (("32 inner channels", wide), ("one non-local block too many", many)):
+        torch.save(state, tmp_path / "agw.pth")
+        with pytest.raises(ValueError, match=message):
+            import_checkpoint(tmp_path / "agw.pth")
+
+
+class Code:
+    def __reduce__(self):
+        return print, ("code from a checkpoint ran",)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path, capsys):
+    torch.save({"net": published(trained()), "extra": Code()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+        import_checkpoint(tmp_path / "evil.pth")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+        import_checkpoint(tmp_path / "text.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        import_checkpoint(tmp_path / "absent.pth")
