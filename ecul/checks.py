@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,8 +162,7 @@ def _compare(dataset: Dataset, name: str, report: Report) -> None:
 def _look_at_files(pile: Images, name: str, report: Report) -> None:
     label = name.replace("_", " ")
     if len(set(pile.names)) < len(pile):
-        seen: set[str] = set()
-        twice = sorted({path for path in pile.names if path in seen or seen.add(path)})  # type: ignore[func-returns-value]
+        twice = [path for path, times in Counter(pile.names).items() if times > 1]
         report.errors.append(f"{label}: {len(twice)} images are listed twice: {_first(twice)}")
     if not isinstance(pile.source, Files):
         return

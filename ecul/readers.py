@@ -74,11 +74,16 @@ def list_folder(folder: Path, root: Path) -> tuple[list[str], list[str], list[st
     return images, others, folders
 
 
+def _text(path: Path) -> str:
+    """Bytes that are not UTF-8 survive as they are, so that a path in them is still found."""
+    return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+
+
 def read_ids(path: Path, layout: str, root: Path) -> list[int]:
     """The identities of one comma-separated line, e.g. exp/train_id.txt."""
     if not path.is_file():
         _fail(layout, root, f"missing id file {str(path)!r}")
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in _text(path).splitlines() if line.strip()]
     if len(lines) != 1:
         raise ValueError(
             f"{str(path)!r} should hold one line of comma-separated identities, not {len(lines)}"
@@ -158,7 +163,7 @@ def _read_list(path: Path, layout: str, root: Path, camid: int | None = None) ->
     if not path.is_file():
         _fail(layout, root, f"missing list {str(path)!r}")
     listing = Listing()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
             continue
         name, _, label = line.strip().rpartition(" ")

@@ -181,6 +181,19 @@ def test_regdb_says_what_is_wrong(tmp_path):
         dataset.test_infrared.load(SIZE)
 
 
+def test_lists_may_come_from_another_system(tmp_path):
+    root = layouts.regdb(tmp_path, trials=(1,))
+    names = open_dataset("regdb", root).visible.names
+    path = root / "idx/train_visible_1.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    assert open_dataset("regdb", root).visible.names == names
+    layouts.picture(root / "Visible/größe/a b.bmp")
+    path.write_text(path.read_text(encoding="utf-8-sig") + "Visible/größe/a b.bmp 3\n", encoding="utf-8")
+    dataset = open_dataset("regdb", root, subset=True)
+    assert dataset.visible.names[-1] == "Visible/größe/a b.bmp" and len(dataset.visible.load(SIZE)) == 7
+    assert dataset.check().ok
+
+
 def test_llcm_reads_lists_and_identity_folders(tmp_path):
     root = layouts.llcm(tmp_path, skip=[("nir", 4, 2)])
     dataset = open_dataset("llcm", root)
