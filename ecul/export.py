@@ -1,0 +1,93 @@
+"""A trained model as one program of one modality, for people who run it without this library.
+
+    pixels (N, 3, H, W) float32, RGB in 0..255  ->  features (N, num_features) float32 unit rows
+
+Normalisation and the mirror image of the test feature are inside the program: resizing to (H, W) is all that
+is left to the caller.
+"""
+
+import io
+import logging
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .augment import normalize
+from .files import write_file
+
+OPSET = 18
+DYNAMIC = ({0: torch.export.Dim("batch")},)
+
+
+class Embedder(nn.Module):
+    """One modality of a model: `extract`'s rows (N, num_features) from pixels (N, 3, H, W), 0 to 255."""
+
+    def __init__(self, model, modality, flip=True):
+        super().__init__()
+        self.model, self.modality, self.flip = model, modality, flip
+
+    def forward(self, pixels):
+        x = normalize(pixels)
+        features = self.model.embed(x, self.modality)
+        return (
+            F.normalize(features + self.model.embed(x.flip(3), self.modality), dim=1)
+            if self.flip
+            else features
+        )
+
+
+def export(model, path, modality, *, flip=True):
+    """Write `model` for one modality as `.onnx` or as a `torch.export` program, `.pt2`.
+
+        onnxruntime.InferenceSession(path).run(None, {"pixels": pixels})[0]      # model.onnx
+        torch.export.load(path).module()(pixels)                                 # model.pt2
+
+    pixels: (N, 3, H, W) float32, RGB from 0 to 255, of the model's input_size; N is free. The result is what
+    `extract(model, images, modality, flip=flip)` gives, (N, num_features) unit rows. model: with `embed`
+    and `input_size`; it is left as it was. Errors: ValueError for an unknown modality or suffix; ImportError
+    that says what to install where ONNX is asked for without `onnx` and `onnxscript`.
+    """
+    path = Path(path)
+    if modality not in ("visible", "infrared"):
+        raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
+    if path.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"path must end in .onnx or .pt2, got {path.name!r}")
+    embedder = Embedder(model, modality, flip)
+    pixels = torch.zeros(2, 3, *model.input_size, device=next(model.parameters()).device)
+    with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own deprecations
+        if path.suffix == ".onnx":
+            write_file(path, _onnx(embedder, pixels))
+            return
+        program = torch.export.export(embedder, (pixels,), dynamic_shapes=DYNAMIC)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        write_file(path, buffer.getvalue())
+
+
+def _onnx(embedder, pixels):
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise ImportError("ONNX export needs onnx and onnxscript: pip install 'ecul[export]'") from e
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    program = torch.onnx.export(
+        embedder, (pixels,), dynamo=True, opset_version=OPSET, verbose=False,
+        input_names=["pixels"], output_names=["features"], dynamic_shapes=DYNAMIC,
+    )  # fmt: skip
+    return program.model_proto.SerializeToString()
+
+
+@contextmanager
+def _evaluating(model):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

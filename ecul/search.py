@@ -1,0 +1,149 @@
+"""People's own images: features of a folder, and which gallery images answer a query."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ecul.kernels import topk_similarity
+
+from .features import embed_pixels
+from .files import write_tensors
+from .pack import in_parallel, read_image
+from .readers import read_folder
+
+CHUNK = 4096  # images decoded before they are embedded and forgotten
+
+
+@dataclass(frozen=True)
+class FolderFeatures:
+    """One folder's (N, num_features) float32 unit rows, each row's path, and what was skipped."""
+
+    features: torch.Tensor
+    paths: list
+    modality: str
+    unreadable: list
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best answers to each query: gallery rows (Q, top) int64, cosine similarities (Q, top) float32."""
+
+    query: FolderFeatures
+    gallery: FolderFeatures
+    rows: torch.Tensor
+    scores: torch.Tensor
+
+    def table(self) -> str:
+        """A block of text for each query: rank, score and path of every answer."""
+        lines = []
+        for path, rows, scores in zip(
+            self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True
+        ):
+            lines.append(f"{path}")
+            for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
+                lines.append(f"{rank:4d}  {score:6.3f}  {self.gallery.paths[row]}")
+        return "\n".join(lines)
+
+
+def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size=256, progress=True):
+    """Embeddings of every image below a folder, or of one image file, as a `FolderFeatures`.
+
+        extract(model, paths, modality)          # with every file that cannot be read named, not the first
+
+    model: anything with `embed(x, modality)`, `input_size` and `num_features`, on any device. Images are
+    decoded a chunk at a time; batch_size is halved while a batch does not fit the GPU's memory.
+    skip_unreadable: leave such files out and list them in `unreadable`. Errors: ValueError for a folder
+    without images, an unknown modality, or, naming all of them, files that cannot be read.
+    """
+    if modality not in ("visible", "infrared"):
+        raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
+    folder = Path(folder)
+    paths = [folder] if folder.is_file() else [folder / name for name in read_folder(folder, False).names]
+    kept, unreadable, rows = [], [], []
+    for start in range(0, len(paths), CHUNK):
+        chunk = paths[start : start + CHUNK]
+        decoded = list(in_parallel(lambda p: _decode(p, model.input_size), chunk, progress, "reading"))
+        unreadable += [str(p) for p, image in zip(chunk, decoded, strict=True) if image is None]
+        readable = [(str(p), image) for p, image in zip(chunk, decoded, strict=True) if image is not None]
+        if readable and (skip_unreadable or not unreadable):
+            kept += [p for p, _ in readable]
+            pixels = torch.from_numpy(np.stack([image for _, image in readable])).permute(0, 3, 1, 2)
+            rows.append(embed_fitting(model, pixels, modality, batch_size, progress).cpu())
+    if unreadable and not (skip_unreadable and kept):
+        raise ValueError(
+            f"{len(unreadable)} of {len(paths)} images cannot be read (skip_unreadable leaves them out):"
+            + "".join(f"\n  {path}" for path in unreadable)
+        )
+    return FolderFeatures(torch.cat(rows), kept, modality, unreadable)
+
+
+def _decode(path, size):
+    try:
+        return read_image(path, size)
+    except ValueError:
+        return None
+
+
+def embed_fitting(model, pixels, modality, batch_size=256, progress=False):
+    """`embed_pixels(model, pixels, modality, batch_size)`, halving batch_size while the memory is too small.
+
+    pixels: uint8 (N, 3, H, W). Returns (N, num_features) float32 unit rows on the model's device. Errors:
+    torch.OutOfMemoryError when a single image does not fit.
+    """
+    while True:
+        try:
+            return embed_pixels(model, pixels, modality, batch_size, progress=progress)
+        except torch.OutOfMemoryError:
+            if batch_size <= 1:
+                raise
+        batch_size //= 2
+        torch.cuda.empty_cache()
+
+
+def save_features(path, found, model_path):
+    """Write a `FolderFeatures` as safetensors: tensor "features", and names, modality, model hash beside it.
+
+    The metadata's values are strings: `names` and `unreadable` JSON lists of paths, `modality`, `model` and
+    `model_sha256`, the file that made the rows. Read back with `safetensors.safe_open(path, "pt")`.
+    Errors: FileNotFoundError when there is no model at model_path.
+    """
+    file = Path(model_path)
+    file = file / "model.safetensors" if file.is_dir() else file
+    with open(file, "rb") as f:
+        digest = _digest(f)
+    metadata = {
+        "names": json.dumps(found.paths),
+        "unreadable": json.dumps(found.unreadable),
+        "modality": found.modality,
+        "model": file,
+        "model_sha256": digest.hexdigest(),
+    }
+    write_tensors(path, {"features": found.features}, metadata)
+
+
+def _digest(file):
+    digest = hashlib.sha256()
+    while block := file.read(1 << 24):
+        digest.update(block)
+    return digest
+
+
+def search(model, query, gallery, query_modality, gallery_modality, *, top=10, **options):
+    """The `top` gallery images most like each query, best first, as a `Ranking`.
+
+        (query_features @ gallery_features.T).topk(top, dim=1)
+
+    query: an image or a folder; gallery: a folder; each modality is "visible" or "infrared". top is clamped
+    to the gallery's size. options: those of `extract_folder`. Errors: those of `extract_folder`; ValueError
+    for top below 1.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    asked = extract_folder(model, query, query_modality, **options)
+    searched = extract_folder(model, gallery, gallery_modality, **options)
+    scores, rows = topk_similarity(asked.features, searched.features, min(top, len(searched.paths)))
+    return Ranking(asked, searched, rows, scores)

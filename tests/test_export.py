@@ -1,0 +1,72 @@
+"""Exported programs give what the library gives, for every batch size."""
+
+import numpy as np
+import pytest
+import torch
+
+from ecul import TwoStreamResNet, extract
+from ecul.export import export
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = TwoStreamResNet(10, 8, False, (32, 16))
+    model(torch.randn(8, 3, 32, 16), torch.randn(8, 3, 32, 16))
+    for p in model.infrared.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model.eval()
+
+
+def images(count):
+    return torch.randint(
+        0, 256, (count, 3, 32, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+@pytest.mark.parametrize("modality", ["visible", "infrared"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_torch_program(model, modality, flip, tmp_path):
+    export(model, tmp_path / "model.pt2", modality, flip=flip)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for count in (1, 2, 5):
+        expected = extract(model, images(count), modality, flip=flip, progress=False)
+        assert torch.allclose(program(images(count).float()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("modality", ["visible", "infrared"])
+def test_onnx_agrees_with_torch_for_every_batch_size(model, modality, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
+    pytest.importorskip("onnxscript", reason="the export extra is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model.train()
+    export(model, tmp_path / "model.onnx", modality)
+    assert model.training
+    model.eval()
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert (
+        onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    )
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    for count in (1, 2, 7):
+        expected = extract(model, images(count), modality, progress=False).numpy()
+        (found,) = session.run(None, {"pixels": images(count).float().numpy()})
+        assert np.abs(found - expected).max() < 2e-4
+        other = extract(model, images(count), {"visible": "infrared", "infrared": "visible"}[modality])
+        assert np.abs(found - other.numpy()).max() > 1e-2
+
+
+def test_bottleneck_models_export(tmp_path):
+    torch.manual_seed(0)
+    model = TwoStreamResNet(50, 4, False, (32, 16)).eval()
+    export(model, tmp_path / "model.pt2", "visible", flip=False)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    expected = extract(model, images(3), "visible", flip=False, progress=False)
+    assert torch.allclose(program(images(3).float()), expected, atol=1e-5)
+
+
+def test_refusals(model, tmp_path):
+    with pytest.raises(ValueError, match="modality"):
+        export(model, tmp_path / "m.onnx", "thermal")
+    with pytest.raises(ValueError, match=r"\.onnx or \.pt2, got 'm.pth'"):
+        export(model, tmp_path / "m.pth", "visible")
