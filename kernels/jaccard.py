@@ -50,7 +50,8 @@ def jaccard_neighbors(
     check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
     check_device("indices", indices, indptr.device)
     check_device("values", values, indptr.device)
-    return _jaccard_neighbors(indptr, indices, values, eps)
+    search = _operator if torch.compiler.is_compiling() else _search
+    return search(indptr, indices, values, eps)
 
 
 def jaccard_neighbors_reference(
@@ -114,8 +115,7 @@ def _graph(i, j, size):
     return torch.cat([degree.new_zeros(1), degree.cumsum(0)]), keys % max(size, 1)
 
 
-@torch.library.custom_op("ecul::jaccard_neighbors", mutates_args=())
-def _jaccard_neighbors(
+def _search(
     indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_matrix(indptr, indices, values)
@@ -124,7 +124,10 @@ def _jaccard_neighbors(
     return jaccard_neighbors_reference(indptr, indices, values, eps)
 
 
-@_jaccard_neighbors.register_fake
+_operator = torch.library.custom_op("ecul::jaccard_neighbors", _search, mutates_args=())
+
+
+@_operator.register_fake
 def _(indptr, indices, values, eps):
     pairs = torch.library.get_ctx().new_dynamic_size()
     return torch.empty_like(indptr), indices.new_empty(pairs)

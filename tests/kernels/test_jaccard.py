@@ -142,6 +142,14 @@ def test_torch_knows_the_operator(device):
     torch.library.opcheck(torch.ops.ecul.jaccard_neighbors.default, arguments)
 
 
+def test_torch_compile_keeps_it_in_one_graph(device):
+    arguments = as_arguments(random_encodings(1, 12, 5), device)
+    compiled = torch.compile(jaccard_neighbors, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        graph = compiled(*arguments, 0.5)
+    assert_graph(graph, dense_distance(random_encodings(1, 12, 5)) <= 0.5)
+
+
 @pytest.mark.interpreted
 def test_the_kernel_returns_what_the_reference_returns():
     arguments = as_arguments(random_encodings(2, 60, 10))
