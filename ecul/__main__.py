@@ -8,14 +8,19 @@ from pathlib import Path
 
 from .config import DATASETS, METHODS, Config
 
+MODALITIES = ("visible", "infrared")
+MODEL = "a run directory, a directory of save_pretrained, or a model.safetensors"
+OPTION = "an option of open_dataset, for instance trial=1, subset=true or pack=false; may be repeated"
+
 
 def main(argv=None):
     """Run one command; returns the exit code. Errors meant for people are one line, without a traceback."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ecul").setLevel(logging.INFO)
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, TypeError, OSError, RuntimeError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
         if args.traceback:
             raise
         print(f"ecul {args.command}: {e}", file=sys.stderr)
@@ -37,11 +42,69 @@ def train(args):
 def evaluate(args):
     """Evaluate a trained model with the data set's published protocol."""
     from .evaluation import evaluate
-    from .model import TwoStreamResNet
 
-    model = TwoStreamResNet.from_pretrained(args.model).to(_device(args))
-    results = evaluate(model, _open(args))
+    results = evaluate(_model(args), _open(args))
     print(json.dumps(results.to_dict(), indent=2) if args.json else results.table())
+
+
+def extract(args):
+    """Write the features of a folder's images as safetensors, with their names and the model's hash."""
+    from .search import extract_folder, save_features
+
+    options = {"skip_unreadable": args.skip_unreadable, "batch_size": args.batch_size}
+    found = extract_folder(_model(args), args.folder, args.modality, **options)
+    save_features(args.output, found, args.model)
+    _list_unreadable(found)
+    rows, size = found.features.shape
+    print(f"{rows} features of size {size} are in {args.output}")
+
+
+def search(args):
+    """Rank a gallery's images for each query; print the answers, and draw them if asked to."""
+    from .search import search
+
+    options = {"skip_unreadable": args.skip_unreadable, "batch_size": args.batch_size}
+    modalities = (args.query_modality, args.gallery_modality)
+    model = _model(args)
+    ranking = search(model, args.query, args.gallery, *modalities, top=args.top, **options)
+    _list_unreadable(ranking.query, ranking.gallery)
+    print(ranking.table())
+    if args.output:
+        from .pictures import draw_ranking
+
+        draw_ranking(args.output, ranking, model.input_size)
+        print(f"the picture is {args.output}")
+
+
+def report(args):
+    """Draw a run: curves, ranked lists, clusters and matches as PNGs and as one HTML page that has all."""
+    from .report import read_run, report
+
+    known = read_run(args.run_directory).dataset
+    name, root = args.dataset or known["dataset"], args.root or known.get("root")
+    if root is None:
+        print("without --root there are curves and settings alone", file=sys.stderr)
+    dataset = _dataset(name, root, args.option) if root is not None else None
+    print(report(args.run_directory, dataset, queries=args.queries, top=args.top, device=_device(args)))
+
+
+def import_(args):
+    """Bring in a published checkpoint (AGW, ADCA, PGM, MBCCM layouts) as a model of this library."""
+    from .importers import import_checkpoint
+
+    model, unused = import_checkpoint(args.file, args.size)
+    for reason, names in unused.items():
+        print(f"left out {len(names)} tensors, {reason}: {names[0]}{' ...' if len(names) > 1 else ''}")
+    model.save_pretrained(args.output, {"imported_from": Path(args.file).name})
+    print(f"a ResNet-{model.settings['depth']} is in {args.output}")
+
+
+def export(args):
+    """Write one modality of a model as ONNX (.onnx) or as a torch.export program (.pt2)."""
+    from .export import export
+
+    export(_model(args), args.output, args.modality, flip=not args.no_flip)
+    print(f"pixels (N, 3, H, W) from 0 to 255 in, unit features out: {args.output}")
 
 
 def check(args):
@@ -74,17 +137,31 @@ def demo(args):
     config = Config.preset("demo", method=args.method, seed=args.seed)
     before = evaluate(build_model(config, _device(args)), dataset)
     run = train(dataset, config, output=output / args.method, resume=True, device=args.device)
+    after = evaluate(run.model, dataset)
     print(f"\nsynthetic world, held-out identities, before training\n{before.table()}")
-    print(
-        f"\nafter {len(run.history)} epochs without labels ({args.method})\n{evaluate(run.model, dataset).table()}"
-    )
+    print(f"\nafter {len(run.history)} epochs without labels ({args.method})\n{after.table()}")
     print(f"\nthe run directory is {run.output}")
 
 
 def _open(args):
+    return _dataset(args.dataset, args.root, args.option)
+
+
+def _dataset(name, root, options):
     from .data import open_dataset
 
-    return open_dataset(args.dataset, args.root, **dict(args.option))
+    return open_dataset(name, root, **dict(options))
+
+
+def _model(args):
+    from .model import TwoStreamResNet
+
+    return TwoStreamResNet.from_pretrained(args.model).to(_device(args))
+
+
+def _list_unreadable(*folders):
+    for path in [path for folder in folders for path in folder.unreadable]:
+        print(f"skipped, cannot be read: {path}", file=sys.stderr)
 
 
 def _device(args):
@@ -98,52 +175,116 @@ def _parser():
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(function, *, dataset=True, device=True):
-        p = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+    def command(function):
+        name = function.__name__.rstrip("_")
+        p = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         p.set_defaults(run=function)
-        if dataset:
-            p.add_argument("dataset", help="sysu, regdb, llcm or market")
-            p.add_argument("root", help="the folder of the data set, as downloaded")
-            p.add_argument(
-                "--option", type=_pair, action="append", default=[], metavar="NAME=VALUE",
-                help="an option of open_dataset, for instance trial=1, subset=true or pack=false",
-            )  # fmt: skip
-        if device:
-            p.add_argument("--device", help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
         return p
 
-    p = command(train)
+    _add_training(command)
+    _add_own_images(command)
+    _add_checkpoints(command)
+    _add_worlds(command)
+    return parser
+
+
+def _add_training(command):
+    p = _with_device(_with_dataset(command(train)))
     p.add_argument("-o", "--output", required=True, help="the run directory")
     p.add_argument("--method", default="united", help=f"one of {', '.join(METHODS)} (default: united)")
     p.add_argument("--preset", help=f"one of {', '.join(DATASETS)} (default: the data set's name)")
     p.add_argument("--resume", action="store_true", help="go on with the run that is in the directory")
     p.add_argument(
         "--set", type=_pair, action="append", default=[], metavar="FIELD=VALUE",
-        help="a field of Config, for instance iterations=100 or size=[256,128]",
+        help="a field of Config, for instance iterations=100 or size=[256,128]; may be repeated",
     )  # fmt: skip
 
-    p = command(evaluate)
-    p.add_argument("--model", required=True, help="a run directory or a model.safetensors")
+    p = _with_device(_with_dataset(command(evaluate)))
+    p.add_argument("--model", required=True, help=MODEL)
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
-    p = command(check, device=False)
+    p = _with_device(command(report))
+    p.add_argument("run_directory", metavar="RUN", help="the directory that train wrote")
+    p.add_argument("--dataset", help="sysu, regdb, llcm or market (default: the one the run names)")
+    p.add_argument("--root", help="the folder of the data set (default: where it was in training)")
+    p.add_argument("--option", type=_pair, action="append", default=[], metavar="NAME=VALUE", help=OPTION)
+    p.add_argument("--queries", type=int, default=6, help="ranked lists to draw (default: 6)")
+    p.add_argument("--top", type=int, default=10, help="answers in each (default: 10)")
+
+
+def _add_own_images(command):
+    p = _with_reading(_with_device(command(extract)))
+    p.add_argument("model", help=MODEL)
+    p.add_argument("folder", help="a folder of images, read with all its sub-folders, or one image")
+    p.add_argument("--modality", required=True, choices=MODALITIES, help="of these images")
+    p.add_argument("-o", "--output", required=True, help="the .safetensors file to write")
+
+    p = _with_reading(_with_device(command(search)))
+    p.add_argument("model", help=MODEL)
+    p.add_argument("--query", required=True, help="an image, or a folder of images")
+    p.add_argument("--gallery", required=True, help="the folder of images to search")
+    p.add_argument("--query-modality", required=True, choices=MODALITIES, help="of the queries")
+    p.add_argument("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery")
+    p.add_argument("--top", type=int, default=10, help="answers to each query (default: 10)")
+    p.add_argument("-o", "--output", help="a .png to draw the first 24 queries and their answers in")
+
+
+def _add_checkpoints(command):
+    p = command(import_)
+    p.add_argument("file", help="a .pth, .tar or .safetensors file; code in it is never run")
+    p.add_argument("-o", "--output", required=True, help="the directory to write the model into")
+    p.add_argument(
+        "--size", type=int, nargs=2, default=(288, 144), metavar=("H", "W"),
+        help="pixels of the images that it was trained with, which no file says (default: 288 144)",
+    )  # fmt: skip
+
+    p = _with_device(command(export))
+    p.add_argument("model", help=MODEL)
+    p.add_argument("-o", "--output", required=True, help="the .onnx or .pt2 file to write")
+    p.add_argument("--modality", required=True, choices=MODALITIES, help="of the images it will see")
+    p.add_argument("--no-flip", action="store_true", help="without the mirror image: half the work")
+
+
+def _add_worlds(command):
+    p = _with_dataset(command(check))
     p.add_argument("--json", action="store_true", help="print JSON instead of text")
     p.add_argument("--quick", action="store_true", help="count files without decoding every image")
 
-    p = command(synthesize, dataset=False, device=False)
+    p = command(synthesize)
     p.add_argument("root", help="the folder to write")
     p.add_argument(
         "--identities", type=int, default=96, help="training identities; half as many more for tests"
     )
-    p.add_argument("--images", type=int, default=4, help="images of each identity and camera")
+    p.add_argument("--images", type=int, default=4, help="images of each identity and camera (default: 4)")
     p.add_argument("--size", type=int, nargs=2, default=(64, 32), metavar=("H", "W"), help="pixels")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the world: the same seed, the same images")
 
-    p = command(demo, dataset=False)
+    p = _with_device(command(demo))
     p.add_argument("-o", "--output", default="runs/demo", help="where the world and the run go")
     p.add_argument("--method", default="united", help=f"one of {', '.join(METHODS)} (default: united)")
-    p.add_argument("--seed", type=int, default=0)
-    return parser
+    p.add_argument("--seed", type=int, default=0, help="of the world and of the run (default: 0)")
+
+
+def _with_dataset(p):
+    p.add_argument("dataset", help="sysu, regdb, llcm or market")
+    p.add_argument("root", help="the folder of the data set, as downloaded")
+    p.add_argument("--option", type=_pair, action="append", default=[], metavar="NAME=VALUE", help=OPTION)
+    return p
+
+
+def _with_device(p):
+    p.add_argument("--device", help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
+    return p
+
+
+def _with_reading(p):
+    p.add_argument(
+        "--skip-unreadable", action="store_true", help="leave out images that cannot be read, and list them"
+    )
+    p.add_argument(
+        "--batch-size", type=int, default=256, help="images at a time; halved when they do not fit"
+    )
+    return p
 
 
 def _pair(text):

@@ -7,7 +7,6 @@ is left to the caller.
 """
 
 import io
-import logging
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +74,6 @@ def _onnx(embedder, pixels):
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError("ONNX export needs onnx and onnxscript: pip install 'ecul[export]'") from e
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(
         embedder, (pixels,), dynamo=True, opset_version=OPSET, verbose=False,
         input_names=["pixels"], output_names=["features"], dynamic_shapes=DYNAMIC,

@@ -1,0 +1,198 @@
+"""Pictures of a run and of a search, drawn without a display; matplotlib is imported on first use."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from .pack import read_image, resize
+
+GOOD, BAD, PLAIN, ASKED = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"
+MODALITY = {"visible": "#2c7fb8", "infrared": "#d95f0e", "joint": "#756bb1"}
+HEIGHT, GAP, CAPTION, LABEL = 112, 12, 30, 190  # of a sheet, in hundredths of an inch
+FINE = 2  # pixels of an image in a hundredth of an inch
+OTHER = ("#444444", "#1b9e77", "#e7298a", "#a6761d")
+LINES = {"cluster": "-", "instance": "--", "agnostic": ":"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image of a sheet, uint8 (H, W, 3), with the text below it and the colour of its frame."""
+
+    image: np.ndarray
+    caption: str
+    color: str = PLAIN
+
+
+def _figure(width, height):
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError("pictures need matplotlib: pip install 'ecul[plots]'") from e
+    figure = Figure((width, height), dpi=100 * FINE, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_sheet(path, rows, lead=0):
+    """Write rows of framed images as a PNG.
+
+    rows: list of (label, list of `Cell`); the label, a few short lines, stands left of its row, its first
+    line in bold. lead: how many first cells of each row are set apart, as a query is from its answers.
+    Errors: ValueError for no rows; ImportError that says what to install.
+    """
+    if not rows:
+        raise ValueError("rows: nothing to draw")
+    from PIL import Image
+
+    height, width = next(cell.image.shape[:2] for _, cells in rows for cell in cells)
+    wide = max(40, round(HEIGHT * width / height))
+    most = max(len(cells) for _, cells in rows)
+    step, total = HEIGHT + CAPTION + GAP, LABEL + most * (wide + GAP) + 2 * GAP * bool(lead) + GAP
+    figure = _figure(total / 100, (len(rows) * step + GAP) / 100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    canvas = np.full((FINE * (len(rows) * step + GAP), FINE * total, 3), 255, np.uint8)
+    for i, (label, cells) in enumerate(rows):
+        top = GAP + i * step
+        _label(axes, label.splitlines(), top + HEIGHT / 2)
+        for j, cell in enumerate(cells):
+            left = LABEL + j * (wide + GAP) + 2 * GAP * (lead > 0 and j >= lead)
+            thumbnail = resize(Image.fromarray(cell.image), (FINE * HEIGHT, FINE * wide))
+            canvas[FINE * top : FINE * (top + HEIGHT), FINE * left : FINE * (left + wide)] = thumbnail
+            axes.add_patch(_frame(left, top, wide, cell.color))
+            axes.text(
+                left + wide / 2, top + HEIGHT + 6, cell.caption, fontsize=6, ha="center", va="top",
+                color=ASKED, linespacing=1.3,
+            )  # fmt: skip
+    axes.imshow(canvas, extent=(0, total, len(rows) * step + GAP, 0), interpolation="none")
+    axes.axis("off")
+    figure.savefig(path)
+
+
+def _label(axes, lines, middle):
+    """Lines of text left of a row, the first in bold."""
+    for k, line in enumerate(lines):
+        weight = "normal" if k else "bold"
+        y = middle + 15 * (k - (len(lines) - 1) / 2)
+        axes.text(GAP, y, line, fontsize=7.5, va="center", color=ASKED, fontweight=weight)
+
+
+def _frame(left, top, width, color):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((left - 1, top - 1), width + 2, HEIGHT + 2, fill=False, edgecolor=color, linewidth=2.2)
+
+
+def draw_ranking(path, ranking, size=(288, 144), most=24):
+    """Write a `Ranking`'s queries and answers as a PNG; at most the first `most` queries."""
+    rows = []
+    for asked, found, scores in zip(ranking.query.paths, ranking.rows, ranking.scores, strict=True):
+        cells = [Cell(read_image(asked, size), "query", ASKED)]
+        for rank, (row, score) in enumerate(zip(found.tolist(), scores.tolist(), strict=True), 1):
+            cells.append(Cell(read_image(ranking.gallery.paths[row], size), f"{rank}\n{score:.3f}"))
+        rows.append((_shortened(asked), cells))
+        if len(rows) == most:
+            break
+    draw_sheet(path, rows, lead=1)
+
+
+def _shortened(path, width=28):
+    """The end of a path, in lines that fit beside a row."""
+    end = str(path)[-3 * width :]
+    return "\n".join(end[i : i + width] for i in range(0, len(end), width))
+
+
+def draw_curves(path, history):
+    """Write the log's curves as a PNG: losses, clusters, outliers, scores, monitors, time.
+
+    history: list of dicts, a row an epoch, as `train` returns; panels without a value are left out.
+    """
+    panels = [
+        ("losses", "loss_", "mean of the epoch"),
+        ("clusters", "clusters_", "number"),
+        ("outliers", "outliers_", "images"),
+        ("label-free scores", "score_", "higher is better"),
+        ("monitors (read identities)", "monitor_", "adjusted Rand index"),
+        ("time", "seconds", "seconds"),
+    ]
+    panels = [p for p in panels if any(k.startswith(p[1]) for row in history for k in row)]
+    columns = min(3, len(panels))
+    figure = _figure(4 * columns, 3.3 * -(-len(panels) // columns))
+    figure.set_layout_engine("constrained")
+    epochs = [row["epoch"] + 1 for row in history]
+    second = next((row["epoch"] + 0.5 for row in history if row["stage"] == 2), None)
+    for place, (title, prefix, unit) in enumerate(panels, 1):
+        axes = figure.add_subplot(-(-len(panels) // columns), columns, place)
+        axes.set_prop_cycle(color=OTHER)
+        for name in dict.fromkeys(k for row in history for k in row if k.startswith(prefix)):
+            values = [row.get(name, float("nan")) for row in history]
+            short = name.removeprefix(prefix).strip("_").replace("_", " ") or "whole epoch"
+            axes.plot(epochs, values, label=short, marker="o", markersize=2.5, linewidth=1.4, **_line(name))
+        _dress(axes, title, unit, second if second and second > 1 else None)
+    figure.savefig(path)
+
+
+def _line(name):
+    """Colour by modality, dashes by kind of loss, where the name tells them."""
+    words = name.split("_")
+    color = next((MODALITY[w] for w in words if w in MODALITY), None)
+    style = next((LINES[w] for w in words if w in LINES), "-")
+    return {"linestyle": style, **({"color": color} if color else {})}
+
+
+def _dress(axes, title, unit, second):
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel("epoch", fontsize=8)
+    axes.set_ylabel(unit, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    if second is not None:
+        axes.axvline(second, color=PLAIN, linestyle=(0, (2, 2)), linewidth=1)
+        axes.text(second, 0.02, " stage 2", transform=axes.get_xaxis_transform(), fontsize=7, color="#555")
+    axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+
+def draw_matches(path, similarity, match, same=None):
+    """Write the visible-infrared match matrix as a PNG.
+
+    similarity: (B infrared, A visible) cosines of cluster centres; match: the same shape, bool, as
+    `match_clusters` gives; same: the same shape, bool, whether two clusters are mostly one person, or None.
+    The pairs of the best one-to-one assignment lie on the diagonal, the most similar first; the rest follow.
+    """
+    rows, columns = _diagonal(similarity)
+    similarity, match = similarity[rows][:, columns], match[rows][:, columns]
+    infrared, visible = match.shape
+    wide = min(10.0, max(5.0, 2.2 + 0.06 * visible))
+    figure = _figure(wide + 1.2, min(9.0, max(3.6, 1.6 + (wide - 1) * infrared / visible)))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot()
+    shown = axes.imshow(similarity, cmap="Greys", aspect="auto", interpolation="nearest")
+    figure.colorbar(shown, ax=axes, label="cosine of the centres", fraction=0.04, pad=0.02)
+    groups = [(match, MODALITY["visible"], "match")]
+    if same is not None:
+        same = same[rows][:, columns]
+        groups = [(match & same, GOOD, "match, same person"), (match & ~same, BAD, "match, another person")]
+    size = np.clip((380 / max(match.shape)) ** 2, 2, 40)
+    for chosen, color, label in groups:
+        y, x = np.nonzero(chosen)
+        axes.scatter(x, y, s=size, c=color, label=f"{label} ({len(x)})", linewidths=0)
+    axes.set_xlabel(f"{visible} visible clusters")
+    axes.set_ylabel(f"{infrared} infrared clusters")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, markerscale=1.2)
+    figure.savefig(path)
+
+
+def _diagonal(similarity):
+    """Orders of rows and columns: assigned pairs first, the most similar before the others."""
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    best = np.argsort(-similarity[rows, columns], kind="stable")
+    rest = [
+        np.setdiff1d(np.arange(n), taken) for n, taken in zip(similarity.shape, (rows, columns), strict=True)
+    ]
+    return np.append(rows[best], rest[0]), np.append(columns[best], rest[1])

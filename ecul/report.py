@@ -1,0 +1,260 @@
+"""A run at a glance: PNGs, and one HTML page that holds them all and can be sent to anyone."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import pictures
+from .config import Config
+from .data import MODALITIES, Images
+from .files import write_file
+from .matching import match_clusters
+from .memory import cluster_means
+from .model import TwoStreamResNet
+from .page import page, plain_rows
+from .pictures import Cell
+from .search import embed_fitting
+from .stages import assign_labels, usable
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run directory says of itself: its configuration, its log, and its data set's name and root."""
+
+    directory: Path
+    config: Config
+    history: list
+    dataset: dict
+
+
+@dataclass(frozen=True)
+class Pile:
+    """Images with their pixels uint8 (N, 3, H, W) and their unit features (N, D), both on the CPU."""
+
+    images: Images
+    pixels: torch.Tensor
+    features: torch.Tensor
+
+    def thumbnail(self, row):
+        """One image as uint8 (H, W, 3)."""
+        return self.pixels[row].permute(1, 2, 0).numpy()
+
+
+def read_run(directory):
+    """Read a run directory. Errors: ValueError for a directory that `train` did not write."""
+    directory = Path(directory)
+    try:
+        saved = json.loads((directory / "resume.json").read_text())
+        lines = (directory / "log.jsonl").read_text().splitlines()
+    except OSError as e:
+        raise ValueError(f"{directory} is no run directory ({e.filename}: {e.strerror})") from e
+    history = [json.loads(line) for line in lines]
+    if not history:
+        raise ValueError(f"{directory}: the run has not finished an epoch yet")
+    about = {"root": saved.get("root"), **saved["dataset"]}
+    return Saved(directory, Config.from_dict(saved["config"]), history, about)
+
+
+def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, progress=True):
+    """Write `report/` in a run directory: PNGs and `index.html`, which has them inside. Returns its path.
+
+    run: the directory that `train` wrote. dataset: the `Dataset` it was trained on; without it there are
+    curves and settings alone. Its identities, where known, colour frames and are read for nothing else.
+    model: the trained model where it is not a `TwoStreamResNet`. queries, top: size of the ranked lists.
+    device: by default the GPU when there is one. Errors: ValueError for a directory that is no run, or a
+    model that cannot be read; ImportError without matplotlib. Source: METHOD sections 1 and 2 for what the
+    pictures of clusters and matches show.
+    """
+    saved = read_run(run)
+    folder = saved.directory / "report"
+    folder.mkdir(exist_ok=True)
+    pictures.draw_curves(folder / "curves.png", saved.history)
+    sections = [("Curves", "", "curves.png")]
+    if dataset is not None:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = (model or TwoStreamResNet.from_pretrained(saved.directory)).to(device)
+        piles = {m: _embed(model, getattr(dataset, m), progress) for m in MODALITIES}
+        tested = piles
+        if dataset.test_visible is not None and dataset.test_infrared is not None:
+            tested = {m: _embed(model, getattr(dataset, f"test_{m}"), progress) for m in MODALITIES}
+        sections += [
+            _ranked_section(folder, tested, dataset.protocol, queries, top, tested is not piles),
+            *_cluster_sections(folder, piles, saved),
+        ]
+    write_file(folder / "index.html", _html(saved, dataset, folder, sections).encode())
+    return folder / "index.html"
+
+
+def _embed(model, images, progress):
+    pixels = images.load(model.input_size, progress=progress)
+    features = embed_fitting(model, pixels, images.modality, progress=progress).cpu()
+    return Pile(images, pixels, features)
+
+
+def _ranked_section(folder, piles, protocol, queries, top, held_out):
+    """Infrared queries, visible answers; what the protocol ignores is left out, as in evaluation."""
+    query, gallery = piles["infrared"], piles["visible"]
+    known = query.images.pids is not None and gallery.images.pids is not None
+    rows = []
+    for row in choose_queries(query.images, queries):
+        scores = gallery.features @ query.features[row]
+        scores[torch.from_numpy(ignored(protocol, query.images, row, gallery.images))] = -torch.inf
+        cells = [Cell(query.thumbnail(row), _camera(query.images, row), pictures.ASKED)]
+        for found in scores.topk(min(top, len(scores))).indices.tolist():
+            if scores[found] == -torch.inf:
+                break
+            color = pictures.PLAIN
+            if known:
+                right = gallery.images.pids[found] == query.images.pids[row]
+                color = pictures.GOOD if right else pictures.BAD
+            caption = f"{_camera(gallery.images, found)}\n{scores[found]:.3f}".strip()
+            cells.append(Cell(gallery.thumbnail(found), caption, color))
+        who = f"person {query.images.pids[row]}\n" if known else ""
+        rows.append((who + _wrapped(query.images.names[row]), cells))
+    pictures.draw_sheet(folder / "ranked.png", rows, lead=1)
+    text = (
+        f"{len(rows)} infrared queries, drawn at random, and their best answers among "
+        f"{len(gallery.images)} visible {'test' if held_out else 'training'} images, best first."
+    )
+    text += " Green: the same person; red: another." if known else " Identities are not known."
+    return ("Ranked lists", text + " Below each: camera and cosine similarity.", "ranked.png")
+
+
+def choose_queries(images, count, seed=0):
+    """Rows of `count` images drawn at random, of as many different people where identities are known."""
+    drawn = np.random.default_rng(seed).permutation(len(images))
+    if images.pids is not None:
+        drawn = drawn[np.sort(np.unique(images.pids[drawn], return_index=True)[1])]
+    return drawn[:count].tolist()
+
+
+def ignored(protocol, query, row, gallery):
+    """bool (len(gallery),): the answers that the protocol does not count for this query."""
+    camera = query.camids[row]
+    if protocol == "sysu":
+        return (gallery.camids == 2) & (camera == 3)
+    if protocol == "llcm":
+        return (gallery.camids == camera) & (gallery.identities() == query.identities()[row])
+    return np.zeros(len(gallery), bool)
+
+
+def _cluster_sections(folder, piles, saved):
+    features = {m: piles[m].features for m in MODALITIES}
+    cameras = {m: torch.as_tensor(piles[m].images.camids) for m in MODALITIES}
+    labels = assign_labels(features, cameras, saved.config, len(saved.history) > saved.config.epochs_intra)
+    if not usable(labels.own):
+        return []
+    return [_mosaic_section(folder, piles, labels), _match_section(folder, piles, labels)]
+
+
+def _mosaic_section(folder, piles, labels, each=3, most=12):
+    kind = "cross-modality" if labels.joint is not None else "one-modality"
+    values = list((labels.joint or labels.own).values())
+    if labels.joint is None:
+        values[1] = torch.where(values[1] >= 0, values[1] + values[0].max() + 1, -1)
+    members = torch.cat(values)
+    features = torch.cat([piles[m].features for m in MODALITIES])
+    sizes, margins = torch.bincount(members[members >= 0]), cluster_margins(features, members)
+    left, rows = set(range(len(sizes))), []
+    for name, order in (("largest", -sizes), ("smallest", sizes), ("least certain", margins)):
+        chosen = [c for c in order.argsort(stable=True).tolist() if c in left][:each]
+        left -= set(chosen)
+        rows += [_mosaic_row(name, c, piles, members, float(margins[c]), most) for c in chosen]
+    pictures.draw_sheet(folder / "clusters.png", rows)
+    text = (
+        f"{len(sizes)} {kind} clusters of the training images, {int((members < 0).sum())} outliers. Blue "
+        "frame: visible, orange: infrared. Margin: how much more similar the members are to their own "
+        "centre than to the nearest other one, on average; it is smallest for the least certain ones."
+    )
+    return ("Clusters", text, "clusters.png")
+
+
+def cluster_margins(features, labels):
+    """Mean over each cluster's members of (cosine to the own centre - cosine to the nearest other one).
+
+    features: (N, D) unit rows; labels: (N,) int64, -1 = outlier, contiguous from 0. Returns (C,) float32;
+    with one cluster alone the other cosine is taken as -1.
+    """
+    kept = labels >= 0
+    cosines = features[kept] @ cluster_means(features, labels).T
+    own = labels[kept][:, None]
+    other = cosines.scatter(1, own, -1.0).amax(1)
+    margins = cosines.gather(1, own)[:, 0] - other
+    return torch.zeros(cosines.shape[1]).index_add_(0, own[:, 0], margins) / torch.bincount(own[:, 0])
+
+
+def _mosaic_row(name, cluster, piles, members, margin, most):
+    """A cluster's members, both modalities in proportion, at most `most`."""
+    rows = torch.nonzero(members == cluster)[:, 0].tolist()
+    count = len(piles["visible"].images)
+    places = [("visible", r) if r < count else ("infrared", r - count) for r in rows]
+    shown = [places[i] for i in np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)]
+    cells = [
+        Cell(piles[m].thumbnail(row), _camera(piles[m].images, row), pictures.MODALITY[m]) for m, row in shown
+    ]
+    sides = [sum(m == side for m, _ in places) for side in MODALITIES]
+    label = f"{name}\n{sides[0]} visible, {sides[1]} infrared\nmargin {margin:.3f}"
+    if all(piles[m].images.pids is not None for m in MODALITIES):
+        people = np.unique([piles[m].images.pids[row] for m, row in places], return_counts=True)[1]
+        label += f"\npurity {people.max() / len(places):.0%}, persons {len(people)}"
+    return label, cells
+
+
+def _match_section(folder, piles, labels):
+    centers = [cluster_means(piles[m].features, labels.own[m]).numpy() for m in MODALITIES]
+    match = match_clusters(*centers)
+    same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities."
+    if all(piles[m].images.pids is not None for m in MODALITIES):
+        visible, infrared = (commonest(labels.own[m].numpy(), piles[m].images.pids) for m in MODALITIES)
+        same = infrared[:, None] == visible[None, :]
+        text += f" In {(match & same).sum() / match.sum():.0%} of them the commonest person is the same"
+        text += f" (of all pairs: {same.mean():.0%})."
+        text += " The diagonal is the best one-to-one assignment, the most similar pairs first."
+    pictures.draw_matches(folder / "matches.png", centers[1] @ centers[0].T, match, same)
+    return ("Visible-infrared matches", text, "matches.png")
+
+
+def commonest(labels, pids):
+    """(C,): the identity that most members of each cluster have, the smallest among equals."""
+    groups = [np.unique(pids[labels == c], return_counts=True) for c in range(labels.max() + 1)]
+    return np.array([people[counts.argmax()] for people, counts in groups])
+
+
+def _camera(images, row):
+    return f"camera {images.camids[row]}" if images.camids[row] else ""
+
+
+def _wrapped(name, width=28):
+    end = name[-2 * width :]
+    return "\n".join(end[i : i + width] for i in range(0, len(end), width))
+
+
+def _html(saved, dataset, folder, sections):
+    """The page: what the run is, its pictures, its data, its last epoch and its settings."""
+    last = saved.history[-1]
+    title = f"{saved.config.method} on {saved.dataset['dataset']}"
+    subtitle = (
+        f"epoch {len(saved.history)} of {saved.config.epochs}, stage {last['stage']}; {saved.directory}"
+    )
+    shown = [(name, text, folder / picture) for name, text, picture in sections]
+    tables = {
+        "Data": _data_rows(saved, dataset),
+        "Last epoch": plain_rows(last),
+        "Settings": plain_rows(saved.config.to_dict()),
+    }
+    return page(title, subtitle, shown, tables)
+
+
+def _data_rows(saved, dataset):
+    if dataset is None:
+        return plain_rows(saved.dataset)
+    rows = [("", "images", "identities", "cameras")]
+    for name, images in dataset.piles().items():
+        people = "unknown" if images.pids is None else len(np.unique(images.pids))
+        cameras, counts = np.unique(images.camids, return_counts=True)
+        named = ", ".join(f"{c}: {n}" for c, n in zip(cameras, counts, strict=True) if c) or "unknown"
+        rows.append((name.replace("_", " "), len(images), people, named))
+    return rows
