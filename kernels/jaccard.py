@@ -91,11 +91,11 @@ def jaccard_neighbors_reference(
 
     pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
-        pairs = list(pool.map(search, reversed(range(len(starts)))))
+        blocks = list(pool.map(search, reversed(range(len(starts)))))
     finally:
         pool.shutdown(cancel_futures=True)
-    pairs = np.concatenate([np.empty((2, 0), np.int64), *pairs], axis=1)
-    return _graph(*torch.from_numpy(pairs).to(device), size)
+    pairs = np.concatenate([np.empty((2, 0), np.int64), *blocks], axis=1)
+    return _graph(torch.from_numpy(pairs).to(device), size)
 
 
 def _units(values):
@@ -107,8 +107,9 @@ def _least_overlap(eps):
     return bisect_left(range(UNIT + 1), True, key=lambda s: 1 - (s / UNIT) / (2 - s / UNIT) <= eps)
 
 
-def _graph(i, j, size):
-    """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j."""
+def _graph(pairs, size):
+    """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j: (2, pairs)."""
+    i, j = pairs
     itself = torch.arange(size, device=i.device)
     keys = torch.cat([i * size + j, j * size + i, itself * (size + 1)]).sort().values
     degree = (keys // max(size, 1)).bincount(minlength=size)
@@ -198,4 +199,4 @@ def _launch(indptr, indices, values, eps):
         )  # fmt: skip
         found.append((strip >= least).nonzero() + torch.tensor([top, 0], device=device))
     empty = torch.empty(0, 2, dtype=torch.int64, device=device)
-    return _graph(*torch.cat([empty, *found]).T, size)
+    return _graph(torch.cat([empty, *found]).T, size)

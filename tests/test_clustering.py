@@ -108,7 +108,7 @@ def tied_world(seed, size, pool, cameras, modalities):
 
 WORLD = {
     "seed": st.integers(0, 10**6),
-    "size": st.integers(1, 12) | st.integers(13, 90),
+    "size": st.integers(1, 12) | st.integers(13, 90) | st.integers(91, 300),
     "cameras": st.integers(1, 4),
     "modalities": st.integers(1, 2),
     "k1": st.integers(1, 40),
