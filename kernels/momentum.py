@@ -141,6 +141,11 @@ def _next(labels, label, start, B, BLOCK_B: tl.constexpr):
 
 
 @jit
+def _sample(x, slot, x_stride, features, live):
+    return tl.load(x + slot.to(tl.int64) * x_stride + features, mask=live, other=0.0).to(tl.float32)
+
+
+@jit
 def _moved(row, sample, momentum):
     moved = momentum * row + (1.0 - momentum) * sample
     return moved / tl.maximum(tl.sqrt(tl.sum(moved * moved, 0)), 1e-12)
@@ -159,26 +164,25 @@ def _update_kernel(
         live = features < D
         place = bank + label * bank_stride + features
         row = tl.load(place, mask=live, other=0.0).to(tl.float32)
-        sample = tl.load(x + slot.to(tl.int64) * x_stride + features, mask=live, other=0.0).to(tl.float32)
-        chosen, least = sample, float("inf")
+        sample = _sample(x, slot, x_stride, features, live)
+        chosen, least = slot, float("inf")
         total, count = tl.zeros((BLOCK_D,), tl.float32), 0.0
         while slot < B:
             after = _next(labels, label, slot + 1, B, BLOCK_B)
-            there = x + after.to(tl.int64) * x_stride + features
-            upcoming = tl.load(there, mask=live & (after < B), other=0.0).to(tl.float32)
+            upcoming = _sample(x, after, x_stride, features, live & (after < B))
             if RULE == "sequential":
                 row = _moved(row, sample, momentum)
             elif RULE == "mean":
                 total, count = total + sample, count + 1.0
             else:
                 key = tl.sum(row * sample, 0) if RULE == "hard" else tl.load(priority + slot)
-                chosen = tl.where(key < least, sample, chosen)
+                chosen = tl.where(key < least, slot, chosen)
                 least = tl.minimum(key, least)
             slot, sample = after, upcoming
         if RULE == "mean":
             row = _moved(row, total / count, momentum)
         elif RULE != "sequential":
-            row = _moved(row, chosen, momentum)
+            row = _moved(row, _sample(x, chosen, x_stride, features, live), momentum)
         tl.store(place, row.to(bank.dtype.element_ty), mask=live)
 
 
@@ -193,7 +197,7 @@ def _launch(bank, x, labels, momentum, rule, priority):
     block = triton.next_power_of_2(D)
     _update_kernel[(B,)](
         bank, x, labels, priority, B, C, D, bank.stride(0), x.stride(0), momentum,
-        RULE=rule, BLOCK_B=512, BLOCK_D=block,
+        RULE=rule, BLOCK_B=256, BLOCK_D=block,
         num_warps=4 if block <= 2048 else 8, debug=True, sanitize_overflow=False,
     )  # fmt: skip
 

@@ -224,7 +224,7 @@ def _keys_kernel(
 
 
 PRODUCT = Config({"BLOCK": 128, "BLOCK_D": 64, "TALL": 8}, warps=8, stages=3, shared=98304)
-KEYS = Config({"BLOCK": 32, "BLOCK_D": 128}, warps=4, stages=2, shared=49152)
+KEYS = Config({"BLOCK": 32, "BLOCK_D": 128}, warps=4, stages=2, shared=1024)
 STRIP = 65536  # rows of x at a time: bounds the memory of the maxima, a number per row and group
 
 

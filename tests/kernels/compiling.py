@@ -6,6 +6,7 @@ kernels are compiled from the very arguments, constants and options that the lib
 
 import re
 import subprocess
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,16 +48,17 @@ def compiling(target):
         driver._active = previous
 
 
-def resources(kernel, folder: Path) -> dict[str, int]:
-    """Registers, spilled bytes and shared bytes of a kernel compiled for CUDA, as ptxas reports them."""
-    ptx = folder / "kernel.ptx"
-    ptx.write_text(kernel.asm["ptx"])
-    architecture = re.search(r"\.target (\S+)", kernel.asm["ptx"])[1].rstrip(",")
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [ptxas, "-v", f"--gpu-name={architecture}", ptx, "-o", folder / "kernel.cubin"]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+def resources(kernel) -> dict[str, int]:
+    """What a kernel compiled for CUDA takes, as its binary says; a spilled register lies on the stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(kernel.asm["cubin"])
+        binary.flush()
+        command = [tool, "--dump-resource-usage", binary.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"([A-Z]+):(\d+)", report))
     return {
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "spilled": sum(int(size) for size in re.findall(r"(\d+) bytes spill", report)),
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared": kernel.metadata.shared,
     }

@@ -1,0 +1,89 @@
+"""Every shipped configuration, compiled ahead of time for GPUs that need not be there."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from compiling import GFX942, SM80, SM90, compiling, resources
+from ecul.kernels import contrast, momentum, neighbors
+from triton.backends import backends
+
+pytestmark = pytest.mark.compiled
+
+FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+LIMITS = {SM80: 163 * 1024, SM90: 227 * 1024}  # bytes of shared memory a program may have
+PRODUCTS = {"_scores_kernel", "_gradient_kernel", "_maxima_kernel", "_candidates_kernel"}
+
+
+def zeros(*shape, dtype=torch.int64):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def loss(dtype, bank_dtype, with_gradient=True):
+    x, bank = zeros(384, 2048, dtype=dtype), zeros(3417, 2048, dtype=bank_dtype)
+    contrast._launch(x, bank, zeros(3417), zeros(384), 0.05, with_gradient)
+    scores, gradient = contrast.FULL if dtype == FULL else contrast.HALF
+    return {"_scores_kernel": scores.shared, "_gradient_kernel": gradient.shared, "_fold_kernel": 1024}
+
+
+def search(dtype, rows, columns, k, exclude_self=False):
+    x = zeros(rows, 2048, dtype=dtype)
+    y = zeros(columns, 2048, dtype=dtype) if columns else x
+    neighbors._launch(x, y, k, exclude_self)
+    product = neighbors.PRODUCT.shared
+    keys = neighbors.KEYS.shared
+    return {"_maxima_kernel": product, "_candidates_kernel": product, "_keys_kernel": keys}
+
+
+def update(rule, features, dtype=FULL):
+    priority = zeros(384, dtype=FULL) if rule == "instance" else None
+    x = zeros(384, features, dtype=dtype)
+    momentum._launch(zeros(99, features, dtype=dtype), x, zeros(384), 0.1, rule, priority)
+    return {"_update_kernel": 16384}
+
+
+LAUNCHES = {
+    "loss, bfloat16": lambda: loss(BRAIN, BRAIN),
+    "loss, bfloat16 and a float32 bank": lambda: loss(BRAIN, FULL),
+    "loss, float16 and a float32 bank": lambda: loss(HALF, FULL),
+    "loss, float32": lambda: loss(FULL, FULL),
+    "loss, float32 and a bfloat16 bank": lambda: loss(FULL, BRAIN),
+    "loss without gradient": lambda: loss(BRAIN, BRAIN, with_gradient=False),
+    "search, one set": lambda: search(FULL, 2001, None, 4),
+    "search, one set without self": lambda: search(HALF, 2001, None, 4, exclude_self=True),
+    "search, two sets": lambda: search(BRAIN, 301, 2001, 4),
+    "search, groups of 32": lambda: search(FULL, 601, None, 4),
+    "search, groups of 4": lambda: search(FULL, 201, None, 4, exclude_self=True),
+    "update, sequential": lambda: update("sequential", 2048),
+    "update, instance": lambda: update("instance", 2048),
+    "update, mean": lambda: update("mean", 2048, BRAIN),
+    "update, hard": lambda: update("hard", 2048),
+    "update, widest rows": lambda: update("hard", momentum.WIDEST),
+}
+
+
+@pytest.mark.parametrize("target", [SM80, SM90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_spills_nothing_and_multiplies_on_tensor_cores(launch, target):
+    with compiling(target) as compiled:
+        stated = launch()
+    assert {name for name, _ in compiled} <= set(stated)
+    for name, kernel in compiled:
+        used = resources(kernel)
+        assert used["stack"] == 0, f"{name} spills: {used}"
+        assert used["shared"] <= min(stated[name], LIMITS[target]), f"{name}: {used}"
+        instruction = "wgmma.mma_async" if target is SM90 else "mma.sync"
+        assert (instruction in kernel.asm["ptx"]) == (name in PRODUCTS)
+
+
+@pytest.mark.skipif("amd" not in backends, reason="this Triton has no AMD backend")
+@pytest.mark.parametrize(
+    "launch", ["loss, bfloat16", "loss, float32", "search, one set", "update, sequential"]
+)
+def test_compiles_for_amd(launch):
+    with compiling(GFX942) as compiled:
+        LAUNCHES[launch]()
+    for name, kernel in compiled:
+        assert kernel.metadata.shared <= 65536
+        assert ".vgpr_spill_count: 0" in kernel.asm["amdgcn"]
+        assert ("v_mfma" in kernel.asm["amdgcn"]) == (name in PRODUCTS)

@@ -1,0 +1,273 @@
+"""`memory_contrast` against the definition, summed slot by slot in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ecul.kernels import contrast, memory_contrast, memory_contrast_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+TEMPERATURE = 0.05
+
+
+def world(samples, slots, features, classes, dtype=FULL, bank_dtype=FULL, device="cpu", seed=0):
+    """Unit rows, every class among the slots, and a sample in four without a label."""
+    generator = torch.Generator().manual_seed(seed)
+    x = F.normalize(torch.randn(samples, features, generator=generator)).to(device, dtype)
+    bank = F.normalize(torch.randn(slots, features, generator=generator)).to(device, bank_dtype)
+    bank_labels = torch.arange(slots) % min(classes, slots)
+    labels = bank_labels[torch.randint(slots, (samples,), generator=generator)]
+    labels[3::4] = -1
+    return x, bank, bank_labels.to(device), labels.to(device)
+
+
+def definition(x, bank, bank_labels, labels, temperature):
+    """L_I of the paper, one sample and slot at a time."""
+    losses = []
+    for row, label in zip(x, labels.tolist(), strict=True):
+        scores = [row @ slot / temperature for slot in bank]
+        own = [s for s, slot_label in zip(scores, bank_labels.tolist(), strict=True) if slot_label == label]
+        top = max(s.detach() for s in scores)
+        everything = top + sum((s - top).exp() for s in scores).log()
+        losses.append(everything * 0 if label < 0 else everything - torch.stack(own).logsumexp(0))
+    return torch.stack(losses)
+
+
+def dense(x, bank, bank_labels, labels, temperature):
+    """The same at once, in the dtype of `x`: what a script would write."""
+    scores = x @ bank.to(x.dtype).T / temperature
+    own = (labels[:, None] == bank_labels) | (labels < 0)[:, None]
+    return scores.logsumexp(1) - scores.masked_fill(~own, -torch.inf).logsumexp(1)
+
+
+def loss_and_gradient(function, x, *arguments, temperature=TEMPERATURE):
+    x = x.detach().clone().requires_grad_()
+    loss = function(x, *arguments, temperature)
+    weights = torch.linspace(0.5, 2, len(x), device=x.device, dtype=loss.dtype)
+    (gradient,) = torch.autograd.grad((loss * weights).sum(), x)
+    return loss.detach().double(), gradient.double()
+
+
+def exact(x, bank, bank_labels, labels, temperature=TEMPERATURE, function=dense):
+    return loss_and_gradient(
+        function, x.double(), bank.double(), bank_labels, labels, temperature=temperature
+    )
+
+
+def worst(got, want):
+    return (got - want).abs().max().item()
+
+
+@settings(max_examples=12)
+@given(
+    samples=st.integers(1, 9),
+    slots=st.integers(1, 12),
+    features=st.integers(1, 20),
+    classes=st.integers(1, 12),
+    temperature=st.sampled_from([0.02, 0.05, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_definition(samples, slots, features, classes, temperature, seed):
+    arguments = world(samples, slots, features, classes, seed=seed)
+    loss, gradient = loss_and_gradient(memory_contrast, *arguments, temperature=temperature)
+    want_loss, want_gradient = exact(*arguments, temperature=temperature, function=definition)
+    assert worst(loss, want_loss) < 4e-7 / temperature + 4e-6
+    assert worst(gradient, want_gradient) < 2e-6 / temperature**2
+
+
+@pytest.mark.parametrize("dtype, bank_dtype", [(FULL, FULL), (BRAIN, BRAIN), (BRAIN, FULL), (HALF, FULL)])
+@pytest.mark.parametrize(
+    "samples, slots, features, classes",
+    [(1, 1, 1, 1), (64, 128, 64, 16), (65, 129, 65, 129), (130, 300, 130, 40)],
+    ids=["one", "blocks", "above blocks", "several blocks"],
+)
+def test_errs_no_more_than_torch_in_the_same_dtype(
+    samples, slots, features, classes, dtype, bank_dtype, device
+):
+    arguments = world(samples, slots, features, classes, dtype, bank_dtype, device)
+    ours, torchs = loss_and_gradient(memory_contrast, *arguments), loss_and_gradient(dense, *arguments)
+    want = exact(*arguments)
+    assert worst(ours[0], want[0]) <= worst(torchs[0], want[0]) + 4e-6
+    scale = want[1].abs().max()
+    assert worst(ours[1], want[1]) <= worst(torchs[1], want[1]) + 2e-6 * scale
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype, relative", [(FULL, 2e-5), (BRAIN, 8e-3), (HALF, 2e-3)])
+def test_gradient_keeps_its_precision_where_the_loss_is_small(dtype, relative, device):
+    _, bank, bank_labels, labels = world(40, 30, 16, 30, device=device)
+    x = F.normalize(bank[labels] + 0.01).to(dtype)
+    bank = bank.to(dtype)
+    _, gradient = loss_and_gradient(memory_contrast, x, bank, bank_labels, labels)
+    _, want = exact(x, bank, bank_labels, labels)
+    assert worst(gradient, want) <= relative * want.abs().max()
+
+
+def test_is_the_cross_entropy_of_a_cluster_bank(device):
+    x, bank, _, _ = world(20, 13, 8, 13, device=device)
+    labels = torch.arange(20, device=device) % 13
+    want = F.cross_entropy(x @ bank.T / TEMPERATURE, labels, reduction="none")
+    got = memory_contrast(x, bank, torch.arange(13, device=device), labels, TEMPERATURE)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FULL, BRAIN])
+def test_ignored_samples_give_exactly_nothing(dtype, device):
+    x, bank, bank_labels, labels = world(70, 150, 40, 9, dtype, device=device)
+    loss, gradient = loss_and_gradient(memory_contrast, x, bank, bank_labels, labels)
+    ignored = labels < 0
+    assert ignored.any() and (loss[ignored] == 0).all() and (gradient[ignored] == 0).all()
+    alone = loss_and_gradient(memory_contrast, x[~ignored], bank, bank_labels, labels[~ignored])[0]
+    assert worst(loss[~ignored], alone) < 4e-6
+    assert (loss[~ignored] > 0).all() and (gradient[~ignored] != 0).any(1).all()
+
+
+def test_outliers_labelled_minus_one_in_the_bank_are_negatives(device):
+    x, bank, bank_labels, labels = world(12, 20, 8, 5, device=device)
+    bank_labels[::3] = -1
+    keep = torch.isin(labels, bank_labels) & (labels >= 0)
+    x, labels = x[keep], labels[keep]
+    loss, _ = loss_and_gradient(memory_contrast, x, bank, bank_labels, labels)
+    want, _ = exact(x, bank, bank_labels, labels, function=definition)
+    assert worst(loss, want) < 1e-5
+
+
+def test_one_class_everywhere_costs_nothing(device):
+    x, bank, _, _ = world(9, 140, 8, 1, device=device)
+    zeros = torch.zeros(140, dtype=torch.int64, device=device)
+    loss, gradient = loss_and_gradient(memory_contrast, x, bank, zeros, zeros[:9])
+    assert worst(loss, 0) < 1e-6 and worst(gradient, 0) < 1e-5
+
+
+def test_own_slots_far_below_the_others_do_not_underflow(device):
+    """At this temperature the own slot lies 2,000 below the highest score of its tile."""
+    x = torch.tensor([[1.0, 0.0]], device=device)
+    bank = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], device=device)
+    labels = torch.arange(3, device=device)
+    loss, gradient = loss_and_gradient(memory_contrast, x, bank, labels, labels[:1], temperature=0.001)
+    torch.testing.assert_close(loss.cpu(), torch.tensor([2000.0]).double())
+    torch.testing.assert_close(gradient.cpu(), torch.tensor([[1000.0, 0.0]]).double())  # 0.5 * 2 / tau
+
+
+def test_any_memory_layout(device):
+    x, bank, bank_labels, labels = world(30, 150, 24, 7, device=device)
+    want = loss_and_gradient(memory_contrast, x, bank, bank_labels, labels)
+    strided = torch.stack([labels, labels], 1)[:, 0]
+    got = loss_and_gradient(memory_contrast, x, bank.T.clone().T, bank_labels, strided)
+    assert worst(got[0], want[0]) < 4e-6
+    leaf = x.T.clone().T.requires_grad_()
+    memory_contrast(leaf, bank.repeat(1, 2)[:, :24], bank_labels, strided, TEMPERATURE).sum().backward()
+    plain = x.clone().requires_grad_()
+    memory_contrast(plain, bank, bank_labels, labels, TEMPERATURE).sum().backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+
+
+def test_the_bank_split_in_other_parts_gives_the_same_gradient(device, monkeypatch):
+    arguments = world(20, 400, 20, 11, device=device)
+    _, want = exact(*arguments)
+    for programs in (1, 2, 3, 1000):
+        monkeypatch.setattr(contrast, "PROGRAMS", programs)
+        _, gradient = loss_and_gradient(memory_contrast, *arguments)
+        assert worst(gradient, want) < 2e-6 * want.abs().max()
+
+
+def test_gives_the_same_bits_twice(device):
+    arguments = world(70, 300, 40, 9, BRAIN, BRAIN, device)
+    first, second = (loss_and_gradient(memory_contrast, *arguments) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_only_the_samples_take_a_gradient(device):
+    x, bank, bank_labels, labels = world(6, 9, 5, 3, device=device)
+    bank.requires_grad_()
+    assert not memory_contrast(x, bank, bank_labels, labels, TEMPERATURE).requires_grad
+    memory_contrast(x.requires_grad_(), bank, bank_labels, labels, TEMPERATURE).sum().backward()
+    assert bank.grad is None and x.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert not memory_contrast(x, bank, bank_labels, labels, TEMPERATURE).requires_grad
+
+
+def test_autocast_changes_nothing(device):
+    arguments = world(20, 40, 16, 5, device=device)
+    want = loss_and_gradient(memory_contrast, *arguments)
+    x, *rest = arguments
+    with torch.autocast(device, torch.bfloat16):
+        loss = memory_contrast(x.requires_grad_(), *rest, TEMPERATURE)
+    loss.sum().backward()
+    plain = x.detach().clone().requires_grad_()
+    memory_contrast(plain, *rest, TEMPERATURE).sum().backward()
+    assert torch.equal(loss.detach().double(), want[0]) and torch.equal(x.grad, plain.grad)
+
+
+def test_gradient_comes_in_the_dtype_of_the_samples(device):
+    x, *rest = world(5, 9, 4, 3, BRAIN, device=device)
+    loss = memory_contrast(x.requires_grad_(), *rest, TEMPERATURE)
+    loss.sum().backward()
+    assert loss.dtype == FULL and x.grad.dtype == BRAIN and x.grad.shape == x.shape
+
+
+def test_an_empty_batch_gives_an_empty_loss(device):
+    x, bank, bank_labels, labels = world(4, 9, 5, 3, device=device)
+    x = x[:0].requires_grad_()
+    loss = memory_contrast(x, bank, bank_labels, labels[:0], TEMPERATURE)
+    loss.sum().backward()
+    assert loss.shape == (0,) and x.grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(4)}, "x must have 2 dimension"),
+        ({"x": torch.zeros(4, 5, dtype=torch.float64)}, "x must be float32, bfloat16, float16; got float64"),
+        ({"bank": torch.zeros(9, 6)}, "bank must have 5 columns"),
+        ({"bank": torch.zeros(0, 5), "bank_labels": torch.zeros(0, dtype=torch.int64)}, "bank has no rows"),
+        ({"bank_labels": torch.arange(8)}, "bank_labels must have one entry a row, 9; got 8"),
+        ({"labels": torch.zeros(4, dtype=torch.int32)}, "labels must be int64; got int32"),
+        ({"labels": [0, 1, 2, 0]}, "labels must be a torch tensor; got list"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"labels": torch.tensor([0, 1, -1, 7])}, r"labels\[3\] = 7 is carried by no slot"),
+        ({"x": torch.full((4, 5), torch.nan)}, "NaN or infinite"),
+        ({"bank": torch.full((9, 5), torch.inf)}, "NaN or infinite"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_refuses(change, message):
+    names = ("x", "bank", "bank_labels", "labels")
+    arguments = dict(zip(names, world(4, 9, 5, 3), strict=True), temperature=TEMPERATURE)
+    with pytest.raises((ValueError, TypeError), match=message):
+        memory_contrast(**{**arguments, **change})
+
+
+def operator_arguments(device, dtype=FULL):
+    x, *rest = world(20, 30, 16, 5, dtype, device=device)
+    return (x.requires_grad_(), *rest, TEMPERATURE, True)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [FULL, BRAIN])
+def test_passes_opcheck(dtype):
+    torch.library.opcheck(contrast._memory_contrast, operator_arguments("cpu", dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FULL, BRAIN, HALF])
+def test_passes_opcheck_on_a_gpu(dtype):
+    torch.library.opcheck(contrast._memory_contrast, operator_arguments("cuda", dtype))
+
+
+def test_compiles_into_one_graph(device):
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    arguments = world(20, 30, 16, 5, device=device)
+    want = loss_and_gradient(memory_contrast, *arguments)
+    got = loss_and_gradient(torch.compile(memory_contrast, fullgraph=True, backend=backend), *arguments)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.gpu
+def test_agrees_with_the_reference_at_scale():
+    arguments = world(384, 34167, 2048, 400, BRAIN, BRAIN, "cuda")
+    got = loss_and_gradient(memory_contrast, *arguments)
+    want = loss_and_gradient(memory_contrast_reference, *arguments)
+    assert worst(got[0], want[0]) < 1e-4
+    assert worst(got[1], want[1]) < 1e-2 * want[1].abs().max()

@@ -1,0 +1,208 @@
+"""`momentum_update_` against the rules, one sample at a time in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ecul.kernels import momentum, momentum_update_
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+RULES = ["sequential", "instance", "mean", "hard"]
+
+
+def world(slots, samples, features, dtype=torch.float32, device="cpu", seed=0):
+    """A bank of unit rows, a batch of unit rows, labels from -1 on."""
+    generator = torch.Generator().manual_seed(seed)
+    bank = F.normalize(torch.randn(slots, features, generator=generator)).to(device, dtype)
+    x = F.normalize(torch.randn(samples, features, generator=generator)).to(device, dtype)
+    labels = torch.randint(-1, slots, (samples,), generator=generator)
+    return bank, x, labels.to(device)
+
+
+def moved(row, sample, share):
+    row = share * row + (1 - share) * sample
+    return row / row.norm().clamp_min(1e-12)
+
+
+def rules_applied(bank, x, labels, share, rule, chosen=None):
+    """The bank after the update; `chosen` names, for `instance`, the sample that each label drew."""
+    bank, x = bank.double(), x.double()
+    updated = bank.clone()
+    for label in set(labels.tolist()) - {-1}:
+        samples = [f for f, own in zip(x, labels.tolist(), strict=True) if own == label]
+        if rule == "sequential":
+            for sample in samples:
+                updated[label] = moved(updated[label], sample, share)
+        elif rule == "mean":
+            updated[label] = moved(bank[label], torch.stack(samples).mean(0), share)
+        elif rule == "hard":
+            updated[label] = moved(bank[label], min(samples, key=lambda f: (f @ bank[label]).item()), share)
+        else:
+            updated[label] = moved(bank[label], x[chosen[label]], share)
+    return updated
+
+
+def smallest_draws(labels, seed):
+    """The sample that each label draws: the one with the smallest of the generator's numbers."""
+    draws = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    labels = labels.tolist()
+    own = {label: [i for i, other in enumerate(labels) if other == label] for label in labels}
+    return {label: min(slots, key=lambda i: draws[i]) for label, slots in own.items()}
+
+
+def assert_follows_the_rule(bank, x, labels, share, rule, tolerance, seed=0):
+    chosen = smallest_draws(labels, seed) if rule == "instance" else None
+    want = rules_applied(bank, x, labels, share, rule, chosen)
+    untouched = [row for row in range(len(bank)) if row not in labels.tolist()]
+    before = bank.clone()
+    generator = torch.Generator().manual_seed(seed)
+    assert momentum_update_(bank, x, labels, share, rule, generator) is bank
+    assert (bank.double() - want).abs().max() <= tolerance
+    assert torch.equal(bank[untouched], before[untouched])
+
+
+@settings(max_examples=12)
+@given(
+    slots=st.integers(1, 6),
+    samples=st.integers(0, 12),
+    features=st.integers(2, 9),
+    share=st.sampled_from([0.0, 0.1, 0.9]),
+    rule=st.sampled_from(RULES),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_rules(slots, samples, features, share, rule, seed):
+    bank, x, labels = world(slots, samples, features, seed=seed)
+    assert_follows_the_rule(bank, x, labels, share, rule, 1e-6, seed)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+@pytest.mark.parametrize("slots, samples, features", [(1, 1, 1), (9, 70, 33), (40, 20, 128), (3, 530, 5)])
+def test_every_size(slots, samples, features, dtype, tolerance, rule, device):
+    bank, x, labels = world(slots, samples, features, dtype, device)
+    assert_follows_the_rule(bank, x, labels, 0.3, rule, tolerance)
+
+
+def test_a_bfloat16_bank_is_rounded_once(device):
+    """Sixty small moves, each too small for bfloat16 to see, add up."""
+    bank = torch.tensor([[1.0, 0.0]], device=device, dtype=torch.bfloat16)
+    x = torch.tensor([[0.0, 1.0]], device=device).repeat(60, 1)
+    want = rules_applied(bank, x, torch.zeros(60, dtype=torch.int64), 0.999, "sequential")
+    momentum_update_(bank, x, torch.zeros(60, dtype=torch.int64, device=device), 0.999, "sequential")
+    assert bank[0, 1] > 0.05 and abs(bank[0, 1].item() - want[0, 1].item()) < 2e-4
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_labels_of_minus_one_update_nothing(rule, device):
+    bank, x, _ = world(5, 7, 4, device=device)
+    before = bank.clone()
+    momentum_update_(bank, x, torch.full((7,), -1, device=device), 0.1, rule)
+    momentum_update_(bank, x[:0], torch.zeros(0, dtype=torch.int64, device=device), 0.1, rule)
+    assert torch.equal(bank, before)
+
+
+def test_sequential_follows_the_order_of_the_batch(device):
+    bank, x, _ = world(1, 3, 4, device=device)
+    labels = torch.zeros(3, dtype=torch.int64, device=device)
+    forwards = momentum_update_(bank.clone(), x, labels, 0.1, "sequential")
+    backwards = momentum_update_(bank.clone(), x.flip(0), labels, 0.1, "sequential")
+    assert (forwards - backwards).abs().max() > 0.01
+
+
+def test_hard_takes_the_earliest_of_equals(device):
+    bank = torch.tensor([[1.0, 0.0]], device=device)
+    x = torch.tensor([[0.8, 0.6], [0.6, 0.8], [0.6, -0.8], [0.8, -0.6]], device=device)
+    labels = torch.zeros(4, dtype=torch.int64, device=device)
+    momentum_update_(bank, x, labels, 0.0, "hard")
+    torch.testing.assert_close(bank[0], x[1])
+
+
+def test_instance_draws_every_sample_equally_often(device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.eye(4, device=device)
+    labels = torch.zeros(4, dtype=torch.int64, device=device)
+    counts = torch.zeros(4)
+    for _ in range(400):
+        bank = torch.full((1, 4), 0.5, device=device)
+        counts += momentum_update_(bank, x, labels, 0.0, "instance", generator)[0].cpu()
+    assert counts.sum() == 400 and (counts - 100).abs().max() < 40  # 4.6 standard deviations
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gives_the_same_bits_twice(rule, device):
+    bank, x, labels = world(6, 60, 40, device=device)
+    first, second = (
+        momentum_update_(bank.clone(), x, labels, 0.2, rule, torch.Generator().manual_seed(1))
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_memory_layout(rule, device):
+    bank, x, labels = world(6, 30, 20, device=device)
+    want = momentum_update_(bank.clone(), x, labels, 0.2, rule, torch.Generator().manual_seed(1))
+    for layout in (torch.zeros(12, 20)[::2], torch.zeros(20, 6).T, torch.zeros(6, 40)[:, ::2]):
+        strided = layout.to(device).copy_(bank)
+        wide = torch.stack([x, x], 2)[:, :, 0]
+        got = momentum_update_(strided, wide, labels, 0.2, rule, torch.Generator().manual_seed(1))
+        torch.testing.assert_close(got, want)
+
+
+def test_mixed_dtypes_and_a_batch_that_wants_a_gradient(device):
+    bank, x, labels = world(6, 30, 20, device=device)
+    want = momentum_update_(bank.clone(), x.bfloat16().float(), labels, 0.2, "sequential")
+    x.requires_grad_()
+    got = momentum_update_(bank, x.bfloat16(), labels, 0.2, "sequential")
+    torch.testing.assert_close(got, want)
+    assert not got.requires_grad
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"bank": torch.zeros(5)}, ValueError, "bank must have 2 dimension"),
+        ({"x": torch.zeros(7, 5)}, ValueError, "x must have 4 columns"),
+        ({"labels": torch.zeros(6, dtype=torch.int64)}, ValueError, "labels must have one entry a row, 7"),
+        ({"labels": torch.zeros(7)}, TypeError, "labels must be int64; got float32"),
+        ({"labels": torch.full((7,), 5)}, ValueError, "labels must be below the 5 rows of bank; got 5"),
+        ({"momentum": 1.5}, ValueError, "momentum must be from 0 to 1; got 1.5"),
+        (
+            {"rule": "median"},
+            ValueError,
+            "rule must be one of sequential, instance, mean, hard",
+        ),
+    ],
+)
+def test_refuses(change, error, message):
+    names = ("bank", "x", "labels")
+    arguments = dict(zip(names, world(5, 7, 4), strict=True), momentum=0.1, rule="mean")
+    before = arguments["bank"].clone()
+    with pytest.raises(error, match=message):
+        momentum_update_(**{**arguments, **change})
+    assert torch.equal(arguments["bank"], before)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_passes_opcheck(rule, device):
+    bank, x, labels = world(5, 7, 4, device=device)
+    priority = torch.rand(7, device=device) if rule == "instance" else None
+    torch.library.opcheck(momentum._momentum_update_, (bank, x, labels, 0.1, rule, priority))
+
+
+def test_compiles_into_one_graph(device):
+    bank, x, labels = world(5, 7, 4, device=device)
+    want = momentum_update_(bank.clone(), x, labels, 0.1, "mean")
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    torch.compile(momentum_update_, fullgraph=True, backend=backend)(bank, x, labels, 0.1, "mean")
+    torch.testing.assert_close(bank, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+def test_a_cpu_generator_picks_the_same_samples_on_a_gpu(rule):
+    bank, x, labels = world(50, 384, 2048)
+    want = momentum_update_(bank.clone(), x, labels, 0.1, rule, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    got = momentum_update_(bank.cuda(), x.cuda(), labels.cuda(), 0.1, rule, generator)
+    torch.testing.assert_close(got.cpu(), want)

@@ -1,0 +1,209 @@
+"""`topk_similarity` against sorting every pair in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ecul.kernels import neighbors, topk_similarity, topk_similarity_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def sorted_pairs(x, y, k, exclude_self=False):
+    """Best first, the lower index first among equals; row i of `y` left out for row i of `x`."""
+    scores = (x.double() @ y.double().T).tolist()
+    best = []
+    for i, row in enumerate(scores):
+        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        best.append([j for j in order if not (exclude_self and i == j)][:k])
+    indices = torch.tensor(best, dtype=torch.int64).reshape(len(scores), k)
+    return torch.tensor(scores, dtype=torch.float64).reshape(len(x), len(y)).gather(1, indices), indices
+
+
+def assert_exact(got, want, device="cpu"):
+    """For features with products exact in float32: the same values and the same indices, ties included."""
+    assert got[0].dtype == torch.float32 and got[1].dtype == torch.int64
+    assert got[0].device.type == got[1].device.type == device
+    torch.testing.assert_close(got[0].double().cpu(), want[0], atol=0, rtol=0)
+    torch.testing.assert_close(got[1].cpu(), want[1], atol=0, rtol=0)
+
+
+def assert_neighbours(got, x, y, k, exclude_self=False, tolerance=1e-6):
+    """For any features, to float32 precision: the values are right and belong to their indices."""
+    values, indices = got[0].double(), got[1]
+    scores = x.double() @ y.double().T
+    if exclude_self:
+        scores.fill_diagonal_(-torch.inf)
+    torch.testing.assert_close(values, scores.topk(k).values, atol=tolerance, rtol=0)
+    torch.testing.assert_close(values, scores.gather(1, indices), atol=tolerance, rtol=0)
+    assert all(len(set(row)) == k for row in indices.tolist())
+    equal = values[:, 1:] == values[:, :-1]
+    assert (indices[:, 1:] > indices[:, :-1])[equal].all()
+
+
+def quarters(rows, features, seed, dtype=torch.float32, device="cpu"):
+    """Multiples of 1/4 from -3/4 to 3/4: their products and sums are exact in every dtype, and tie often."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-3, 4, (rows, features), generator=generator) / 4).to(device, dtype)
+
+
+def unit(rows, features, seed, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, features, generator=generator)).to(device, dtype)
+
+
+@settings(max_examples=12)
+@given(st.data())
+def test_equals_sorting_every_pair(data):
+    rows, columns = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 40))
+    features, seed = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 1000))
+    k = data.draw(st.integers(1, columns))
+    x, y = quarters(rows, features, seed), quarters(columns, features, seed + 1)
+    assert_exact(topk_similarity(x, y, k), sorted_pairs(x, y, k))
+
+
+@settings(max_examples=12)
+@given(st.data())
+def test_equals_sorting_the_pairs_of_one_set(data):
+    size, features = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 8))
+    exclude_self = size > 1 and data.draw(st.booleans())
+    k = data.draw(st.integers(1, size - exclude_self))
+    x = quarters(size, features, data.draw(st.integers(0, 1000)))
+    assert_exact(topk_similarity(x, x, k, exclude_self), sorted_pairs(x, x, k, exclude_self))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rows, columns, features, k",
+    [(1, 1, 1, 1), (128, 128, 64, 4), (129, 257, 65, 1), (5, 130, 3, 2), (20, 300, 7, 40)],
+    ids=["one", "a block", "above blocks", "narrower groups", "wide"],
+)
+def test_is_exact_at_every_size(rows, columns, features, k, dtype, device):
+    x, y = quarters(rows, features, 1, dtype, device), quarters(columns, features, 2, dtype, device)
+    assert_exact(topk_similarity(x, y, k), sorted_pairs(x, y, k), device)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("size, k", [(3, 2), (130, 2), (300, 1), (70, 60)])
+def test_one_set_is_exact_at_every_size(size, k, exclude_self, device):
+    x = quarters(size, 9, 3, device=device)
+    want = sorted_pairs(x, x, k, exclude_self)
+    assert_exact(topk_similarity(x, x, k, exclude_self), want, device)
+    assert_exact(topk_similarity(x, x.clone(), k, exclude_self), want, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finds_the_neighbours_of_unit_rows(dtype, device):
+    x, y = unit(40, 100, 0, dtype, device), unit(280, 100, 1, dtype, device)
+    assert_neighbours(topk_similarity(x, y, 9), x, y, 9)
+    assert_neighbours(topk_similarity(y, y, 4, True), y, y, 4, True)
+
+
+@pytest.mark.parametrize("size", [200, 300])
+def test_finds_neighbours_that_float16_cannot_tell_apart(size, device):
+    """All similarities lie within 1e-3 of 1; the lists of the kernel hold 256 candidates a row."""
+    x = F.normalize(unit(1, 64, 5, device=device) + 1e-2 * unit(size, 64, 6, device=device))
+    rounded = x.half().double()
+    assert ((rounded @ rounded.T).topk(5).indices != (x.double() @ x.double().T).topk(5).indices).any()
+    assert_neighbours(topk_similarity(x, x, 5), x, x, 5, tolerance=5e-7)
+
+
+def test_prefers_lower_indices_where_everything_ties(device):
+    zeros = torch.zeros(300, 5, device=device)
+    values, indices = topk_similarity(zeros, zeros, 4, exclude_self=True)
+    assert (values == 0).all()
+    assert indices[:3].tolist() == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4]]
+    assert (indices[4:] == torch.arange(4, device=device)).all()
+
+
+def test_negative_zero_ties_with_zero(device):
+    x = torch.tensor([[1.0, 0.0]], device=device)
+    y = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [-1e-30, 0.0], [-0.0, -1.0]], device=device)
+    assert topk_similarity(x, y, 3)[1].tolist() == [[0, 1, 3]]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e6])
+def test_any_scale(scale, device):
+    x, y = unit(20, 30, 7, device=device) * scale, unit(150, 30, 8, device=device)
+    values, indices = topk_similarity(x, y, 5)
+    assert_neighbours((values / scale, indices), x / scale, y, 5)
+    values, indices = topk_similarity(y, x, 5)
+    assert_neighbours((values / scale, indices), y, x / scale, 5)
+
+
+def test_rows_of_very_different_norms(device):
+    x = unit(150, 30, 9, device=device) * torch.logspace(-9, 2, 150, device=device)[:, None]
+    values, indices = topk_similarity(x, x, 5)
+    want = (x.double() @ x.double().T).topk(5).values
+    torch.testing.assert_close(values.double(), want, atol=1e-12, rtol=1e-5)
+
+
+def test_any_memory_layout(device):
+    x, y = quarters(30, 9, 10, device=device), quarters(140, 9, 11, device=device)
+    want = sorted_pairs(x, y, 6)
+    wide = torch.zeros(280, 18, device=device)
+    wide[::2, ::2] = y
+    assert_exact(topk_similarity(x.T.clone().T, wide[::2, ::2], 6), want, device)
+    assert_exact(topk_similarity(x, y.repeat(1, 2)[:, :9], 6), want, device)
+    transposed = y.T.clone().T
+    assert_exact(topk_similarity(transposed, transposed, 6), sorted_pairs(y, y, 6), device)
+
+
+def test_no_rows_have_no_neighbours(device):
+    values, indices = topk_similarity(torch.zeros(0, 3, device=device), torch.ones(4, 3, device=device), 2)
+    assert values.shape == indices.shape == (0, 2) and indices.dtype == torch.int64
+
+
+def test_strips_of_rows_change_nothing(device, monkeypatch):
+    x = quarters(150, 9, 12, device=device)
+    monkeypatch.setattr(neighbors, "STRIP", 60)
+    assert_exact(topk_similarity(x, x, 3, True), sorted_pairs(x, x, 3, True), device)
+
+
+def test_neighbours_take_no_gradient(device):
+    x = unit(6, 4, 13, device=device).requires_grad_()
+    values, _ = topk_similarity(x, x, 2)
+    assert not values.requires_grad
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": torch.zeros(5)}, ValueError, "x must have 2 dimension"),
+        ({"y": torch.zeros(5, 4)}, ValueError, "y must have 3 columns"),
+        ({"y": torch.zeros(5, 3).half()}, TypeError, "y must be float32; got float16"),
+        ({"k": 6}, ValueError, "k must be from 1 to 5, the rows of y to choose from; got 6"),
+        ({"k": 0}, ValueError, "k must be from 1 to 5"),
+        ({"k": 5, "exclude_self": True}, ValueError, "k must be from 1 to 4"),
+        ({"y": torch.zeros(6, 3), "exclude_self": True}, ValueError, "exclude_self needs as many rows"),
+        ({"x": torch.full((5, 3), torch.nan)}, ValueError, "x holds NaN or infinite"),
+        ({"y": torch.full((5, 3), -torch.inf)}, ValueError, "y holds NaN or infinite"),
+    ],
+)
+def test_refuses(change, error, message):
+    arguments = {"x": torch.zeros(5, 3), "y": torch.zeros(5, 3), "k": 2}
+    with pytest.raises(error, match=message):
+        topk_similarity(**{**arguments, **change})
+
+
+def test_passes_opcheck(device):
+    x = unit(20, 8, 14, device=device)
+    torch.library.opcheck(neighbors._topk_similarity, (x, x.clone(), 3, True))
+
+
+def test_compiles_into_one_graph(device):
+    x = quarters(30, 8, 15, device=device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    compiled = torch.compile(topk_similarity, fullgraph=True, backend=backend)
+    assert_exact(compiled(x, x, 3), sorted_pairs(x, x, 3), device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_agrees_with_the_reference_at_scale(dtype):
+    x = unit(34167, 2048, 16, dtype, "cuda")
+    got, want = topk_similarity(x, x, 40), topk_similarity_reference(x, x, 40)
+    torch.testing.assert_close(got[0], want[0], atol=1e-6, rtol=0)
+    swapped = got[1] != want[1]  # only where two values agree to float32 precision
+    assert swapped.float().mean() < 1e-3
