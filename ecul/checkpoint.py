@@ -20,8 +20,8 @@ from .files import write_file, write_json, write_tensors
 
 
 @contextmanager
-def run_directory(output):
-    """Make the run's directory and hold it alone; None when there is no output.
+def run_directory(output, hold=True):
+    """Make the run's directory and hold it alone (one process of a run does); None when there is no output.
 
     Errors, before any work: a directory that cannot be written, is nearly full (under 1 GiB free) or is
     held by another run.
@@ -30,6 +30,9 @@ def run_directory(output):
         yield None
         return
     output = Path(output)
+    if not hold:
+        yield output
+        return
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = open(output / ".lock", "w")  # noqa: SIM115 - held for the whole run
@@ -59,52 +62,63 @@ def _lock(file, output):
         ) from e
 
 
-def save_run(output, model, optimizer, config, history, identity, metadata):
-    """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts."""
+def save_run(output, state, config, identity, root):
+    """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
+
+    identity: dict of what makes the data set the same; root: where it lies, for `ecul report`.
+    """
+    model, history = state.model, state.history
+    metadata = {"method": config.method, "dataset": identity["dataset"], "epoch": len(history)}
     write_json(output / "config.json", {**config.to_dict(), "model": getattr(model, "settings", {})})
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(output, metadata)
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
-    write_json(output / "resume.json", {"config": config.to_dict(), "dataset": identity, "history": history})
+    saved = {"config": config.to_dict(), "dataset": identity, "root": str(root), "history": history}
+    write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for i, values in optimizer.state_dict()["state"].items():
+    tensors.update({f"labels.{k}": v for k, v in (state.labels or {}).items()})
+    tensors.update({f"best.{k}": v for k, v in (state.best or {}).items()})
+    for i, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
     write_tensors(output / "resume.safetensors", tensors, {"epoch": len(history)})
 
 
-def load_run(output, model, optimizer, config, identity):
-    """Put model and optimiser back to the last finished epoch; returns the history, empty if there is none.
+def load_run(output, state, config, identity):
+    """Put the state back to the last finished epoch.
 
     Errors: ValueError naming what differs when the configuration or the data set is another one.
     """
-    tensors_file, json_file = output / "resume.safetensors", output / "resume.json"
-    if not tensors_file.exists():
-        return []
-    saved = json.loads(json_file.read_text())
+    saved = json.loads((output / "resume.json").read_text())
     now = {**config.to_dict(), **identity}
     then = {**saved["config"], **saved["dataset"]}
-    differs = [
-        f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in {**then, **now} if then.get(k) != now.get(k)
-    ]
+    differs = [k for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
-        raise ValueError(
-            f"{output} holds a run that cannot be continued with this one's settings: {'; '.join(differs)}"
-        )
-    with safe_open(tensors_file, framework="pt") as f:
+        listed = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs)
+        raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
+    with safe_open(output / "resume.safetensors", framework="pt") as f:
         epoch = int(f.metadata()["epoch"])
-    tensors = load_file(tensors_file)
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    tensors = load_file(output / "resume.safetensors")
+    part = {
+        kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
+        for kind in ("model.", "labels.", "best.", "optimizer.")
+    }
+    state.model.load_state_dict(part["model."])
+    state.labels, state.best = part["labels."] or None, part["best."] or None
+    state.history = saved["history"][:epoch]
+    state.optimizer.load_state_dict(
+        {**state.optimizer.state_dict(), "state": _moments(part, state.optimizer)}
+    )
+
+
+def _moments(part, optimizer):
+    """The optimiser's tensors by parameter, in the parameter's memory format: a fused step relies on it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            i, name = int(key.split(".")[1]), key.split(".")[2]
-            if (
-                value.shape == parameters[i].shape
-            ):  # in the parameter's memory format, which a fused step relies on
-                value = torch.empty_like(parameters[i]).copy_(value)
-            moments.setdefault(i, {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return saved["history"][:epoch]
+    for key, value in part["optimizer."].items():
+        i, name = int(key.split(".")[0]), key.split(".")[1]
+        if value.shape == parameters[i].shape:
+            value = torch.empty_like(parameters[i]).copy_(value)
+        moments.setdefault(i, {})[name] = value
+    return moments

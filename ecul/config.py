@@ -126,6 +126,9 @@ class Config:
     # engine
     seed: int = 0
     precision: str = field(default="auto", metadata={"choices": ("auto", "fp32", "bf16")})
+    compile: bool = False
+    checkpointing: bool = False  # recompute activations in backward: less memory, more time, the same result
+    keep: str = field(default="last", metadata={"choices": ("last", "score")})
     batch_extract: int = 256
 
     def __post_init__(self):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .files import write_json, write_tensors
 
@@ -79,6 +80,31 @@ class Stem(nn.Module):
         return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
 
 
+class Backbone(nn.Module):
+    """Somebody's own network in the place of `TwoStreamResNet`, one for both modalities.
+
+        embed(x, modality) = F.normalize(network(x), dim=1)
+
+    network: any module with `num_features` that maps (N, 3, H, W) to (N, num_features); input_size: (H, W).
+    """
+
+    def __init__(self, network, input_size):
+        super().__init__()
+        if not hasattr(network, "num_features"):
+            raise TypeError(
+                f"model must have `num_features`, its embedding's size; {type(network).__name__} has not"
+            )
+        self.network, self.num_features, self.input_size = network, network.num_features, tuple(input_size)
+
+    def forward(self, visible, infrared):
+        """Unit embeddings of both modalities, visible rows first."""
+        return self.embed(torch.cat([visible, infrared]), "both")
+
+    def embed(self, x, modality):
+        """Unit embeddings (N, num_features) float32; the modality makes no difference to this network."""
+        return F.normalize(self.network(x).float(), dim=1)
+
+
 class TwoStreamResNet(nn.Module):
     """Unit embeddings of visible and infrared images.
 
@@ -105,6 +131,7 @@ class TwoStreamResNet(nn.Module):
             "input_size": list(input_size),
         }
         self.input_size = tuple(input_size)
+        self.checkpointing = False  # recompute each block in backward instead of storing its activations
         block = Bottleneck if depth >= 50 else BasicBlock
         self.visible, self.infrared = Stem(width), Stem(width)
         inputs = width
@@ -141,7 +168,8 @@ class TwoStreamResNet(nn.Module):
     def _shared(self, x):
         for stage in range(1, 5):
             for i, block in enumerate(getattr(self, f"layer{stage}")):
-                x = block(x)
+                recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
                 if f"{stage}_{i}" in self.non_local:
                     x = self.non_local[f"{stage}_{i}"](x)
         pooled = (x.float().pow(3).mean(dim=(2, 3)) + 1e-12).pow(1 / 3)

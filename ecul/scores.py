@@ -1,20 +1,24 @@
 """How good is a clustering: agreement with identities (a monitor), and scores that need none."""
 
 import numpy as np
+import torch
+
+from ecul.kernels import topk_similarity
+
+from .memory import cluster_means
 
 
-def adjusted_rand(labels, identities):
-    """Adjusted Rand index of labels (N,) with identities (N,); outliers (-1) left out; nan below two images.
+def adjusted_rand(labels, reference):
+    """Adjusted Rand index of labels (N,) with a reference (N,); images that are -1 in either are left out.
 
-    Equals `sklearn.metrics.adjusted_rand_score(identities[labels >= 0], labels[labels >= 0])`. It is a
-    monitor: identities reach the log and nothing else.
+    Equals `sklearn.metrics.adjusted_rand_score(reference[kept], labels[kept])`; nan below two images.
     """
-    labels, identities = np.asarray(labels), np.asarray(identities)
-    kept = labels >= 0
+    labels, reference = np.asarray(labels), np.asarray(reference)
+    kept = (labels >= 0) & (reference >= 0)
     if kept.sum() < 2:
         return float("nan")
     _, a = np.unique(labels[kept], return_inverse=True)
-    _, b = np.unique(identities[kept], return_inverse=True)
+    _, b = np.unique(reference[kept], return_inverse=True)
     cells = np.unique(a * (b.max() + 1) + b, return_counts=True)[1]
     both, in_a, in_b, total = (_pairs(c) for c in (cells, np.bincount(a), np.bincount(b), np.array([len(a)])))
     expected = in_a * in_b / total
@@ -25,3 +29,31 @@ def adjusted_rand(labels, identities):
 def _pairs(counts):
     counts = counts.astype(np.float64)
     return (counts * (counts - 1)).sum() / 2
+
+
+def separation(features, labels):
+    """Simplified silhouette: mean over images of (b - a) / max(a, b), an outlier counts 0.
+
+    a is the cosine distance to the image's own cluster centre, b that to the nearest other centre.
+    features: (N, D) unit rows; labels: (N,) int64, -1 = outlier. In [-1, 1]; 0 below two clusters.
+    """
+    if len(labels) == 0 or int(labels.max()) < 1:
+        return 0.0
+    distance = 1 - features @ cluster_means(features, labels).T
+    own = distance.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    other = distance.scatter(1, labels.clamp(min=0)[:, None], torch.inf).amin(1)
+    value = (other - own) / torch.maximum(own, other).clamp(min=1e-12)
+    return float(torch.where(labels >= 0, value, 0).mean())
+
+
+def mutual_rate(visible, infrared):
+    """Share of images that are the nearest neighbour across modalities of their own nearest one.
+
+    visible: (A, D), infrared: (B, D) unit rows. 2 * (mutual pairs) / (A + B), in [0, 1]; needs no labels.
+    """
+    if len(visible) == 0 or len(infrared) == 0:
+        return 0.0
+    forth = topk_similarity(visible, infrared, 1)[1][:, 0]
+    back = topk_similarity(infrared, visible, 1)[1][:, 0]
+    pairs = (back[forth] == torch.arange(len(visible), device=visible.device)).sum()
+    return 2 * int(pairs) / (len(visible) + len(infrared))

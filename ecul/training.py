@@ -12,19 +12,21 @@ ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .augment import train_view
+from . import parallel
 from .checkpoint import load_run, run_directory, save_run
 from .config import Config
 from .features import embed_pixels
+from .journal import describe, label_scores, monitors
 from .losses import agreement_loss
-from .model import TwoStreamResNet
-from .scores import adjusted_rand
+from .model import Backbone, TwoStreamResNet
+from .piles import augmented, identity, load_piles
 from .stages import MODALITIES, assign_labels, make_batches, make_terms, usable
 
 log = logging.getLogger("ecul")
@@ -39,26 +41,28 @@ class Run:
     output: object
 
 
-@dataclass(frozen=True)
-class Pile:
-    """One modality's training images: pixels uint8 (N, 3, H, W), cameras (N,), identities (monitors)."""
+@dataclass
+class State:
+    """All that an epoch changes, and all that a run needs to go on."""
 
-    pixels: torch.Tensor
-    cameras: torch.Tensor
-    identities: np.ndarray | None
+    model: torch.nn.Module
+    forward: torch.nn.Module  # the model as the batches see it: compiled, or one of several processes
+    optimizer: torch.optim.Optimizer
+    history: list = field(default_factory=list)
+    labels: dict | None = None  # of the last epoch, for the stability score
+    best: dict | None = None  # weights of the best score so far, when these are kept
 
-    def take(self, index, device):
-        """The images at this index, on the device that trains."""
-        return self.pixels[index.to(self.pixels.device)].to(device, non_blocking=True)
 
-
-def train(dataset, config=None, *, output=None, resume=False, device=None, on_epoch=None):
+def train(dataset, config=None, *, output=None, resume=False, device=None, on_epoch=None, model=None):
     """Train a visible-infrared model on unlabelled images.
 
     dataset: a `Dataset` (`open_dataset`, `Dataset.from_arrays`, `Dataset.from_folders`); its identities, if
     any, are read by the monitors of the log alone. config: a `Config`, by default `Config()`. output: the
     run directory, None for none; resume: go on with the run that is there. device: by default the GPU when
-    there is one. on_epoch(row): called with each epoch's dict. Returns a `Run`; the last epoch is the result.
+    there is one. on_epoch(row): called with each epoch's dict. model: a backbone of one's own, any module
+    with `num_features` that maps (N, 3, H, W) to (N, num_features), or one with `embed` like
+    `TwoStreamResNet`. Under torchrun the processes share one run. Returns a `Run`: the last epoch's weights,
+    or those of the best label-free score with `keep="score"`.
 
     Errors, all before any work: an incomplete data set, an output directory that cannot be used or holds
     another run, weights of another architecture. An epoch without two clusters a modality is skipped with a
@@ -66,114 +70,114 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
     Source: ECUL and MBCCM, METHOD sections 3 to 6.
     """
     config = config or Config()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = parallel.start(device)
     _check(dataset)
-    with run_directory(output) as directory:
-        model = build_model(config, device)
-        optimizer = build_optimizer(model, config)
-        identity = {"dataset": dataset.name, **{f"{m}_images": len(getattr(dataset, m)) for m in MODALITIES}}
-        history = []
-        if directory is not None:
-            if resume:
-                history = load_run(directory, model, optimizer, config, identity)
-            elif (directory / "resume.safetensors").exists():
+    with run_directory(output, hold=parallel.rank() == 0) as directory:
+        model = build_model(config, device, model)
+        state = State(model, trainable(model, config), build_optimizer(model, config))
+        data = identity(dataset)
+        if directory is not None and (directory / "resume.safetensors").exists():
+            if not resume:
                 raise ValueError(
-                    f"output: {directory} already holds a run; pass resume=True or another directory"
+                    f"output: {directory} holds a run already; pass resume=True or another directory"
                 )
+            load_run(directory, state, config, data)
         piles = load_piles(dataset, config.size, device)
-        for epoch in tqdm(range(len(history), config.epochs), desc="epochs", disable=None):
-            try:
-                row = run_epoch(model, optimizer, piles, config, epoch)
-            except ValueError as e:
-                _require_finite(epoch, {}, model, directory)
-                raise e
-            _require_finite(epoch, row, model, directory)
-            history.append(row)
-            log.info(describe(row))
-            if directory is not None:
-                metadata = {"method": config.method, "dataset": dataset.name, "epoch": epoch + 1}
-                save_run(directory, model, optimizer, config, history, identity, metadata)
-            if on_epoch is not None:
-                on_epoch(row)
-        return Run(model.eval(), history, directory)
+        for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
+            row = _guarded_epoch(state, piles, config, epoch, directory)
+            if parallel.rank() == 0:
+                log.info(describe(row))
+                if directory is not None:
+                    save_run(directory, state, config, data, dataset.root)
+                if on_epoch is not None:
+                    on_epoch(row)
+        if config.keep == "score" and config.epochs:
+            _finish_with_best(state, piles, config, data, directory, dataset.root)
+        return Run(model.eval(), state.history, directory)
 
 
-def run_epoch(model, optimizer, piles, config, epoch):
+def run_epoch(state, piles, config, epoch):
     """One epoch: extract, cluster, match, remember, learn. Returns its row of the log."""
     began = time.perf_counter()
-    device = next(model.parameters()).device
+    device = next(state.model.parameters()).device
     rng = np.random.default_rng([config.seed, epoch])
     generators = {d: torch.Generator(d).manual_seed(int(rng.integers(2**62))) for d in {"cpu", device.type}}
-    autocast = uses_bf16(config, device)
-    set_lr(optimizer, config, epoch)
-    cross = epoch >= config.epochs_intra
-    row = {"epoch": epoch, "stage": 2 if cross else 1, "lr": optimizer.param_groups[0]["lr"]}
+    set_lr(state.optimizer, config, epoch)
 
-    features = {
-        m: embed_pixels(model, piles[m].pixels, m, config.batch_extract, autocast=autocast)
-        for m in MODALITIES
-    }
-    cameras = {m: piles[m].cameras for m in MODALITIES}
-    labels = assign_labels(features, cameras, config, cross)
-    row |= labels.counts() | monitors(labels, piles)
-    prepared = time.perf_counter()
-    row["seconds_labels"] = prepared - began
+    features, labels, row = look(state, piles, config, epoch)
+    looked = time.perf_counter()
+    row["seconds_labels"] = looked - began
     if not usable(labels.own):
         log.warning(
             "epoch %d skipped: fewer than two clusters in a modality; loosen eps or min_samples", epoch
         )
-        return row | {"skipped": True, "seconds": prepared - began}
+        return row | {"skipped": True, "seconds": looked - began}
 
+    cameras = {m: piles[m].cameras for m in MODALITIES}
     terms = make_terms(features, labels, config, epoch, generators["cpu"])
     batches = make_batches(labels, cameras, config, rng)
-    row |= learn(model, optimizer, piles, terms, batches, config, generators, autocast)
+    row |= learn(state.forward, state.optimizer, piles, terms, batches, config, generators)
     ended = time.perf_counter()
     images = row.pop("images")
-    return row | {"seconds": ended - began, "images_per_second": images / (ended - prepared)}
+    return row | {"seconds": ended - began, "images_per_second": images / (ended - looked)}
 
 
-def learn(model, optimizer, piles, terms, batches, config, generators, autocast=False):
+def look(state, piles, config, epoch):
+    """Extract and label with the current weights; returns features, labels and what the log says of them."""
+    cross = config.epochs_intra <= epoch
+    row = {"epoch": epoch, "stage": 2 if cross else 1, "lr": state.optimizer.param_groups[0]["lr"]}
+    features = {m: extract_shared(state.model, piles[m].pixels, m, config) for m in MODALITIES}
+    cameras = {m: piles[m].cameras for m in MODALITIES}
+    labels = assign_labels(features, cameras, config, cross)
+    row |= labels.counts() | label_scores(features, labels, state.labels) | monitors(labels, piles)
+    state.labels = labels.own
+    if config.keep == "score" and row["score"] > max((r["score"] for r in state.history), default=-math.inf):
+        state.best = {k: v.clone() for k, v in state.model.state_dict().items()}
+    return features, labels, row
+
+
+def extract_shared(model, pixels, modality, config):
+    """Every image's features on every process, each process embedding its share."""
+    own = pixels[parallel.share(len(pixels))]
+    autocast = uses_bf16(config, next(model.parameters()).device)
+    rows = embed_pixels(model, own, modality, config.batch_extract, progress=not _quiet(), autocast=autocast)
+    return parallel.gather(rows, len(pixels))
+
+
+def learn(forward, optimizer, piles, terms, batches, config, generators):
     """Run the epoch's batches; returns the mean of each loss and the number of images seen."""
-    device = next(model.parameters()).device
-    model.train()
+    device = next(forward.parameters()).device
+    autocast = uses_bf16(config, device)
+    forward.train()
     totals, steps, images = {}, 0, 0
-    for pair in tqdm(batches, total=config.iterations, desc="batches", disable=None, leave=False):
+    for pair in tqdm(batches, total=config.iterations, desc="batches", disable=_quiet(), leave=False):
         index = {
             m: torch.from_numpy(i).to(device, non_blocking=True)
             for m, i in zip(MODALITIES, pair, strict=True)
         }
-        views = augment(piles, index, config, generators[device.type], device)
+        views = augmented(piles, index, config, generators[device.type], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            embedded = model(views["visible"], views["infrared"])
-        sizes = [len(views[m]) for m in MODALITIES]
-        features = dict(zip(MODALITIES, embedded.float().split(sizes), strict=True))
+            features = embed_batch(forward, views)
         losses = {t.name: t.weight * t.loss(features, index) for t in terms}
         losses |= consistency(terms, features, config)
         optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(losses.values())).sum().backward()
+        (
+            parallel.size() * torch.stack(list(losses.values())).sum()
+        ).backward()  # averaged over processes again
         optimizer.step()
         for term in terms:
             term.update(features, index, generators["cpu"])
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach()
-        steps, images = steps + 1, images + sum(sizes)
+        steps, images = steps + 1, images + sum(map(len, views.values()))
     return {f"loss_{name}": float(total) / steps for name, total in totals.items()} | {"images": images}
 
 
-def augment(piles, index, config, generator, device):
-    """The batch's views: visible view 1 then view 2 (channel exchange), and infrared."""
-    visible = piles["visible"].take(index["visible"], device)
-    infrared = piles["infrared"].take(index["infrared"], device)
-    views = [
-        train_view(visible, "visible", config.pad, generator, config.linear_transform),
-        train_view(visible, "exchanged", config.pad, generator),
-        train_view(infrared, "infrared", config.pad, generator),
-    ]
-    visible, infrared = torch.cat(views[:2]), views[2]
-    return {
-        "visible": visible.contiguous(memory_format=torch.channels_last),
-        "infrared": infrared.contiguous(memory_format=torch.channels_last),
-    }
+def embed_batch(forward, views):
+    """The features of a batch's views by modality; each process embeds its share, all get all."""
+    own = {m: views[m][parallel.share(len(views[m]))] for m in MODALITIES}
+    embedded = forward(own["visible"], own["infrared"]).float().split([len(own[m]) for m in MODALITIES])
+    return {m: parallel.gather(f, len(views[m])) for m, f in zip(MODALITIES, embedded, strict=True)}
 
 
 def consistency(terms, features, config):
@@ -190,14 +194,26 @@ def consistency(terms, features, config):
     }
 
 
-def build_model(config, device):
-    """The network of this configuration, initialised from its seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = TwoStreamResNet(config.depth, config.width, config.non_local, config.size)
-    if config.weights is not None:
-        model.load_backbone(config.weights)
+def build_model(config, device, model=None):
+    """The network of this configuration, initialised from its seed alone, or one's own."""
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = TwoStreamResNet(config.depth, config.width, config.non_local, config.size)
+        if config.weights is not None:
+            model.load_backbone(config.weights)
+        model.checkpointing = config.checkpointing
+    elif not hasattr(model, "embed"):
+        model = Backbone(model, config.size)
+    if parallel.size() > 1 and device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def trainable(model, config):
+    """The model as the batches see it: in parallel over processes, compiled if asked for."""
+    forward = DistributedDataParallel(model) if parallel.size() > 1 else model
+    return torch.compile(forward, dynamic=True) if config.compile else forward
 
 
 def build_optimizer(model, config):
@@ -213,16 +229,6 @@ def set_lr(optimizer, config, epoch):
         group["lr"] = lr
 
 
-def load_piles(dataset, size, device):
-    """Both modalities' images as uint8 tensors on the device."""
-    piles = {}
-    for m in MODALITIES:
-        images = getattr(dataset, m)
-        cameras = torch.as_tensor(images.camids, device=device)
-        piles[m] = Pile(images.load(size).to(device), cameras, images.pids)
-    return piles
-
-
 def uses_bf16(config, device):
     """Whether the forward pass runs under bf16 autocast: asked for, or "auto" on a GPU that has it."""
     if config.precision == "auto":
@@ -230,35 +236,27 @@ def uses_bf16(config, device):
     return config.precision == "bf16"
 
 
-def monitors(labels, piles):
-    """Adjusted Rand index of the labels with the identities, where they are known: for the reader alone."""
+def _guarded_epoch(state, piles, config, epoch, directory):
+    """`run_epoch`, added to the history unless the weights diverged: the last good checkpoint then stays."""
     row = {}
-    for m in MODALITIES:
-        if piles[m].identities is not None:
-            row[f"monitor_ari_{m}"] = adjusted_rand(labels.own[m].cpu().numpy(), piles[m].identities)
-    if labels.joint is not None and len(row) == len(MODALITIES):
-        joint = torch.cat([labels.joint[m] for m in MODALITIES]).cpu().numpy()
-        row["monitor_ari_joint"] = adjusted_rand(
-            joint, np.concatenate([piles[m].identities for m in MODALITIES])
-        )
+    try:
+        row = run_epoch(state, piles, config, epoch)
+    except ValueError as error:
+        _require_finite(epoch, row, state.model, directory)
+        raise error
+    except RuntimeError as error:
+        if parallel.size() == 1:
+            raise
+        raise RuntimeError(
+            f"epoch {epoch} failed in process {parallel.rank()} of {parallel.size()}, perhaps because another "
+            f"ended: {error}. Start the run again with resume=True; it goes on from the last finished epoch"
+        ) from error
+    _require_finite(epoch, row, state.model, directory)
+    state.history.append(row)
     return row
 
 
-def describe(row):
-    """One line of text for one epoch."""
-    clusters = "/".join(str(v) for k, v in row.items() if k.startswith("clusters_"))
-    outliers = "/".join(str(v) for k, v in row.items() if k.startswith("outliers_"))
-    loss = sum(v for k, v in row.items() if k.startswith("loss_"))
-    text = f"epoch {row['epoch']:3d} stage {row['stage']} clusters {clusters} outliers {outliers}"
-    text += f" loss {loss:.3f}"
-    if "images_per_second" in row:
-        text += f" {row['seconds']:.1f} s {row['images_per_second']:.0f} images/s"
-    monitored = "/".join(f"{v:.2f}" for k, v in row.items() if k.startswith("monitor_"))
-    return text + (f" (monitor: ARI {monitored})" if monitored else "")
-
-
 def _require_finite(epoch, row, model, directory):
-    """End a diverged run before it overwrites the last good checkpoint."""
     bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
     bad += [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
@@ -273,9 +271,22 @@ def _require_finite(epoch, row, model, directory):
         )
 
 
+def _finish_with_best(state, piles, config, data, directory, root):
+    """Rate the last weights too, then put the best ones back."""
+    look(state, piles, config, config.epochs)
+    state.model.load_state_dict(state.best)
+    if directory is not None and parallel.rank() == 0:
+        save_run(directory, state, config, data, root)
+
+
 def _check(dataset):
     report = dataset.check()
     if not report.ok:
         raise ValueError(f"the data set is not what it should be:\n{report}")
     for warning in report.warnings:
         log.warning("%s", warning)
+
+
+def _quiet():
+    """tqdm's `disable`: another process speaks, or (None) stderr is not a terminal."""
+    return True if parallel.rank() else None

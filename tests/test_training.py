@@ -118,7 +118,7 @@ training.train(open_dataset("sysu", {str(world)!r}), config, output={str(tmp_pat
 
 def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dataset, tmp_path):
     train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
-    with pytest.raises(ValueError, match="already holds a run; pass resume=True"):
+    with pytest.raises(ValueError, match="holds a run already; pass resume=True"):
         train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
     with pytest.raises(ValueError, match="epochs_cross: 0 then, 2 now"):
         train(dataset, tiny(), output=tmp_path / "run", resume=True)

@@ -1,0 +1,68 @@
+"""Several processes, one run: what torchrun starts, seen through four small functions.
+
+Every process draws the same batches and holds the same memories. It embeds its share of the images; the
+features are gathered in a fixed order, so that losses, gradients and updates are those of one process.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+
+def start(device=None):
+    """Join the process group if torchrun started this process; returns this process's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if _wants_cuda(device) else "gloo", timeout=timedelta(minutes=30))
+    if device is None and _wants_cuda(device):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(device or "cpu")
+
+
+def _wants_cuda(device):
+    return torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+
+
+def size():
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """This process's number; process 0 writes the files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(count):
+    """The slice of `count` rows that is this process's own: contiguous, sizes differing by at most one."""
+    bounds = [round(count * r / size()) for r in range(size() + 1)]
+    return slice(bounds[rank()], bounds[rank() + 1])
+
+
+def gather(rows, count):
+    """All processes' rows (n, D) of a table of `count`, in order; gradients flow into one's own rows."""
+    if size() == 1:
+        return rows
+    bounds = [round(count * r / size()) for r in range(size() + 1)]
+    widest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    padded = rows.detach().new_zeros(widest, *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    dist.all_gather(parts, padded)
+    cut = [p[: b - a] for p, a, b in zip(parts, bounds, bounds[1:], strict=False)]
+    cut[rank()] = rows
+    return torch.cat(cut)
+
+
+def broadcast(tensor):
+    """Process 0's tensor, in place, on every process."""
+    if size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def wait():
+    """Go on when every process has come this far."""
+    if size() > 1:
+        dist.barrier()

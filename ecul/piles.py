@@ -1,0 +1,65 @@
+"""The training images, decoded once and kept where they are used: on the device, else in pinned memory."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .augment import train_view
+from .stages import MODALITIES
+
+log = logging.getLogger("ecul")
+
+
+@dataclass(frozen=True)
+class Pile:
+    """One modality: pixels uint8 (N, 3, H, W), cameras (N,), identities (N,) for monitors or None."""
+
+    pixels: torch.Tensor
+    cameras: torch.Tensor
+    identities: np.ndarray | None
+
+    def take(self, index, device):
+        """The images at this index, on the device that trains."""
+        return self.pixels[index.to(self.pixels.device)].to(device, non_blocking=True)
+
+
+def load_piles(dataset, size, device):
+    """Both modalities' piles. Pixels lie on the device when they fill at most half of its free memory."""
+    pixels = {m: getattr(dataset, m).load(size) for m in MODALITIES}
+    needed = sum(p.numel() for p in pixels.values())
+    on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 2
+    log.info(
+        "%.1f MB of images are kept %s",
+        needed / 1e6,
+        f"on {device}" if on_device else "in pinned host memory",
+    )
+    piles = {}
+    for m in MODALITIES:
+        images = getattr(dataset, m)
+        kept = pixels[m].to(device) if on_device else pixels[m].contiguous().pin_memory()
+        piles[m] = Pile(kept, torch.as_tensor(images.camids, device=device), images.pids)
+    return piles
+
+
+def identity(dataset):
+    """What makes this the same data set again: its name, numbers of images and a hash of their names."""
+    names = hashlib.sha256("\n".join(n for m in MODALITIES for n in getattr(dataset, m).names).encode())
+    counts = {f"{m}_images": len(getattr(dataset, m)) for m in MODALITIES}
+    return {"dataset": dataset.name, **counts, "names": names.hexdigest()[:16]}
+
+
+def augmented(piles, index, config, generator, device):
+    """A batch's views by modality: visible view 1 then view 2 (channel exchange), and infrared."""
+    taken = {m: piles[m].take(index[m], device) for m in MODALITIES}
+    visible = [
+        train_view(taken["visible"], "visible", config.pad, generator, config.linear_transform),
+        train_view(taken["visible"], "exchanged", config.pad, generator),
+    ]
+    views = {
+        "visible": torch.cat(visible),
+        "infrared": train_view(taken["infrared"], "infrared", config.pad, generator),
+    }
+    return {m: v.contiguous(memory_format=torch.channels_last) for m, v in views.items()}
