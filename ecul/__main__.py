@@ -73,7 +73,6 @@ def search(args):
         from .pictures import draw_ranking
 
         draw_ranking(args.output, ranking, model.input_size)
-        print(f"the picture is {args.output}")
 
 
 def report(args):
@@ -103,6 +102,7 @@ def export(args):
     """Write one modality of a model as ONNX (.onnx) or as a torch.export program (.pt2)."""
     from .export import export
 
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is absent
     export(_model(args), args.output, args.modality, flip=not args.no_flip)
     print(f"pixels (N, 3, H, W) from 0 to 255 in, unit features out: {args.output}")
 

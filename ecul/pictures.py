@@ -91,16 +91,18 @@ def draw_ranking(path, ranking, size=(288, 144), most=24):
         cells = [Cell(read_image(asked, size), "query", ASKED)]
         for rank, (row, score) in enumerate(zip(found.tolist(), scores.tolist(), strict=True), 1):
             cells.append(Cell(read_image(ranking.gallery.paths[row], size), f"{rank}\n{score:.3f}"))
-        rows.append((_shortened(asked), cells))
+        rows.append((short_path(asked), cells))
         if len(rows) == most:
             break
     draw_sheet(path, rows, lead=1)
 
 
-def _shortened(path, width=28):
-    """The end of a path, in lines that fit beside a row."""
-    end = str(path)[-3 * width :]
-    return "\n".join(end[i : i + width] for i in range(0, len(end), width))
+def short_path(path, width=24):
+    """A path in two lines that fit beside a row: the file's name, and the end of its folder."""
+    folder, _, name = str(path).replace("\\", "/").rpartition("/")
+    return "\n".join(
+        part if len(part) <= width else "…" + part[1 - width :] for part in (name, folder) if part
+    )
 
 
 def draw_curves(path, history):

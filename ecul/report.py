@@ -113,7 +113,7 @@ def _ranked_section(folder, piles, protocol, queries, top, held_out):
             caption = f"{_camera(gallery.images, found)}\n{scores[found]:.3f}".strip()
             cells.append(Cell(gallery.thumbnail(found), caption, color))
         who = f"person {query.images.pids[row]}\n" if known else ""
-        rows.append((who + _wrapped(query.images.names[row]), cells))
+        rows.append((who + pictures.short_path(query.images.names[row]), cells))
     pictures.draw_sheet(folder / "ranked.png", rows, lead=1)
     text = (
         f"{len(rows)} infrared queries, drawn at random, and their best answers among "
@@ -225,11 +225,6 @@ def commonest(labels, pids):
 
 def _camera(images, row):
     return f"camera {images.camids[row]}" if images.camids[row] else ""
-
-
-def _wrapped(name, width=28):
-    end = name[-2 * width :]
-    return "\n".join(end[i : i + width] for i in range(0, len(end), width))
 
 
 def _html(saved, dataset, folder, sections):

@@ -1,0 +1,183 @@
+"""README as its readers use it: every block runs, every command parses, the wheel installs elsewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import ecul
+from ecul import Config, synthesize
+from ecul.__main__ import _parser
+
+ROOT = Path(ecul.__file__).resolve().parent.parent
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S)
+SMALL = {"depth": 10, "width": 8, "size": (32, 16), "pad": 2, "weights": None, "precision": "fp32"}
+SMALL |= {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 3, "instances": 2}
+SMALL |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
+
+
+def blocks(text, language):
+    """(code, reason not to run or None) of each block of a language."""
+    return [(m["code"], m["reason"]) for m in BLOCK.finditer(text) if m["language"] == language]
+
+
+def commands(text):
+    """The arguments of every `ecul` command in bash blocks; continued lines are joined, comments dropped."""
+    for code, _ in blocks(text, "bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:3] == ["python", "-m", "ecul"]:
+                words = words[2:]
+            if words[:1] == ["ecul"]:
+                yield words[1:]
+
+
+def run_python_blocks(text, directory, monkeypatch):
+    """Run the blocks in order, in one name space and one directory that holds small data; returns it."""
+    synthesize(directory / "SYSU-MM01", identities=8, images=3, size=(32, 16), progress=False)
+    for modality, cameras in (("visible", "1245"), ("infrared", "36")):
+        folder = directory / "photos" / modality
+        folder.mkdir(parents=True)
+        for image in sorted((directory / "SYSU-MM01").glob(f"cam[{cameras}]/*/*.jpg")):
+            (folder / f"{image.parent.parent.name}-{image.parent.name}-{image.name}").symlink_to(image)
+    preset = Config.preset.__func__
+    monkeypatch.setattr(
+        Config, "preset", classmethod(lambda cls, *a, **k: preset(cls, *a, **k).replace(**SMALL))
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard())
+    monkeypatch.chdir(directory)
+    names: dict = {"__name__": "readme"}
+    for number, (code, reason) in enumerate(blocks(text, "python")):
+        if reason is None:
+            exec(compile(code, f"README block {number}", "exec"), names)
+    return names
+
+
+def tensorboard():
+    """What README uses of TensorBoard, which is no dependency of the tests."""
+    module = types.ModuleType("torch.utils.tensorboard")
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.scalars = []
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, float(value), int(step)))
+
+    module.SummaryWriter = SummaryWriter
+    return module
+
+
+def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    run_python_blocks((ROOT / "README.md").read_text(), tmp_path, monkeypatch)
+
+
+def test_every_command_of_the_readme_parses():
+    for words in commands((ROOT / "README.md").read_text()):
+        _parser().parse_args(words)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 300
+
+
+EXAMPLE = """
+```python
+x = 1
+```
+<!-- not run: the data set is not here -->
+```python
+raise RuntimeError
+```
+```python
+y = x + 1
+```
+```bash
+pip install ecul  # first
+ecul search runs/mine --query a.jpg --query-modality infrared \\
+    --gallery b --gallery-modality visible
+python -m ecul export runs/mine --modality visible -o m.onnx
+```
+"""
+
+
+def test_blocks_share_names_and_a_marked_one_is_left_out(tmp_path, monkeypatch):
+    assert run_python_blocks(EXAMPLE, tmp_path, monkeypatch)["y"] == 2
+    assert (tmp_path / "photos" / "infrared").is_dir() and Config.preset("sysu").depth == 10
+    assert [reason for _, reason in blocks(EXAMPLE, "python")] == [None, "the data set is not here", None]
+    assert [words[0] for words in commands(EXAMPLE)] == ["search", "export"]
+    with pytest.raises(RuntimeError):
+        run_python_blocks(EXAMPLE.replace("not run:", "ran:"), tmp_path / "again", monkeypatch)
+    with pytest.raises(SystemExit):
+        [_parser().parse_args(words) for words in commands(EXAMPLE.replace("--query ", "--qeury "))]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from what a source distribution holds: a copy without anything that git ignores."""
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "source"
+    for name in ("ecul", "kernels"):
+        (source / name).mkdir(parents=True)
+        for file in [*(ROOT / name).glob("*.py"), *(ROOT / name).glob("py.typed")]:
+            (source / name / file.name).write_bytes(file.read_bytes())
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    build = "from setuptools.build_meta import *; build_wheel('../dist'); build_sdist('../dist')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next((folder / "dist").glob("*.whl"))
+
+
+def test_wheel_and_source_distribution_are_complete(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    expected = {f"ecul/{f.name}" for f in (ROOT / "ecul").glob("*.py")} | {"ecul/py.typed"}
+    expected |= {f"ecul/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")}
+    assert expected == {n for n in names if ".dist-info/" not in n}
+    assert any(n.endswith("entry_points.txt") for n in names)
+    assert len(list(wheel.parent.glob("*.tar.gz"))) == 1
+
+
+def test_the_installed_wheel_works_outside_the_repository(wheel, tmp_path):
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        "lib",
+        wheel,
+    ]
+    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True)
+    code = """
+import sys
+sys.path.insert(0, "lib")
+sys.modules.update(dict.fromkeys(("PIL", "matplotlib", "onnx", "sklearn")))
+import ecul, ecul.kernels, torch
+assert ecul.__file__.startswith(sys.argv[1]) and ecul.kernels.__file__.startswith(sys.argv[1])
+for name in ecul.__all__:
+    getattr(ecul, name)
+from ecul import export, importers, page, pictures, report, search
+print(ecul.emcc(torch.eye(5)).tolist())
+try:
+    pictures.draw_curves("x.png", [{"epoch": 0, "stage": 1, "loss_a": 1.0}])
+except ImportError as e:
+    print(e)
+"""
+    run = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "[0, 0, 0, 0, 0]",
+        "pictures need matplotlib: pip install 'ecul[plots]'",
+    ]
