@@ -66,3 +66,9 @@ def wait():
     """Go on when every process has come this far."""
     if size() > 1:
         dist.barrier()
+
+
+def stop():
+    """Leave the process group, at the end of a command."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -82,6 +82,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
                     f"output: {directory} holds a run already; pass resume=True or another directory"
                 )
             load_run(directory, state, config, data)
+        parallel.wait()
         piles = load_piles(dataset, config.size, device)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, piles, config, epoch, directory)
@@ -93,6 +94,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
                     on_epoch(row)
         if config.keep == "score" and config.epochs:
             _finish_with_best(state, piles, config, data, directory, dataset.root)
+        parallel.wait()
         return Run(model.eval(), state.history, directory)
 
 
@@ -248,7 +250,7 @@ def _guarded_epoch(state, piles, config, epoch, directory):
         if parallel.size() == 1:
             raise
         raise RuntimeError(
-            f"epoch {epoch} failed in process {parallel.rank()} of {parallel.size()}, perhaps because another "
+            f"epoch {epoch} failed in process {parallel.rank()} of {parallel.size()}, maybe because another "
             f"ended: {error}. Start the run again with resume=True; it goes on from the last finished epoch"
         ) from error
     _require_finite(epoch, row, state.model, directory)

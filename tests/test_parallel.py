@@ -1,0 +1,48 @@
+"""Two processes on the CPU are one run: labels as of one process, equal banks, a clear end when one dies."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ecul import Config, open_dataset, synthesize, train
+
+CONFIG = Config.preset(
+    "demo", epochs_intra=1, epochs_cross=1, iterations=3, identities=4, instances=2, width=8, tsmem_switch=1,
+    k1=6, k2=2, k3=4, k1_joint=8, k2_joint=2, k3_joint=6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return synthesize(
+        tmp_path_factory.mktemp("w") / "world", identities=10, images=3, size=(32, 16), progress=False
+    )
+
+
+def torchrun(world, output, *more):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    worker = Path(__file__).with_name("worker.py")
+    arguments = [str(worker), str(world), json.dumps(CONFIG.to_dict()), str(output), *more]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_two_processes_hold_equal_banks_and_label_as_one(world, tmp_path):
+    done = torchrun(world, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "equal banks in 2 epochs" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    alone = train(open_dataset("sysu", world), CONFIG, device="cpu").history
+    same = [k for k in alone[0] if k.startswith(("clusters_", "outliers_", "monitor_"))]
+    assert len(same) >= 6 and {k: rows[0][k] for k in same} == {k: alone[0][k] for k in same}
+    losses = {k: v for k, v in alone[0].items() if k.startswith("loss_")}
+    assert losses.keys() <= rows[0].keys()
+
+
+def test_a_killed_process_ends_the_job_with_a_message(world, tmp_path):
+    done = torchrun(world, tmp_path / "killed", "kill")
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr or "resume=True" in done.stderr
+    assert json.loads((tmp_path / "killed" / "resume.json").read_text())["history"][0]["epoch"] == 0
