@@ -215,7 +215,7 @@ def dbscan(indptr, indices, min_samples: int = 4):
     component = connected_components(links, directed=False)[1][core]
     _, first, which = np.unique(component, return_index=True, return_inverse=True)
     labels = np.full(size, -1)
-    labels[core] = np.argsort(np.argsort(first))[which]
+    labels[core] = np.argsort(np.argsort(first))[which]  # SciPy promises no order of the components
     border = ~core[rows] & core[cols]
     reached = np.full(size, size)
     np.minimum.at(reached, rows[border], labels[cols[border]])

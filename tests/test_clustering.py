@@ -172,12 +172,13 @@ def test_every_step_equals_its_part_of_the_oracle(seed, size, cameras, modalitie
     np.testing.assert_array_equal(indices, np.nonzero(distance <= 0.6)[1])
 
 
-@given(st.integers(0, 10**6), st.integers(0, 40), st.floats(0, 0.3), st.integers(1, 6), st.booleans())
-def test_dbscan_equals_scikit_learn_on_any_graph(seed, size, density, min_samples, itself):
-    near = np.triu(np.random.default_rng(seed).random((size, size)) < density, 1)
-    near = near | near.T
-    expected = oracle_dbscan(1.0 - (near | np.eye(size, dtype=bool)), 0.5, min_samples) if size else []
-    near |= itself & np.eye(size, dtype=bool)
+@given(st.integers(0, 10**6), st.integers(0, 60), st.floats(0.3, 2), st.integers(1, 6), st.booleans())
+def test_dbscan_equals_scikit_learn_on_any_graph(seed, size, spread, min_samples, itself):
+    """Points on a line, shuffled: chains of them, with border points between two clusters."""
+    places = np.random.default_rng(seed).uniform(0, 1 + size * spread / 2, size)
+    near = np.abs(places[:, None] - places) < 1
+    expected = oracle_dbscan(1.0 - near, 0.5, min_samples) if size else []
+    near &= itself | ~np.eye(size, dtype=bool)
     labels = dbscan(np.cumsum([0, *near.sum(1)]), np.nonzero(near)[1], min_samples)
     assert labels.dtype == np.int64
     np.testing.assert_array_equal(labels, expected)
