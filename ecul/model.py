@@ -4,6 +4,7 @@ ResNet: https://arxiv.org/abs/1512.03385, two-stream and BNNeck as in ECUL: http
 """
 
 import json
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -169,7 +170,7 @@ class TwoStreamResNet(nn.Module):
         for stage in range(1, 5):
             for i, block in enumerate(getattr(self, f"layer{stage}")):
                 recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-                x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+                x = _checkpointed(block, x) if recompute else block(x)
                 if f"{stage}_{i}" in self.non_local:
                     x = self.non_local[f"{stage}_{i}"](x)
         pooled = (x.float().pow(3).mean(dim=(2, 3)) + 1e-12).pow(1 / 3)
@@ -240,6 +241,24 @@ class TwoStreamResNet(nn.Module):
         model = cls(**{name: json.loads(metadata[name].lower()) for name in names})
         model._load(load_file(file), file)
         return model.eval()
+
+
+def _checkpointed(block, x):
+    """`block(x)`, computed again in backward; the running statistics move once, as without it."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    @contextmanager
+    def statistics_kept():
+        momenta = [m.momentum for m in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept()))
 
 
 def _conv(inputs, outputs, kernel, stride=1):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
+from ecul.checkpoint import run_directory
 from ecul.training import build_model
 
 TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}
@@ -174,6 +175,54 @@ def test_weights_of_another_architecture_are_refused(dataset, tmp_path):
     torch.save(TwoStreamResNet(18, width=8).state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match="does not fit"):
         train(dataset, tiny(weights=str(tmp_path / "w.pth")))
+
+
+def test_keeping_the_best_score_ends_with_the_weights_it_rates(dataset, tmp_path):
+    config = tiny(keep="score")
+    run = train(dataset, config, output=tmp_path / "best")
+    best = max(range(3), key=lambda i: run.history[i]["score"])
+    prefix = train(dataset, tiny(keep="last"), output=tmp_path / "all")
+    assert same(TwoStreamResNet.from_pretrained(tmp_path / "best"), run.model)
+    scores = [row["score"] for row in prefix.history]
+    assert scores == [row["score"] for row in run.history]
+    if run.history[best]["score"] == max(scores) and best == 0:
+        assert same(run.model, build_model(config, torch.device("cpu")))
+    again = train(dataset, config, output=tmp_path / "best", resume=True)
+    assert same(again.model, run.model)
+
+
+def test_checkpointing_changes_memory_and_nothing_else(dataset):
+    plain, recomputed = (train(dataset, tiny(checkpointing=c, epochs_cross=1)) for c in (False, True))
+    assert [r.get("loss_cluster_visible") for r in plain.history] == pytest.approx(
+        [r.get("loss_cluster_visible") for r in recomputed.history], rel=1e-4
+    )
+
+
+def test_a_backbone_of_ones_own(dataset, tmp_path):
+    class Own(torch.nn.Module):
+        num_features = 24
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Sequential(
+                torch.nn.Conv2d(3, 24, 7, 4), torch.nn.BatchNorm2d(24), torch.nn.ReLU()
+            )
+
+        def forward(self, x):
+            return self.net(x).mean((2, 3))
+
+    before = Own()
+    run = train(dataset, tiny(), model=Own(), output=tmp_path / "own")
+    assert not torch.equal(run.model.network.net[0].weight, before.net[0].weight)
+    assert len(evaluate(run.model, dataset, modes=["all"], progress=False).rows) == 1
+    with pytest.raises(TypeError, match="num_features"):
+        train(dataset, tiny(), model=torch.nn.Identity())
+
+
+def test_a_run_directory_in_use_is_refused(dataset, tmp_path):
+    with run_directory(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
+        train(dataset, tiny(), output=tmp_path / "run")
 
 
 def test_training_raises_cross_modality_map(tmp_path):
