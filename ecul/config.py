@@ -50,7 +50,7 @@ DATASETS: dict[str, dict[str, Any]] = {
         "pad": 4,
         "identities": 8,
         "instances": 4,
-        "iterations": 24,
+        "iterations": 40,
         "epochs_intra": 10,
         "epochs_cross": 14,
         "tsmem_switch": 10,
