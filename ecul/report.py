@@ -116,7 +116,7 @@ def _ranked_section(folder, piles, protocol, queries, top, held_out):
         rows.append((who + pictures.short_path(query.images.names[row]), cells))
     pictures.draw_sheet(folder / "ranked.png", rows, lead=1)
     text = (
-        f"{len(rows)} infrared queries, drawn at random, and their best answers among "
+        f"Infrared queries drawn at random ({len(rows)}), and their best answers among "
         f"{len(gallery.images)} visible {'test' if held_out else 'training'} images, best first."
     )
     text += " Green: the same person; red: another." if known else " Identities are not known."

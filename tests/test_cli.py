@@ -1,0 +1,285 @@
+"""The command line does what the functions do, says what it takes, and fails in one line."""
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import ecul
+from ecul import (
+    TwoStreamResNet,
+    evaluation,
+    export,
+    extract,
+    importers,
+    kernels,
+    open_dataset,
+    report,
+    synthesize,
+)
+from ecul.__main__ import _parser, main
+from ecul.search import embed_fitting, extract_folder, save_features, search
+
+COMMANDS = {
+    "train",
+    "evaluate",
+    "extract",
+    "search",
+    "check",
+    "synthesize",
+    "report",
+    "import",
+    "export",
+    "demo",
+}
+TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
+TINY |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("w") / "world"
+    return synthesize(root, identities=8, images=3, size=(32, 16), progress=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = TwoStreamResNet(10, 4, False, (32, 16))
+    model(torch.randn(8, 3, 32, 16), torch.randn(8, 3, 32, 16))
+    return model.eval()
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six readable images in two folders, and two files that only look like images."""
+    rng = np.random.default_rng(0)
+    for name in ("a/1.png", "a/2.jpg", "a/3.png", "b/c/4.png", "b/5.bmp", "6.png"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "photos" / "a" / "broken.jpg").write_bytes(b"not an image")
+    whole = (tmp_path / "photos" / "a" / "1.png").read_bytes()
+    (tmp_path / "photos" / "b" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path / "photos"
+
+
+def subparsers():
+    (choices,) = [a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return choices
+
+
+def test_every_command_is_there_and_every_option_has_help():
+    assert set(subparsers()) == COMMANDS
+    for name, parser in subparsers().items():
+        assert parser.description, name
+        for action in parser._actions:
+            assert action.help and len(action.help) > 5, f"{name} {action.option_strings or action.dest}"
+        assert parser.format_help()
+
+
+def test_errors_are_one_line_and_code_two(capsys, tmp_path):
+    assert main(["evaluate", "sysu", str(tmp_path / "absent"), "--model", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ecul evaluate: ") and error.count("\n") == 1 and "Traceback" not in error
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "evaluate", "sysu", str(tmp_path / "absent"), "--model", "x"])
+    with pytest.raises(SystemExit):
+        main(["train", "sysu", "x", "-o", "y", "--set", "no-value"])
+
+
+def test_from_a_world_to_a_report(tmp_path, capsys):
+    root, run = str(tmp_path / "world"), str(tmp_path / "run")
+    sizes = ["--identities", "8", "--images", "3", "--size", "32", "16"]
+    assert main(["synthesize", root, *sizes]) == 0
+    assert main(["check", "sysu", root, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.split("\n", 1)[1])
+    settings = [part for k, v in TINY.items() for part in ("--set", f"{k}={v}")] + ["--set", "size=[32,16]"]
+    assert main(["train", "sysu", root, "-o", run, "--preset", "demo", *settings]) == 0
+    assert main(["evaluate", "sysu", root, "--model", run, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert len(json.loads(out[out.index("{") :])["rows"]) == 2
+    assert main(["report", run, "--root", root, "--queries", "2", "--top", "3"]) == 0
+    assert (tmp_path / "run" / "report" / "matches.png").is_file()
+    assert main(["export", run, "-o", str(tmp_path / "m.pt2"), "--modality", "visible", "--no-flip"]) == 0
+    pixels = torch.zeros(3, 3, 32, 16)
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    trained = TwoStreamResNet.from_pretrained(run)
+    expected = extract(trained, pixels.to(torch.uint8), "visible", flip=False, progress=False)
+    assert torch.allclose(program(pixels), expected, atol=1e-5)
+
+
+def test_extract_writes_features_names_and_the_models_hash(photos, model, saved, tmp_path, capsys):
+    out = tmp_path / "features.safetensors"
+    command = ["extract", saved, str(photos), "--modality", "infrared", "-o", str(out)]
+    assert main(command) == 2 and not out.exists()
+    error = capsys.readouterr().err
+    assert "2 of 8 images" in error and "broken.jpg" in error and "cut.png" in error
+    assert main([*command, "--skip-unreadable"]) == 0
+    skipped = re.findall(r"cannot be read: .*?(\w+\.\w+)\n", capsys.readouterr().err)
+    assert skipped == ["broken.jpg", "cut.png"]
+    with safe_open(out, "pt") as f:
+        metadata, features = f.metadata(), f.get_tensor("features")
+    names = json.loads(metadata["names"])
+    assert len(names) == 6 and torch.allclose(features, extract(model, names, "infrared", progress=False))
+    assert metadata["modality"] == "infrared" and len(json.loads(metadata["unreadable"])) == 2
+    file = tmp_path / "model" / "model.safetensors"
+    assert metadata["model_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_search_ranks_as_a_plain_sort_does(photos, model, saved, tmp_path, capsys):
+    query = str(photos / "a" / "1.png")
+    command = ["search", saved, "--query", query, "--gallery", str(photos), "--top", "4"]
+    command += ["--query-modality", "infrared", "--gallery-modality", "visible", "--skip-unreadable"]
+    assert main([*command, "-o", str(tmp_path / "found.png")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    names = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False).paths
+    scores = (
+        extract(model, [query], "infrared", progress=False)
+        @ extract(model, names, "visible", progress=False).T
+    )
+    expected = sorted(zip(scores[0].tolist(), names, strict=True), reverse=True)[:4]
+    assert [line[2] for line in lines[1:]] == [name for _, name in expected]
+    assert np.allclose([float(line[1]) for line in lines[1:]], [s for s, _ in expected], atol=6e-4)
+    assert lines[0] == [query] and [line[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    assert np.asarray(Image.open(tmp_path / "found.png")).std() > 5
+
+
+def test_search_over_small_galleries_and_its_refusals(photos, model):
+    def found(**more):
+        options = {"progress": False, "skip_unreadable": True, **more}
+        return search(model, photos / "b", photos / "a", "infrared", "visible", **options)
+
+    assert found(top=50).rows.shape == (2, 3)
+    with pytest.raises(ValueError, match="top must be at least 1"):
+        found(top=0)
+    with pytest.raises(ValueError, match="modality"):
+        search(model, photos / "b", photos / "a", "thermal", "visible")
+    with pytest.raises(ValueError, match="cannot be read"):
+        found(skip_unreadable=False)
+    with pytest.raises(ValueError, match="1 of 1 images"):
+        extract_folder(model, photos / "a" / "broken.jpg", "visible", skip_unreadable=True, progress=False)
+
+
+def test_a_long_folder_is_read_in_chunks(photos, model, monkeypatch):
+    whole = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False)
+    monkeypatch.setattr(sys.modules["ecul.search"], "CHUNK", 2)
+    parts = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False)
+    assert parts.paths == whole.paths and torch.allclose(parts.features, whole.features, atol=1e-6)
+    assert sorted(parts.unreadable) == sorted(whole.unreadable)
+    with pytest.raises(ValueError, match=r"2 of 8 images(.|\n)*broken.jpg(.|\n)*cut.png"):
+        extract_folder(model, photos, "visible", progress=False)
+
+
+class Small(torch.nn.Module):
+    """A model whose memory holds `fits` images."""
+
+    input_size, num_features = (4, 2), 3
+
+    def __init__(self, fits):
+        super().__init__()
+        self.fits, self.seen, self.scale = fits, [], torch.nn.Parameter(torch.ones(1))
+
+    def embed(self, x, modality):
+        if len(x) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.seen.append(len(x))
+        return torch.nn.functional.normalize(x.mean((2, 3)) * self.scale, dim=1)
+
+
+def test_batches_are_halved_until_they_fit():
+    pixels = torch.randint(
+        0, 256, (11, 3, 4, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    model = Small(fits=5)
+    found = embed_fitting(model, pixels, "visible", batch_size=16)
+    assert max(model.seen) == 4
+    assert torch.allclose(found, embed_fitting(Small(fits=99), pixels, "visible"), atol=1e-6)
+    with pytest.raises(torch.OutOfMemoryError):
+        embed_fitting(Small(fits=0), pixels, "visible", batch_size=4)
+
+
+def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
+    state = {}
+    for name, value in model.state_dict().items():
+        name = name.replace("visible.", "visible_module.visible.").replace(
+            "infrared.", "thermal_module.thermal."
+        )
+        state[f"base_resnet.base.{name}" if name.startswith("layer") else name] = value
+    torch.save({"net": state | {"classifier.weight": torch.zeros(2, 2)}}, tmp_path / "agw.pth")
+    out = tmp_path / "imported"
+    assert main(["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16"]) == 0
+    assert "left out 1 tensors, what only training uses: classifier.weight" in capsys.readouterr().out
+    pixels = torch.zeros(2, 3, 32, 16, dtype=torch.uint8)
+    both = [
+        extract(m, pixels, "infrared", progress=False) for m in (model, TwoStreamResNet.from_pretrained(out))
+    ]
+    assert torch.equal(*both)
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "ecul", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
+
+
+SHAPES, ERRORS, SOURCE = r"\([A-Z][\w+ ]*,", r"Errors?\b|Raises", r"Source|arXiv|METHOD"
+DOCUMENTED = [
+    (ecul.train, ERRORS, SOURCE),
+    (ecul.evaluate, ERRORS),
+    (ecul.extract, SHAPES, ERRORS, SOURCE),
+    (ecul.open_dataset, ERRORS),
+    (ecul.synthesize, ERRORS),
+    (ecul.emcc, SHAPES, ERRORS, SOURCE),
+    (ecul.match_clusters, SHAPES, ERRORS, SOURCE),
+    (ecul.ClusterMemory, SHAPES, ERRORS, SOURCE),
+    (ecul.InstanceMemory, SOURCE),
+    (ecul.TwoStreamResNet, SHAPES, SOURCE),
+    (ecul.Config, ERRORS),
+    (ecul.Dataset,),
+    (evaluation.eval_sysu, ERRORS),
+    (kernels.topk_similarity, SHAPES, ERRORS),
+    (kernels.jaccard_neighbors, SHAPES, ERRORS),
+    (kernels.memory_contrast, SHAPES, ERRORS),
+    (kernels.momentum_update_, SHAPES, ERRORS),
+    (extract_folder, ERRORS),
+    (embed_fitting, SHAPES, ERRORS),
+    (save_features, ERRORS),
+    (search, ERRORS),
+    (export.export, SHAPES, ERRORS),
+    (importers.import_checkpoint, SHAPES, ERRORS, SOURCE),
+    (report.report, ERRORS, SOURCE),
+]
+
+
+@pytest.mark.parametrize("case", DOCUMENTED, ids=lambda case: case[0].__name__)
+def test_docstrings_say_shapes_errors_and_source(case):
+    for pattern in case[1:]:
+        assert re.search(pattern, case[0].__doc__), pattern
+
+
+def test_no_public_name_is_left_out_of_that_check():
+    checked = {case[0] for case in DOCUMENTED}
+    assert {getattr(ecul, name) for name in ecul.__all__} <= checked
+
+
+def test_a_run_that_names_its_root_needs_no_arguments(world, tmp_path):
+    run = ecul.train(open_dataset("sysu", world), ecul.Config.preset("demo", **TINY), output=tmp_path / "run")
+    saved = json.loads((run.output / "resume.json").read_text())
+    saved["dataset"]["root"] = str(world)
+    (run.output / "resume.json").write_text(json.dumps(saved))
+    assert main(["report", str(run.output), "--queries", "1", "--top", "2"]) == 0
+    assert (run.output / "report" / "clusters.png").is_file()

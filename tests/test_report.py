@@ -1,0 +1,204 @@
+"""Pictures of a run: right in what they say, whole in one file, drawn without a display."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+
+from ecul import Config, Dataset, TwoStreamResNet, open_dataset, synthesize, train
+from ecul.data import Images
+from ecul.pictures import (
+    BAD,
+    GAP,
+    GOOD,
+    HEIGHT,
+    LABEL,
+    Cell,
+    _diagonal,
+    draw_curves,
+    draw_matches,
+    draw_sheet,
+)
+from ecul.report import choose_queries, cluster_margins, commonest, ignored, read_run, report
+
+TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
+TINY |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
+TINY |= {"size": (32, 16)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("w") / "world"
+    return open_dataset("sysu", synthesize(root, identities=8, images=3, size=(32, 16), progress=False))
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    return train(dataset, Config.preset("demo", **TINY), output=tmp_path_factory.mktemp("r") / "run")
+
+
+def pictures(folder):
+    """Every PNG there, decoded; each must show something."""
+    found = {file.name: np.asarray(Image.open(file).convert("RGB")) for file in folder.glob("*.png")}
+    assert all(picture.std() > 5 for picture in found.values())
+    return found
+
+
+def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
+    page = report(run.output, dataset, queries=3, top=4, progress=False)
+    assert page == run.output / "report" / "index.html"
+    names = {"curves.png", "ranked.png", "clusters.png", "matches.png"}
+    assert set(pictures(page.parent)) == names
+    text = page.read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
+    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert "Infrared queries drawn at random (3)" in text and f"<td>{len(dataset.test_visible)}</td>" in text
+    for heading in ("Curves", "Ranked lists", "Clusters", "Visible-infrared matches", "Data", "Settings"):
+        assert f"<h2>{heading}</h2>" in text
+    assert "united on sysu" in text and "k1_joint" in text and "epoch 2 of 2, stage 2" in text
+
+
+def test_without_the_data_there_are_curves_and_settings(run, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("resume.json", "log.jsonl"):
+        (copy / name).write_bytes((run.output / name).read_bytes())
+    page = report(copy)
+    assert [f.name for f in page.parent.glob("*.png")] == ["curves.png"]
+    assert f"<td>{read_run(copy).dataset['visible_images']}</td>" in page.read_text()
+
+
+def test_images_without_identities_and_a_first_stage_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    people = rng.integers(0, 256, (6, 4, 2, 3))
+    piles = []
+    for count in (30, 24):
+        which = people[np.arange(count) % 6].repeat(8, 1).repeat(8, 2)
+        piles.append((which * 0.9 + rng.integers(0, 20, which.shape)).astype(np.uint8))
+    dataset = Dataset.from_arrays(*piles)
+    config = Config.preset("demo", **{**TINY, "epochs_cross": 0})
+    run = train(dataset, config, output=tmp_path / "run")
+    text = report(run.output, dataset, queries=2, progress=False).read_text()
+    assert "Identities are not known" in text and "one-modality clusters" in text
+    assert "commonest person" not in text and "<td>unknown</td>" in text
+
+
+def test_another_folder_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="no run directory"):
+        report(tmp_path)
+
+
+def color_at(path, x, y):
+    """The colour of a sheet at a point in hundredths of an inch."""
+    return "#{:02x}{:02x}{:02x}".format(*Image.open(path).convert("RGB").getpixel((2 * x, 2 * y)))
+
+
+def test_frames_have_their_colours_and_images_their_places(tmp_path):
+    black, wide = np.zeros((20, 10, 3), np.uint8), HEIGHT // 2
+    rows = [("query", [Cell(black, "a"), Cell(black + 90, "b", GOOD), Cell(black + 200, "c", BAD)])]
+    draw_sheet(tmp_path / "sheet.png", rows, lead=1)
+    middle = GAP + HEIGHT // 2
+    second = LABEL + wide + GAP + 2 * GAP
+    assert color_at(tmp_path / "sheet.png", LABEL + wide // 2, middle) == "#000000"
+    assert color_at(tmp_path / "sheet.png", second + wide // 2, middle) == "#5a5a5a"
+    assert color_at(tmp_path / "sheet.png", second - 1, middle) == GOOD
+    assert color_at(tmp_path / "sheet.png", second + wide + GAP - 1, middle) == BAD
+    assert color_at(tmp_path / "sheet.png", LABEL + wide + GAP + GAP // 2, middle) == "#ffffff"
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_sheet(tmp_path / "sheet.png", [])
+
+
+def test_curves_take_skipped_epochs_and_panels_without_values(tmp_path):
+    rows = [{"epoch": e, "stage": 1 + (e > 1), "loss_a": 1.0, "clusters_visible": e} for e in range(4)]
+    rows[1] = {"epoch": 1, "stage": 1, "skipped": True, "clusters_visible": 1}
+    draw_curves(tmp_path / "curves.png", rows)
+    two = Image.open(tmp_path / "curves.png").size
+    draw_curves(tmp_path / "curves.png", [row | {"score": 0.1, "score_mutual": 0.1} for row in rows])
+    three = Image.open(tmp_path / "curves.png").size
+    assert three[0] == two[0] * 3 // 2 and three[1] == two[1]
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 1000))
+def test_matches_are_ordered_along_the_diagonal(infrared, visible, seed):
+    similarity = np.random.default_rng(seed).normal(size=(infrared, visible))
+    rows, columns = _diagonal(similarity)
+    assert sorted(rows) == list(range(infrared)) and sorted(columns) == list(range(visible))
+    diagonal = similarity[rows][:, columns].diagonal()
+    assert (np.diff(diagonal) <= 0).all()
+    assert np.isclose(diagonal.sum(), similarity[linear_sum_assignment(similarity, maximize=True)].sum())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 60), (60, 2)])
+def test_odd_match_matrices_are_drawn(shape, tmp_path):
+    similarity = np.random.default_rng(0).normal(size=shape)
+    draw_matches(tmp_path / "m.png", similarity, similarity > 0, similarity > 1)
+    width, height = Image.open(tmp_path / "m.png").size
+    assert 400 < width < 3000 and 400 < height < 3000
+
+
+@given(st.integers(2, 5), st.integers(0, 1000))
+def test_margins_are_those_of_a_plain_loop(clusters, seed):
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(clusters), rng.integers(-1, clusters, 12)])
+    f = rng.normal(size=(len(labels), 6))
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    centers = np.stack(
+        [f[labels == c].mean(0) / np.linalg.norm(f[labels == c].mean(0)) for c in range(clusters)]
+    )
+    expected = []
+    for c in range(clusters):
+        others = [o for o in range(clusters) if o != c]
+        members = f[labels == c]
+        expected.append(np.mean([m @ centers[c] - max(m @ centers[o] for o in others) for m in members]))
+    found = cluster_margins(torch.tensor(f, dtype=torch.float32), torch.tensor(labels))
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+def pile(modality, camids, pids):
+    return Images.from_array(np.zeros((len(camids), 4, 2), np.uint8), modality, camids, pids)
+
+
+def test_what_a_protocol_ignores_is_ignored():
+    query = pile("infrared", [3, 6, 1], [1, 1, 2])
+    gallery = pile("visible", [1, 2, 4, 2], [1, 1, 1, 2])
+    assert ignored("sysu", query, 0, gallery).tolist() == [False, True, False, True]
+    assert not ignored("sysu", query, 1, gallery).any() and not ignored("regdb", query, 0, gallery).any()
+    gallery = pile("visible", [1, 1, 2], [2, 1, 2])
+    assert ignored("llcm", query, 2, gallery).tolist() == [True, False, False]
+
+
+def test_queries_are_of_different_people_and_always_the_same_ones():
+    images = pile("infrared", [3] * 20, np.arange(20) // 5)
+    rows = choose_queries(images, 4)
+    assert sorted(images.pids[rows]) == [0, 1, 2, 3] and rows == choose_queries(images, 4)
+    assert len(choose_queries(images, 9)) == 4
+    assert len(set(choose_queries(pile("infrared", [3] * 20, None), 9))) == 9
+
+
+def test_the_commonest_identity():
+    labels, pids = np.array([0, 0, 0, 1, 1, -1]), np.array([7, 7, 2, 9, 4, 7])
+    assert commonest(labels, pids).tolist() == [7, 4]
+
+
+def test_drawing_needs_no_display_and_leaves_pyplot_alone(tmp_path):
+    code = """
+import sys
+from ecul.pictures import draw_curves
+draw_curves(sys.argv[1], [{"epoch": 0, "stage": 1, "loss_a": 1.0}])
+sys.exit("matplotlib.pyplot" in sys.modules)
+"""
+    run = [sys.executable, "-c", code, str(tmp_path / "c.png")]
+    assert subprocess.run(run, env={"PATH": "", "HOME": str(tmp_path)}).returncode == 0
+
+
+def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):
+    model = TwoStreamResNet(10, 4, False, (32, 16)).eval()
+    page = report(run.output, dataset, model=model, queries=1, top=100, progress=False)
+    assert "Infrared queries drawn at random (1)" in page.read_text()
