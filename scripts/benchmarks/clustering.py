@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks import published
 
+from benchmarks import published
 from ecul import clustering
 
 SIZES = {"k1": 40, "k2": 16, "k3": 40}

@@ -4,6 +4,7 @@ time, `TRITON_INTERPRET=1 pytest tests/kernels` sends the same CPU tensors throu
 import numpy as np
 import pytest
 import torch
+
 from ecul.kernels import _triton
 
 torch.set_num_threads(1)

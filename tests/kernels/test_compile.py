@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 from compiling import GFX942, SM80, SM90, compiling, resources
-from ecul.kernels import contrast, momentum, neighbors
 from triton.backends import backends
+
+from ecul.kernels import contrast, momentum, neighbors
 
 pytestmark = pytest.mark.compiled
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ecul.kernels import contrast, memory_contrast, memory_contrast_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from ecul.kernels import contrast, memory_contrast, memory_contrast_reference
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 TEMPERATURE = 0.05

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from ecul.kernels import jaccard, jaccard_neighbors, jaccard_neighbors_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
+
+from ecul.kernels import jaccard, jaccard_neighbors, jaccard_neighbors_reference
 
 WORLD = {
     "seed": st.integers(0, 10**6),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ecul.kernels import momentum, momentum_update_
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from ecul.kernels import momentum, momentum_update_
 
 RULES = ["sequential", "instance", "mean", "hard"]
 
