@@ -59,26 +59,25 @@ def export(model, path, modality, *, flip=True):
     pixels = torch.zeros(2, 3, *model.input_size, device=next(model.parameters()).device)
     with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own deprecations
+        program = torch.export.export(embedder, (pixels,), dynamic_shapes=DYNAMIC, strict=True)
         if path.suffix == ".onnx":
-            write_file(path, _onnx(embedder, pixels))
+            write_file(path, _onnx(program))
             return
-        program = torch.export.export(embedder, (pixels,), dynamic_shapes=DYNAMIC)
-        buffer = io.BytesIO()
-        torch.export.save(program, buffer)
-        write_file(path, buffer.getvalue())
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_file(path, buffer.getvalue())
 
 
-def _onnx(embedder, pixels):
+def _onnx(program):
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError("ONNX export needs onnx and onnxscript: pip install 'ecul[export]'") from e
-    program = torch.onnx.export(
-        embedder, (pixels,), dynamo=True, opset_version=OPSET, verbose=False,
-        input_names=["pixels"], output_names=["features"], dynamic_shapes=DYNAMIC,
-    )  # fmt: skip
-    return program.model_proto.SerializeToString()
+    names: dict = {"input_names": ["pixels"], "output_names": ["features"], "dynamic_shapes": DYNAMIC}
+    converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+    assert converted is not None  # with no file name it is returned
+    return converted.model_proto.SerializeToString()
 
 
 @contextmanager

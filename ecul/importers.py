@@ -55,7 +55,9 @@ def import_checkpoint(path, input_size=(288, 144)):
     """
     path = Path(path)
     state = _strip(_open(path))
-    renamed, unused, unknown = {}, {}, []
+    renamed: dict = {}
+    unused: dict[str, list[str]] = {}
+    unknown = []
     for name, value in state.items():
         if (new := _renamed(name)) is not None:
             renamed[new] = value
@@ -104,7 +106,7 @@ def _open(path):
 def _numpy_globals():
     """What NumPy numbers and arrays (accuracies beside the weights) are made of, under old and new names."""
     home = np._core if hasattr(np, "_core") else np.core
-    parts = [np.ndarray, np.dtype]
+    parts: list = [np.ndarray, np.dtype]
     with contextlib.suppress(AttributeError):  # dtypes have classes of their own from NumPy 1.25
         parts += [getattr(np.dtypes, f"{kind}DType") for kind in ("Float64", "Float32", "Int64", "Int32")]
     for module in ("numpy._core.multiarray", "numpy.core.multiarray"):

@@ -16,6 +16,7 @@ from .memory import cluster_means
 from .model import TwoStreamResNet
 from .page import page, plain_rows
 from .pictures import Cell
+from .piles import identity
 from .search import embed_fitting
 from .stages import assign_labels, usable
 
@@ -54,7 +55,7 @@ def read_run(directory):
     history = [json.loads(line) for line in lines]
     if not history:
         raise ValueError(f"{directory}: the run has not finished an epoch yet")
-    about = {"root": saved.get("root"), **saved["dataset"]}
+    about = {"root": None if saved.get("root") == "None" else saved.get("root"), **saved["dataset"]}
     return Saved(directory, Config.from_dict(saved["config"]), history, about)
 
 
@@ -64,11 +65,13 @@ def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, pro
     run: the directory that `train` wrote. dataset: the `Dataset` it was trained on; without it there are
     curves and settings alone. Its identities, where known, colour frames and are read for nothing else.
     model: the trained model where it is not a `TwoStreamResNet`. queries, top: size of the ranked lists.
-    device: by default the GPU when there is one. Errors: ValueError for a directory that is no run, or a
-    model that cannot be read; ImportError without matplotlib. Source: METHOD sections 1 and 2 for what the
-    pictures of clusters and matches show.
+    device: by default the GPU when there is one. Errors: ValueError for a directory that is no run, another
+    data set, or a model that cannot be read; ImportError without matplotlib. Source: METHOD sections 1 and 2
+    for what the pictures of clusters and matches show.
     """
     saved = read_run(run)
+    if dataset is not None:
+        _require_same(saved, dataset)
     folder = saved.directory / "report"
     folder.mkdir(exist_ok=True)
     pictures.draw_curves(folder / "curves.png", saved.history)
@@ -86,6 +89,16 @@ def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, pro
         ]
     write_file(folder / "index.html", _html(saved, dataset, folder, sections).encode())
     return folder / "index.html"
+
+
+def _require_same(saved, dataset):
+    differs = [
+        f"{name} is {value!r}, in training it was {saved.dataset[name]!r}"
+        for name, value in identity(dataset).items()
+        if saved.dataset.get(name, value) != value
+    ]
+    if differs:
+        raise ValueError(f"dataset: not the one that {saved.directory} was trained on: {'; '.join(differs)}")
 
 
 def _embed(model, images, progress):
@@ -246,7 +259,7 @@ def _html(saved, dataset, folder, sections):
 def _data_rows(saved, dataset):
     if dataset is None:
         return plain_rows(saved.dataset)
-    rows = [("", "images", "identities", "cameras")]
+    rows: list[tuple] = [("", "images", "identities", "cameras")]
     for name, images in dataset.piles().items():
         people = "unknown" if images.pids is None else len(np.unique(images.pids))
         cameras, counts = np.unique(images.camids, return_counts=True)

@@ -32,8 +32,10 @@ def commands(text):
     for code, _ in blocks(text, "bash"):
         for line in code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:3] == ["python", "-m", "ecul"]:
-                words = words[2:]
+            if (
+                "-m" in words and words[words.index("-m") + 1] == "ecul"
+            ):  # python -m ecul, torchrun ... -m ecul
+                words = words[words.index("-m") + 1 :]
             if words[:1] == ["ecul"]:
                 yield words[1:]
 

@@ -1,5 +1,6 @@
 """Pictures of a run: right in what they say, whole in one file, drawn without a display."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -90,7 +91,10 @@ def test_images_without_identities_and_a_first_stage_alone(tmp_path):
     assert "commonest person" not in text and "<td>unknown</td>" in text
 
 
-def test_another_folder_is_no_run(tmp_path):
+def test_another_folder_is_no_run_and_another_data_set_is_refused(run, dataset, tmp_path):
+    fewer = dataclasses.replace(dataset, visible=dataset.visible.subset(slice(1, None)))
+    with pytest.raises(ValueError, match="not the one that .* visible_images is"):
+        report(run.output, fewer, progress=False)
     with pytest.raises(ValueError, match="no run directory"):
         report(tmp_path)
 
