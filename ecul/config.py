@@ -171,6 +171,10 @@ class Config:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+        for small, large in (("k2", "k3"), ("k2_joint", "k3_joint")):
+            if getattr(self, large) is not None and getattr(self, large) < getattr(self, small):
+                got = f"{getattr(self, large)} and {getattr(self, small)}"
+                raise ValueError(f"{large} must be at least {small}, or None for plain clustering, got {got}")
         if max(self.eps, self.eps_joint) > 1:
             raise ValueError(
                 f"eps and eps_joint are Jaccard distances in (0, 1], got {self.eps} and {self.eps_joint}"

@@ -13,10 +13,24 @@ ROOT = Path(ecul.__file__).resolve().parent
 FLOORS = {
     "kernels": 0,
     **dict.fromkeys(
-        ("files", "parallel", "config", "data", "readers", "pack", "checks", "figures", "synthetic", "augment"), 1
+        (
+            "files",
+            "parallel",
+            "config",
+            "data",
+            "readers",
+            "pack",
+            "checks",
+            "figures",
+            "synthetic",
+            "augment",
+        ),
+        1,
     ),
     **dict.fromkeys(("model", "metrics", "rerank", "galleries"), 1),
-    **dict.fromkeys(("clustering", "matching", "memory", "losses", "sampling", "scores", "stages", "journal"), 2),
+    **dict.fromkeys(
+        ("clustering", "matching", "memory", "losses", "sampling", "scores", "stages", "journal"), 2
+    ),
     **dict.fromkeys(("features", "evaluation", "checkpoint", "piles"), 3),
     **dict.fromkeys(("search", "importers", "export"), 3),
     "training": 4,

@@ -49,6 +49,7 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"k1": 0}, "k1 must be a whole number of at least 1, got 0"),
         ({"k1": 2.5}, "k1 must be a whole number"),
         ({"eps": 1.5}, "eps"),
+        ({"k3": 3}, "k3 must be at least k2, or None for plain clustering, got 3 and 6"),
         ({"momentum": 1.0}, "momentum"),
         ({"lr": -1}, "lr must be above 0"),
         ({"weight_joint": -0.1}, "weight_joint"),
