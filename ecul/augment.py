@@ -5,6 +5,8 @@ exchange, channel adapt, linear transform), exact in distribution; METHOD sectio
 return (B, 3, H, W) float32 images; `rand` draws (B,) uniform numbers.
 """
 
+import functools
+
 import torch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -132,7 +134,13 @@ def _standardize(x):
 
 
 def _channels(values, images):
-    return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None]
+    return _constant(values, images.device)
+
+
+@functools.lru_cache
+def _constant(values, device):
+    """(3, 1, 1) numbers, sent to a device once: each copy would make it wait."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _rand(count, generator, device):

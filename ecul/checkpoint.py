@@ -40,6 +40,8 @@ def run_directory(output, hold=True):
         raise ValueError(f"output: cannot write to {output} ({e.strerror}); choose another directory") from e
     with lock:
         _lock(lock, output)
+        for left_over in output.glob(".*.tmp"):
+            left_over.unlink()
         if shutil.disk_usage(output).free < 2**30:
             raise ValueError(
                 f"output: less than 1 GiB is free on the disk of {output}; free some or choose another"
@@ -56,7 +58,7 @@ def _lock(file, output):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         if e.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
+            return  # a file system without locks
         raise ValueError(
             f"output: {output} is in use by another run; choose another directory or wait"
         ) from e
@@ -69,13 +71,13 @@ def save_run(output, state, config, identity, root):
     """
     model, history = state.model, state.history
     metadata = {"method": config.method, "dataset": identity["dataset"], "epoch": len(history)}
-    write_json(output / "config.json", {**config.to_dict(), "model": getattr(model, "settings", {})})
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(output, metadata)
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
-    saved = {"config": config.to_dict(), "dataset": identity, "root": str(root), "history": history}
+    write_json(output / "config.json", {**config.to_dict(), "model": getattr(model, "settings", {})})
+    saved = {"config": config.to_dict(), "dataset": identity, "root": root and str(root), "history": history}
     write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors.update({f"labels.{k}": v for k, v in (state.labels or {}).items()})

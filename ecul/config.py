@@ -10,6 +10,7 @@ papers' public description is silent.
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +86,7 @@ class Config:
     identities: int = 8
     instances: int = 16
     iterations: int = 200
-    pairs: str = field(default="matched", metadata={"choices": ("matched", "joint")})
+    pairs: str = field(default="matched", metadata={"choices": ("matched", "joint")})  # joint [R]
     pad: int = 10
     linear_transform: bool = False
 
@@ -97,7 +98,7 @@ class Config:
     lr_milestones: tuple[int, ...] = (20, 40, 60)
     lr_gamma: float = 0.1
 
-    # clustering; k3=None is the plain k-reciprocal Jaccard clustering
+    # clustering, all sizes [R]; k3=None is the plain k-reciprocal Jaccard clustering
     k1: int = 30
     k2: int = 6
     k3: int | None = 12
@@ -141,6 +142,8 @@ class Config:
                 )
             if isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, f.name, os.fspath(value))
         if self.method not in METHODS:
             raise ValueError(
                 f"method must be one of {_listed(METHODS)}, got {self.method!r}{_near(self.method, METHODS)}"
@@ -159,6 +162,26 @@ class Config:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        for name in ("non_local", "linear_transform", "compile", "checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("size", "lr_milestones"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(v, int) and v >= 0 for v in value):
+                raise ValueError(f"{name} must be whole numbers like {Config.__dict__[name]}, got {value!r}")
+        self._check_reals()
+        if len(self.size) != 2 or min(self.size) < 16:
+            raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {self.size!r}")
+        if self.pairs == "joint" and max(self.weight_agnostic, self.weight_consistency) > 0:
+            raise ValueError(
+                'pairs="joint" has no matched pairs: set weight_agnostic and weight_consistency to 0'
+            )
+
+    def _check_reals(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type in (float, "float") and (isinstance(value, bool) or not isinstance(value, float | int)):
+                raise ValueError(f"{f.name} must be a number, got {value!r}")
         for name in ("lr", "temp", "eps", "eps_joint", "lr_gamma"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
@@ -181,8 +204,6 @@ class Config:
             )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
-        if len(self.size) != 2 or min(self.size) < 16:
-            raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {self.size!r}")
 
     @property
     def epochs(self):

@@ -37,7 +37,7 @@ class _Memory(nn.Module):
         self.features: torch.Tensor
         self.labels: torch.Tensor
         self.register_buffer("features", torch.zeros(num_samples, num_features))
-        self.register_buffer("labels", torch.arange(num_samples))
+        self.register_buffer("labels", torch.arange(num_samples), persistent=False)
 
     def forward(self, x, labels):
         """Mean contrastive loss of x: (B, D), normalised here, with labels: (B,) int64, -1 = no loss."""
@@ -48,13 +48,13 @@ class _Memory(nn.Module):
         return F.normalize(x, dim=1) @ self.features.to(x.dtype).T / self.temp
 
     @torch.no_grad()
-    def update(self, x, rows, generator=None):
-        """Move the rows (int64 (B,), -1 = none) towards x: (B, D), normalised here, by this memory's rule.
+    def update(self, x, labels, generator=None):
+        """Move the rows `labels` (int64 (B,), -1 = none) towards x: (B, D), normalised here, by the rule.
 
         `generator` draws the member for the rule "instance". Source: METHOD section 3.
         """
         x = F.normalize(x.detach().float(), dim=1)
-        momentum_update_(self.features, x, rows, self.momentum, self.rule, generator=generator)
+        momentum_update_(self.features, x, labels, self.momentum, self.rule, generator=generator)
 
     def extra_repr(self):
         sizes = f"{self.num_samples}, {self.num_features}"
@@ -91,7 +91,8 @@ class InstanceMemory(_Memory):
         (logsumexp(s, 1) - logsumexp(s.masked_fill(memory.labels != labels[:, None], -inf), 1)).mean()
 
     All rows of a sample's cluster are positives, summed inside the logarithm. num_samples: images N.
-    `update(x, index)` moves the rows of these images. Source: ECUL, instance-level contrast.
+    `update(x, index)` moves the rows of these images
+    (not of their clusters). Source: ECUL, instance-level contrast.
     """
 
     def __init__(self, num_features, num_samples, temp=0.05, momentum=0.1, rule="sequential"):
@@ -137,10 +138,11 @@ def cluster_means(features, labels, groups=None):
 
 def _means(features, labels, all_labels=None):
     count = int((labels if all_labels is None else all_labels).max()) + 1
-    kept = labels >= 0
-    sums = features.new_zeros(count, features.shape[1]).index_add_(0, labels[kept], features[kept])
-    sizes = torch.bincount(labels[kept], minlength=count)[:, None]
-    return sums / sizes.clamp(min=1), (sizes > 0).to(features.dtype)
+    order = labels.argsort(stable=True)
+    order = order[labels[order] >= 0]
+    sizes = torch.bincount(labels[order], minlength=count)
+    sums = torch.segment_reduce(features[order], "sum", lengths=sizes, initial=0)  # in order, also on a GPU
+    return sums / sizes.clamp(min=1)[:, None], (sizes > 0).to(features.dtype)[:, None]
 
 
 def random_members(features, labels, generator=None):

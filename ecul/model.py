@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import __version__
+from .augment import MEAN, STD
 from .files import write_json, write_tensors
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -217,10 +219,11 @@ class TwoStreamResNet(nn.Module):
         """Write `model.safetensors` and `config.json` into a directory; metadata goes into the former."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        metadata = {"architecture": type(self).__name__, **self.settings, **(metadata or {})}
-        write_tensors(directory / "model.safetensors", self.state_dict(), metadata)
-        if not (directory / "config.json").exists():
-            write_json(directory / "config.json", {"model": self.settings})
+        own = {"architecture": type(self).__name__, "version": __version__, "mean": MEAN, "std": STD}
+        write_tensors(
+            directory / "model.safetensors", self.state_dict(), {**own, **self.settings, **(metadata or {})}
+        )
+        write_json(directory / "config.json", {"model": self.settings})
 
     @classmethod
     def from_pretrained(cls, path):
@@ -245,18 +248,20 @@ class TwoStreamResNet(nn.Module):
 
 def _checkpointed(block, x):
     """`block(x)`, computed again in backward; the running statistics move once, as without it."""
+    if torch.compiler.is_compiling():  # the compiler keeps the second run free of side effects by itself
+        return checkpoint(block, x, use_reentrant=False)
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @contextmanager
     def statistics_kept():
-        momenta = [m.momentum for m in norms]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
-            norm.momentum = 0.0
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         try:
             yield
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
+            for norm, kept in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = kept
 
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept()))
 

@@ -1,7 +1,8 @@
 """Several processes, one run: what torchrun starts, seen through four small functions.
 
 Every process draws the same batches and holds the same memories. It embeds its share of the images; the
-features are gathered in a fixed order, so that losses, gradients and updates are those of one process.
+features are gathered in a fixed order, so that losses, gradients and updates are those of one process. On
+GPUs batch norm is synchronised; on CPUs, where torch has none, each process normalises its own share.
 """
 
 import os
@@ -13,15 +14,14 @@ from torch import distributed as dist
 
 def start(device=None):
     """Join the process group if torchrun started this process; returns this process's device."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if _wants_cuda(device) else "gloo", timeout=timedelta(minutes=30))
-    if device is None and _wants_cuda(device):
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(device or "cpu")
-
-
-def _wants_cuda(device):
-    return torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return device
 
 
 def size():

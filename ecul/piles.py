@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from . import parallel
 from .augment import train_view
 from .stages import MODALITIES
 
@@ -27,10 +28,14 @@ class Pile:
 
 
 def load_piles(dataset, size, device):
-    """Both modalities' piles. Pixels lie on the device when they fill at most half of its free memory."""
+    """Both modalities' piles; pixels lie on the device when they fill at most a quarter of free memory."""
+    if parallel.rank() > 0:  # the first process packs the images, the others read its pack
+        parallel.wait()
     pixels = {m: getattr(dataset, m).load(size) for m in MODALITIES}
+    if parallel.rank() == 0:
+        parallel.wait()
     needed = sum(p.numel() for p in pixels.values())
-    on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 2
+    on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 4
     log.info(
         "%.1f MB of images are kept %s",
         needed / 1e6,
@@ -45,10 +50,13 @@ def load_piles(dataset, size, device):
 
 
 def identity(dataset):
-    """What makes this the same data set again: its name, numbers of images and a hash of their names."""
-    names = hashlib.sha256("\n".join(n for m in MODALITIES for n in getattr(dataset, m).names).encode())
+    """What makes this the same data set again: its name, numbers of images, a hash of names and cameras."""
+    digest = hashlib.sha256()
+    for m in MODALITIES:
+        images = getattr(dataset, m)
+        digest.update("\n".join(images.names).encode() + images.camids.tobytes())
     counts = {f"{m}_images": len(getattr(dataset, m)) for m in MODALITIES}
-    return {"dataset": dataset.name, **counts, "names": names.hexdigest()[:16]}
+    return {"dataset": dataset.name, **counts, "names_and_cameras": digest.hexdigest()[:16]}
 
 
 def augmented(piles, index, config, generator, device):

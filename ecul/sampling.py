@@ -42,7 +42,7 @@ class Clusters:
 
 
 class _Deck:
-    """Draws without replacement from a list that is reshuffled when it runs out: every card gets its turn."""
+    """Draws without replacement from a shuffled list; too few left for a draw, and it is shuffled anew."""
 
     def __init__(self, cards, rng):
         self.cards, self.rng, self.left = np.asarray(cards), rng, []

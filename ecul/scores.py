@@ -39,11 +39,15 @@ def separation(features, labels):
     """
     if len(labels) == 0 or int(labels.max()) < 1:
         return 0.0
-    distance = 1 - features @ cluster_means(features, labels).T
-    own = distance.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    other = distance.scatter(1, labels.clamp(min=0)[:, None], torch.inf).amin(1)
-    value = (other - own) / torch.maximum(own, other).clamp(min=1e-12)
-    return float(torch.where(labels >= 0, value, 0).mean())
+    centers = cluster_means(features, labels)
+    total = 0.0
+    for x, y in zip(features.split(4096), labels.split(4096), strict=True):
+        distance = 1 - x @ centers.T
+        own = distance.gather(1, y.clamp(min=0)[:, None])[:, 0]
+        other = distance.scatter(1, y.clamp(min=0)[:, None], torch.inf).amin(1)
+        value = (other - own) / torch.maximum(own, other).clamp(min=1e-12)
+        total += float(torch.where(y >= 0, value, 0).sum())
+    return total / len(labels)
 
 
 def mutual_rate(visible, infrared):

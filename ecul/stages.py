@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import parallel
 from .clustering import emcc
 from .matching import match_clusters, select_instances
 from .memory import ClusterMemory, InstanceMemory, cluster_means, random_members, tsmem
@@ -91,6 +92,28 @@ def assign_labels(features, cameras, config, cross):
     return Labels(own, joint, selected, match)
 
 
+def share_labels(labels, features):
+    """Process 0's labels on every process; labels is None on the others."""
+    if parallel.size() == 1:
+        return labels
+    sizes = [len(features[m]) for m in MODALITIES]
+    device = features["visible"].device
+    parts = [labels.own, labels.joint, labels.selected] if labels else [None] * 3
+    absent = torch.full((sum(sizes),), -2, device=device)
+    table = torch.stack([absent if p is None else torch.cat([p[m] for m in MODALITIES]) for p in parts])
+    matched = torch.tensor(int(labels is not None and labels.match is not None), device=device)
+    parallel.broadcast(table)
+    own, joint, selected = (dict(zip(MODALITIES, row.split(sizes), strict=True)) for row in table)
+    match = None
+    if int(parallel.broadcast(matched)):
+        match = torch.zeros(_count(own["infrared"]), _count(own["visible"]), dtype=torch.uint8, device=device)
+        if labels is not None:
+            match.copy_(torch.from_numpy(labels.match))
+        match = parallel.broadcast(match).bool().cpu().numpy()
+    has_joint = bool((table[1] > -2).any())
+    return Labels(own, joint if has_joint else None, selected if has_joint else None, match)
+
+
 def _joint_labels(features, cameras, config):
     both = torch.cat([features[m] for m in MODALITIES])
     sizes = [len(features[m]) for m in MODALITIES]
@@ -131,7 +154,7 @@ def make_terms(features, labels, config, epoch, generator):
             terms.append(Term(f"instance_{m}", config.weight_instance, memory, own, slots))
     if labels.joint is not None and _count(torch.cat(list(labels.joint.values()))) >= 2:
         terms += _joint_terms(features, labels, config, clusters, instances)
-    if labels.match is not None and config.weight_agnostic > 0:
+    if labels.match is not None and max(config.weight_agnostic, config.weight_consistency) > 0:
         specific = {t.name: t.memory for t in terms}
         for m in MODALITIES:
             paired = dict.fromkeys(MODALITIES, (m, labels.own[m]))

@@ -22,12 +22,13 @@ from tqdm import tqdm
 from . import parallel
 from .checkpoint import load_run, run_directory, save_run
 from .config import Config
+from .data import Dataset
 from .features import embed_pixels
 from .journal import describe, label_scores, monitors
 from .losses import agreement_loss
 from .model import Backbone, TwoStreamResNet
 from .piles import augmented, identity, load_piles
-from .stages import MODALITIES, assign_labels, make_batches, make_terms, usable
+from .stages import MODALITIES, assign_labels, make_batches, make_terms, share_labels, usable
 
 log = logging.getLogger("ecul")
 
@@ -70,17 +71,18 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
     Source: ECUL and MBCCM, METHOD sections 3 to 6.
     """
     config = config or Config()
+    _check(dataset, config)
     device = parallel.start(device)
-    _check(dataset)
     with run_directory(output, hold=parallel.rank() == 0) as directory:
-        model = build_model(config, device, model)
+        goes_on = directory is not None and (directory / "resume.safetensors").exists()
+        if goes_on and not resume:
+            raise ValueError(
+                f"output: {directory} holds a run already; pass resume=True or another directory"
+            )
+        model = build_model(config.replace(weights=None) if goes_on else config, device, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
         data = identity(dataset)
-        if directory is not None and (directory / "resume.safetensors").exists():
-            if not resume:
-                raise ValueError(
-                    f"output: {directory} holds a run already; pass resume=True or another directory"
-                )
+        if goes_on:
             load_run(directory, state, config, data)
         parallel.wait()
         piles = load_piles(dataset, config.size, device)
@@ -103,7 +105,8 @@ def run_epoch(state, piles, config, epoch):
     began = time.perf_counter()
     device = next(state.model.parameters()).device
     rng = np.random.default_rng([config.seed, epoch])
-    generators = {d: torch.Generator(d).manual_seed(int(rng.integers(2**62))) for d in {"cpu", device.type}}
+    seed = int(rng.integers(2**62))
+    generators = {d: torch.Generator(d).manual_seed(seed) for d in dict.fromkeys(("cpu", device.type))}
     set_lr(state.optimizer, config, epoch)
 
     features, labels, row = look(state, piles, config, epoch)
@@ -117,6 +120,8 @@ def run_epoch(state, piles, config, epoch):
 
     cameras = {m: piles[m].cameras for m in MODALITIES}
     terms = make_terms(features, labels, config, epoch, generators["cpu"])
+    for term in terms:
+        parallel.broadcast(term.memory.features)
     batches = make_batches(labels, cameras, config, rng)
     row |= learn(state.forward, state.optimizer, piles, terms, batches, config, generators)
     ended = time.perf_counter()
@@ -130,7 +135,8 @@ def look(state, piles, config, epoch):
     row = {"epoch": epoch, "stage": 2 if cross else 1, "lr": state.optimizer.param_groups[0]["lr"]}
     features = {m: extract_shared(state.model, piles[m].pixels, m, config) for m in MODALITIES}
     cameras = {m: piles[m].cameras for m in MODALITIES}
-    labels = assign_labels(features, cameras, config, cross)
+    labels = assign_labels(features, cameras, config, cross) if parallel.rank() == 0 else None
+    labels = share_labels(labels, features)
     row |= labels.counts() | label_scores(features, labels, state.labels) | monitors(labels, piles)
     state.labels = labels.own
     if config.keep == "score" and row["score"] > max((r["score"] for r in state.history), default=-math.inf):
@@ -147,7 +153,7 @@ def extract_shared(model, pixels, modality, config):
 
 
 def learn(forward, optimizer, piles, terms, batches, config, generators):
-    """Run the epoch's batches; returns the mean of each loss and the number of images seen."""
+    """Run the epoch's batches; returns the mean of each loss and the number of views embedded."""
     device = next(forward.parameters()).device
     autocast = uses_bf16(config, device)
     forward.train()
@@ -172,6 +178,8 @@ def learn(forward, optimizer, piles, terms, batches, config, generators):
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach()
         steps, images = steps + 1, images + sum(map(len, views.values()))
+    for buffer in forward.buffers():
+        parallel.broadcast(buffer)
     return {f"loss_{name}": float(total) / steps for name, total in totals.items()} | {"images": images}
 
 
@@ -214,8 +222,10 @@ def build_model(config, device, model=None):
 
 def trainable(model, config):
     """The model as the batches see it: in parallel over processes, compiled if asked for."""
-    forward = DistributedDataParallel(model) if parallel.size() > 1 else model
-    return torch.compile(forward, dynamic=True) if config.compile else forward
+    forward = model
+    if parallel.size() > 1:  # joint batches may hold one modality alone, and leave the other's stem unused
+        forward = DistributedDataParallel(model, find_unused_parameters=config.pairs == "joint")
+    return torch.compile(forward) if config.compile else forward
 
 
 def build_optimizer(model, config):
@@ -234,7 +244,7 @@ def set_lr(optimizer, config, epoch):
 def uses_bf16(config, device):
     """Whether the forward pass runs under bf16 autocast: asked for, or "auto" on a GPU that has it."""
     if config.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return config.precision == "bf16"
 
 
@@ -246,6 +256,11 @@ def _guarded_epoch(state, piles, config, epoch, directory):
     except ValueError as error:
         _require_finite(epoch, row, state.model, directory)
         raise error
+    except torch.OutOfMemoryError as error:
+        advice = "set checkpointing=True, or fewer identities or instances (a smaller batch, other negatives)"
+        raise RuntimeError(
+            f"epoch {epoch}: the device's memory is too small for this recipe; {advice}"
+        ) from error
     except RuntimeError as error:
         if parallel.size() == 1:
             raise
@@ -275,13 +290,20 @@ def _require_finite(epoch, row, model, directory):
 
 def _finish_with_best(state, piles, config, data, directory, root):
     """Rate the last weights too, then put the best ones back."""
-    look(state, piles, config, config.epochs)
+    look(state, piles, config, config.epochs - 1)
     state.model.load_state_dict(state.best)
     if directory is not None and parallel.rank() == 0:
         save_run(directory, state, config, data, root)
 
 
-def _check(dataset):
+def _check(dataset, config):
+    for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    if config.depth >= 50 and config.weights is None:
+        log.warning(
+            "weights is None: the network starts from random weights, not from ImageNet's as published"
+        )
     report = dataset.check()
     if not report.ok:
         raise ValueError(f"the data set is not what it should be:\n{report}")
