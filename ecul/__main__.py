@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,8 @@ OPTION = "an option of open_dataset, for instance trial=1, subset=true or pack=f
 def main(argv=None):
     """Run one command; returns the exit code. Errors meant for people are one line, without a traceback."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ecul").setLevel(logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
+    logging.getLogger("ecul").setLevel(logging.INFO if first else logging.ERROR)
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
@@ -32,18 +34,30 @@ def main(argv=None):
 
 def train(args):
     """Train without identity labels; the run directory holds model, log and configuration."""
+    from . import parallel
     from .training import train
 
     config = Config.preset(args.preset or args.dataset, method=args.method, **dict(args.set))
     run = train(_open(args), config, output=args.output, resume=args.resume, device=args.device)
-    print(f"finished {len(run.history)} epochs; the model is {Path(run.output) / 'model.safetensors'}")
+    if parallel.rank() == 0:
+        print(f"finished {len(run.history)} epochs; the model is {Path(run.output) / 'model.safetensors'}")
+    parallel.stop()
 
 
 def evaluate(args):
-    """Evaluate a trained model with the data set's published protocol."""
-    from .evaluation import evaluate
+    """Evaluate a trained model with the data set's published protocol; several models are averaged."""
+    from .evaluation import average, evaluate
 
-    results = evaluate(_model(args), _open(args))
+    trials = [{"trial": t} for t in args.trials_of] or [{}] * len(args.model)
+    if len(trials) != len(args.model):
+        raise ValueError(f"--trials-of names {len(trials)} trials for {len(args.model)} models: one for each")
+    options = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
+    found = []
+    for path, trial in zip(args.model, trials, strict=True):
+        model = _model(path, args)
+        dataset = _dataset(args.dataset, args.root, {**dict(args.option), **trial})
+        found.append(evaluate(model, dataset, **options))
+    results = average(found) if len(found) > 1 else found[0]
     print(json.dumps(results.to_dict(), indent=2) if args.json else results.table())
 
 
@@ -52,7 +66,7 @@ def extract(args):
     from .search import extract_folder, save_features
 
     options = {"skip_unreadable": args.skip_unreadable, "batch_size": args.batch_size}
-    found = extract_folder(_model(args), args.folder, args.modality, **options)
+    found = extract_folder(_model(args.model, args), args.folder, args.modality, **options)
     save_features(args.output, found, args.model)
     _list_unreadable(found)
     rows, size = found.features.shape
@@ -65,7 +79,7 @@ def search(args):
 
     options = {"skip_unreadable": args.skip_unreadable, "batch_size": args.batch_size}
     modalities = (args.query_modality, args.gallery_modality)
-    model = _model(args)
+    model = _model(args.model, args)
     ranking = search(model, args.query, args.gallery, *modalities, top=args.top, **options)
     _list_unreadable(ranking.query, ranking.gallery)
     print(ranking.table())
@@ -103,7 +117,7 @@ def export(args):
     from .export import export
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is absent
-    export(_model(args), args.output, args.modality, flip=not args.no_flip)
+    export(_model(args.model, args), args.output, args.modality, flip=not args.no_flip)
     print(f"pixels (N, 3, H, W) from 0 to 255 in, unit features out: {args.output}")
 
 
@@ -131,12 +145,14 @@ def demo(args):
     from .training import build_model, train
 
     output = Path(args.output)
-    root = synthesize(output / "world", seed=args.seed)
+    root = synthesize(output / f"world-{args.seed}", seed=args.seed)
     dataset = open_dataset("sysu", root)
     print(dataset.check(decode=True))
     config = Config.preset("demo", method=args.method, seed=args.seed)
     before = evaluate(build_model(config, _device(args)), dataset)
-    run = train(dataset, config, output=output / args.method, resume=True, device=args.device)
+    run = train(
+        dataset, config, output=output / f"{args.method}-{args.seed}", resume=True, device=args.device
+    )
     after = evaluate(run.model, dataset)
     print(f"\nsynthetic world, held-out identities, before training\n{before.table()}")
     print(f"\nafter {len(run.history)} epochs without labels ({args.method})\n{after.table()}")
@@ -153,10 +169,10 @@ def _dataset(name, root, options):
     return open_dataset(name, root, **dict(options))
 
 
-def _model(args):
+def _model(path, args):
     from .model import TwoStreamResNet
 
-    return TwoStreamResNet.from_pretrained(args.model).to(_device(args))
+    return TwoStreamResNet.from_pretrained(path).to(_device(args))
 
 
 def _list_unreadable(*folders):
@@ -200,7 +216,22 @@ def _add_training(command):
     )  # fmt: skip
 
     p = _with_device(_with_dataset(command(evaluate)))
-    p.add_argument("--model", required=True, help=MODEL)
+    p.add_argument("--model", required=True, nargs="+", help=f"{MODEL}; several are averaged")
+    p.add_argument(
+        "--trials-of",
+        type=int,
+        nargs="+",
+        default=[],
+        help="RegDB: the trial of each model, for instance 1 2 3",
+    )
+    p.add_argument(
+        "--modes", nargs="+", help="rows of the protocol, for instance all indoor (default: all rows)"
+    )
+    p.add_argument(
+        "--shots", type=int, nargs="+", help="SYSU-MM01: gallery images an identity and camera: 1, 10"
+    )
+    p.add_argument("--draw", default="random", help="random, or the path of SYSU-MM01's rand_perm_cam.mat")
+    p.add_argument("--rerank", action="store_true", help="k-reciprocal re-ranking, named in the output")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     p = _with_device(command(report))
