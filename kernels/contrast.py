@@ -132,7 +132,7 @@ def _scores_kernel(
 
     label = tl.load(labels + rows, mask=row_live, other=-1)
     slot_label = tl.load(bank_labels + slots, mask=slot_live, other=-1)
-    own = ((label[:, None] == slot_label[None, :]) | (label < 0)[:, None]) & slot_live[None, :]
+    own = (label[:, None] == slot_label[None, :]) | (label < 0)[:, None]
     own_top = tl.max(tl.where(own, s, -float("inf")), 1)
     other_top = tl.max(tl.where(own, -float("inf"), s), 1)
     p = tl.where(s == -float("inf"), 0.0, tl.exp(s - tl.where(own, own_top[:, None], other_top[:, None])))

@@ -1,0 +1,188 @@
+"""The kernels beside eager torch, compiled torch and the published loops.
+
+On a GPU every time is the median of n launches, each with a cold L2 cache, and achieved TFLOP/s or TB/s stand
+beside what a large bfloat16 product or a large copy reaches on the same card. On a CPU the references, which
+are the path there, stand beside the same rivals; the GPU rows then say "not measured".
+"""
+
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ecul.kernels import memory_contrast, momentum_update_, topk_similarity
+
+TEMPERATURE, MOMENTUM, NEIGHBOURS, CHUNK = 0.05, 0.1, 40, 512
+
+
+class Case(NamedTuple):
+    work: str
+    sizes: str
+    ours: Any
+    rivals: dict[str, Any]
+    flops: float = 0
+    traffic: float = 0
+
+
+def rows(device, quick):
+    """Rows for the table, one for every rival; peak memory in bytes beyond the inputs, on a GPU."""
+    if device == "cpu":
+        for case in _cases("cpu", torch.float32, quick):
+            yield from _measured(case, _cpu_time, 1 if quick else 3)
+        for work in ("topk_similarity", "memory_contrast, forward + backward", "momentum_update_"):
+            yield _row(f"{work}, GPU", "not measured: no GPU", "us", None, None, None, 0)
+        return
+    ceilings = _ceilings()
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in _cases("cuda", dtype, quick):
+            rivals = case.rivals | {"torch.compile": torch.compile(case.rivals["eager"])}
+            yield from _measured(case._replace(rivals=rivals), _gpu_time, 20 if quick else 100, ceilings)
+
+
+def _cases(device, dtype, quick):
+    name = str(dtype).removeprefix("torch.")
+    dim = 256 if quick else 2048
+    size, batch = (2_000, 64) if quick else (16_000 if device == "cpu" else 34_167, 384)
+    points = _unit_rows(size, dim, dtype, device, 0)
+    yield Case(
+        f"topk_similarity, {name}",
+        f"N={size}, D={dim}, k={NEIGHBOURS}",
+        lambda: topk_similarity(points, points, NEIGHBOURS),
+        {"eager": lambda: eager_topk(points)},
+        flops=2 * size * size * dim,
+    )
+    bank_labels = torch.arange(size, device=device) % (size // 40)
+    x = _unit_rows(batch, dim, dtype, device, 1).requires_grad_()
+    labels = bank_labels[torch.randperm(size, generator=_generator(2))[:batch].to(device)]
+    yield Case(
+        f"memory_contrast, forward + backward, {name}",
+        f"B={batch}, C={size}, D={dim}",
+        lambda: _backward(memory_contrast, x, points, bank_labels, labels),
+        {
+            "eager": lambda: _backward(eager_contrast, x, points, bank_labels, labels),
+            "loop": lambda: _backward(published_contrast, x, points, bank_labels, labels),
+        },
+        flops=4 * batch * size * dim,
+    )
+    clusters = 16
+    bank = _unit_rows(clusters, dim, dtype, device, 3)
+    slots = torch.arange(batch, device=device) % clusters
+    sample = x.detach()
+    yield Case(
+        f"momentum_update_, sequential, {name}",
+        f"B={batch}, {clusters} labels, D={dim}",
+        lambda: momentum_update_(bank, sample, slots, MOMENTUM, "sequential"),
+        {"eager": lambda: published_update(bank, sample, slots)},
+        traffic=batch * dim * bank.element_size(),
+    )
+
+
+def eager_topk(points):
+    """A strip of products at a time, then `topk`, whose ties are left open."""
+    return [(points[i : i + CHUNK] @ points.T).topk(NEIGHBOURS) for i in range(0, len(points), CHUNK)]
+
+
+def eager_contrast(x, bank, bank_labels, labels, temperature):
+    """Logits, a mask, two log-sums: what autograd makes of it."""
+    scores = (x @ bank.T).float() / temperature
+    own = labels[:, None] == bank_labels
+    return scores.logsumexp(1) - scores.masked_fill(~own, -torch.inf).logsumexp(1)
+
+
+def published_contrast(x, bank, bank_labels, labels, temperature):
+    """The instance loss as the published scripts write it: a loop over the samples, a mask for each."""
+    scores = (x @ bank.T).float() / temperature
+    losses = []
+    for row, label in zip(scores, labels, strict=True):
+        losses.append(row.logsumexp(0) - row[bank_labels == label].logsumexp(0))
+    return torch.stack(losses)
+
+
+def published_update(bank, x, labels):
+    """The memory update as the published scripts write it: a loop over the samples."""
+    for row, label in zip(x, labels.tolist(), strict=True):
+        moved = MOMENTUM * bank[label] + (1 - MOMENTUM) * row
+        bank[label] = moved / moved.norm()
+
+
+def _backward(function, x, *arguments):
+    return torch.autograd.grad(function(x, *arguments, TEMPERATURE).mean(), x)
+
+
+def _generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def _unit_rows(size, dim, dtype, device, seed):
+    return F.normalize(torch.randn(size, dim, generator=_generator(seed))).to(device, dtype)
+
+
+def _measured(case, timer, n, ceilings=None):
+    ours, peak = timer(case.ours, n)
+    reached = ""
+    if ceilings:
+        achieved = case.flops / ours / 1e12 if case.flops else case.traffic / ours / 1e12
+        unit, ceiling = ("TFLOP/s", ceilings[0]) if case.flops else ("TB/s", ceilings[1])
+        reached = f"; {achieved:.3g} {unit} of {ceiling:.3g}"
+    for rival, work in case.rivals.items():
+        theirs, their_peak = timer(work, min(n, 5) if rival == "loop" else n)
+        memory = f"; {rival} peak {their_peak / 2**30:.2f} GiB" if their_peak else ""
+        sizes = f"{case.sizes}; against {rival}{reached}{memory}"
+        yield _row(case.work, sizes, "us", ours * 1e6, theirs * 1e6, peak, n)
+
+
+def _row(work, sizes, unit, ours, published, peak_memory, n):
+    return {
+        "work": work,
+        "sizes": sizes,
+        "unit": unit,
+        "ours": ours,
+        "published": published,
+        "ratio": published / ours if ours else None,
+        "peak_memory": peak_memory,
+        "n": n,
+    }
+
+
+def _cpu_time(work, n):
+    """Median seconds of n, after one run that is not counted."""
+    work()
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), None
+
+
+def _gpu_time(work, n):
+    """Median seconds of n by the device's own clock, each after the L2 cache was overwritten; peak bytes."""
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    peak = torch.cuda.max_memory_allocated() - before
+    events = []
+    for _ in range(n):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3, peak
+
+
+def _ceilings():
+    """TFLOP/s of a large bfloat16 product, TB/s of a large copy (bytes read plus bytes written)."""
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product, _ = _gpu_time(lambda: square @ square, 20)
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    copy, _ = _gpu_time(source.clone, 20)
+    return 2 * 8192**3 / product / 1e12, 2 * 2**30 / copy / 1e12
