@@ -139,7 +139,8 @@ def look(state, piles, config, epoch):
     labels = share_labels(labels, features)
     row |= labels.counts() | label_scores(features, labels, state.labels) | monitors(labels, piles)
     state.labels = labels.own
-    if config.keep == "score" and row["score"] > max((r["score"] for r in state.history), default=-math.inf):
+    best = max((r["score"] for r in state.history[1:]), default=-math.inf)  # epoch 0 rates untrained weights
+    if config.keep == "score" and state.history and row["score"] > best:
         state.best = {k: v.clone() for k, v in state.model.state_dict().items()}
     return features, labels, row
 
