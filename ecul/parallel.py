@@ -5,6 +5,7 @@ features are gathered in a fixed order, so that losses, gradients and updates ar
 GPUs batch norm is synchronised; on CPUs, where torch has none, each process normalises its own share.
 """
 
+import gc
 import os
 from datetime import timedelta
 
@@ -69,6 +70,8 @@ def wait():
 
 
 def stop():
-    """Leave the process group, at the end of a command."""
+    """Leave the process group together, at the end of a command."""
     if dist.is_initialized():
+        dist.barrier()
+        gc.collect()  # a wrapped model in a reference cycle would outlive the group and end the process badly
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import distributed as dist
 
-from ecul import Config, open_dataset, training
+from ecul import Config, open_dataset, parallel, training
 
 
 def main(world, config, output, kill=""):
@@ -36,8 +36,7 @@ def main(world, config, output, kill=""):
         assert all(torch.equal(held, other) for other in others)
     if dist.get_rank() == 0:
         print(f"equal banks in {len(banks)} epochs")
-    dist.barrier()
-    dist.destroy_process_group()
+    parallel.stop()
 
 
 if __name__ == "__main__":
