@@ -78,10 +78,19 @@ def test_equals_the_rules(slots, samples, features, share, rule, seed):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
-@pytest.mark.parametrize("slots, samples, features", [(1, 1, 1), (9, 70, 33), (40, 20, 128), (3, 530, 5)])
+@pytest.mark.parametrize("slots, samples, features", [(1, 1, 1), (9, 70, 33), (40, 20, 128), (3, 290, 5)])
 def test_every_size(slots, samples, features, dtype, tolerance, rule, device):
     bank, x, labels = world(slots, samples, features, dtype, device)
     assert_follows_the_rule(bank, x, labels, 0.3, rule, tolerance)
+
+
+def test_finds_samples_far_apart_in_the_batch(device):
+    """Of 600 samples a label carries the first and the 400th, or the last alone; the rest carry none."""
+    bank, x, _ = world(2, 600, 5, device=device)
+    labels = torch.full((600,), -1, device=device)
+    labels[0] = labels[400] = 0
+    labels[599] = 1
+    assert_follows_the_rule(bank, x, labels, 0.3, "sequential", 1e-6)
 
 
 def test_a_bfloat16_bank_is_rounded_once(device):
@@ -119,14 +128,13 @@ def test_hard_takes_the_earliest_of_equals(device):
 
 
 def test_instance_draws_every_sample_equally_often(device):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.eye(4, device=device)
-    labels = torch.zeros(4, dtype=torch.int64, device=device)
-    counts = torch.zeros(4)
-    for _ in range(400):
-        bank = torch.full((1, 4), 0.5, device=device)
-        counts += momentum_update_(bank, x, labels, 0.0, "instance", generator)[0].cpu()
-    assert counts.sum() == 400 and (counts - 100).abs().max() < 40  # 4.6 standard deviations
+    """A hundred labels with the same four samples: each draws one, and every sample is drawn by some 25."""
+    labels = torch.arange(400, device=device) // 4
+    x = torch.eye(4, device=device).repeat(100, 1)
+    bank = torch.full((100, 4), 0.5, device=device)
+    momentum_update_(bank, x, labels, 0.0, "instance", torch.Generator().manual_seed(0))
+    assert torch.equal(bank.sum(1), torch.ones(100, device=device))
+    assert (bank.sum(0) - 25).abs().max() < 20  # 4.6 standard deviations
 
 
 @pytest.mark.parametrize("rule", RULES)
