@@ -31,11 +31,12 @@ def memory_contrast(
         temperature: divides the cosine similarities, > 0.
 
     Returns:
-        (B,) float32, one loss a sample, differentiable in `x` alone.
+        (B,) float32, one loss a sample, differentiable in `x` alone, and once.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; on CPU tensors also a
-            sample whose label no slot carries, and features that are NaN or infinite.
+            sample whose label no slot carries, and features that are NaN or infinite. CUDA tensors are not
+            waited for: a device-side assertion reports such a label, broken features make the loss NaN.
     """
     _check(x, bank, bank_labels, labels, temperature)
     if use_triton(x):
@@ -262,7 +263,8 @@ def _memory_contrast(
     temperature: float,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _launch(x, bank, bank_labels, labels, temperature, with_gradient)
+    with torch.cuda.device_of(x):
+        return _launch(x, bank, bank_labels, labels, temperature, with_gradient)
 
 
 @_memory_contrast.register_fake

@@ -108,7 +108,8 @@ def _by_rounds(rows, x, order, first, counts, momentum, rule):
 def _draw(labels, generator):
     """An independent uniform number a sample: the sample with its label's smallest is a uniform draw."""
     device = labels.device if generator is None else generator.device
-    return torch.rand(labels.shape[0], device=device, generator=generator).to(labels.device)
+    drawn = torch.rand(labels.shape[0], device=device, generator=generator)
+    return drawn.to(labels.device, non_blocking=True)
 
 
 def _check(bank, x, labels, momentum, rule):
@@ -214,7 +215,8 @@ def _momentum_update_(
     if not labels.is_cuda and labels.numel() and int(labels.max()) >= bank.shape[0]:
         raise ValueError(f"labels must be below the {bank.shape[0]} rows of bank; got {int(labels.max())}")
     if use_triton(bank) and bank.shape[1] <= WIDEST and bank.stride(1) == 1:
-        _launch(bank, x, labels, momentum, rule, priority)
+        with torch.cuda.device_of(bank):
+            _launch(bank, x, labels, momentum, rule, priority)
     else:
         momentum_update_reference(bank, x, labels, momentum, rule, priority)
 

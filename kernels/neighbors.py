@@ -314,7 +314,8 @@ def _topk_similarity(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_finite(x, y)
     if use_triton(x):
-        return _launch(x, y, k, exclude_self)
+        with torch.cuda.device_of(x):
+            return _launch(x, y, k, exclude_self)
     return topk_similarity_reference(x, y, k, exclude_self)
 
 
