@@ -62,14 +62,15 @@ class NonLocal(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.g, self.theta, self.phi = (nn.Conv2d(channels, 1, 1) for _ in range(3))
-        self.W = nn.Sequential(nn.Conv2d(1, channels, 1), nn.BatchNorm2d(channels))
-        nn.init.zeros_(self.W[1].weight)
+        norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(norm.weight)
+        self.W = nn.Sequential(nn.Conv2d(1, channels, 1), norm)
 
     def forward(self, x):
         g, theta, phi = (m(x).flatten(2) for m in (self.g, self.theta, self.phi))
         attention = theta.transpose(1, 2) @ phi / theta.shape[2]
         y = (attention @ g.transpose(1, 2)).transpose(1, 2)
-        return x + self.W(y.reshape(len(x), 1, *x.shape[2:]))
+        return x + self.W(y.reshape(x.shape[0], 1, *x.shape[2:]))
 
 
 class Stem(nn.Module):

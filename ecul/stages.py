@@ -52,7 +52,7 @@ class Term:
 
     name: str
     weight: float
-    memory: torch.nn.Module
+    memory: ClusterMemory | InstanceMemory
     labels: dict
     rows: dict
 
@@ -85,8 +85,9 @@ def assign_labels(features, cameras, config, cross):
         joint = _joint_labels(features, cameras, config)
         selected = joint
         if config.k_select is not None:
-            args = [features[m] for m in MODALITIES] + [joint[m] for m in MODALITIES]
-            selected = dict(zip(MODALITIES, select_instances(*args, config.k_select), strict=True))
+            v, r = MODALITIES
+            kept = select_instances(features[v], features[r], joint[v], joint[r], config.k_select)
+            selected = dict(zip(MODALITIES, kept, strict=True))
     if config.pairs == "matched":
         match = match_clusters(*(cluster_means(features[m], own[m]) for m in MODALITIES)).cpu().numpy()
     return Labels(own, joint, selected, match)
@@ -181,14 +182,14 @@ def _joint_terms(features, labels, config, clusters, instances):
 def make_batches(labels, cameras, config, rng):
     """The epoch's batches, as pairs of index arrays (visible, infrared)."""
     sizes = (config.identities, config.instances, config.iterations, rng)
-    piles = [Clusters(labels.own[m].cpu(), cameras[m].cpu()) for m in MODALITIES]
+    visible, infrared = (Clusters(labels.own[m].cpu(), cameras[m].cpu()) for m in MODALITIES)
     if labels.match is not None:
-        return matched_batches(*piles, labels.match, *sizes)
+        return matched_batches(visible, infrared, labels.match, *sizes)
     if config.pairs == "joint" and labels.joint is not None:
-        joint = [Clusters(labels.joint[m].cpu(), cameras[m].cpu()) for m in MODALITIES]
-        if max(map(len, joint)) >= 2:
-            return joint_batches(*joint, *sizes)
-    return independent_batches(*piles, *sizes)
+        both_v, both_r = (Clusters(labels.joint[m].cpu(), cameras[m].cpu()) for m in MODALITIES)
+        if max(len(both_v), len(both_r)) >= 2:
+            return joint_batches(both_v, both_r, *sizes)
+    return independent_batches(visible, infrared, *sizes)
 
 
 def _gather(tables, index):

@@ -158,7 +158,8 @@ def learn(forward, optimizer, piles, terms, batches, config, generators):
     device = next(forward.parameters()).device
     autocast = uses_bf16(config, device)
     forward.train()
-    totals, steps, images = {}, 0, 0
+    totals: dict[str, torch.Tensor | int] = {}
+    steps, images = 0, 0
     for pair in tqdm(batches, total=config.iterations, desc="batches", disable=_quiet(), leave=False):
         index = {
             m: torch.from_numpy(i).to(device, non_blocking=True)

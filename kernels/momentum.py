@@ -76,7 +76,7 @@ def momentum_update_reference(
     rows = bank[ids].float()
     if rule == "hard":
         priority = (x * rows[group]).sum(1)
-    elif rule == "instance":
+    elif priority is not None:
         priority = priority[kept]
     else:
         priority = torch.zeros_like(x[:, 0])
