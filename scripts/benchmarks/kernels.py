@@ -30,15 +30,14 @@ def rows(device, quick):
     """Rows for the table, one for every rival; peak memory in bytes beyond the inputs, on a GPU."""
     if device == "cpu":
         for case in _cases("cpu", torch.float32, quick):
-            yield from _measured(case, _cpu_time, 1 if quick else 3)
+            yield from _measured(case, _cpu_times, 1 if quick else 3)
         for work in ("topk_similarity", "memory_contrast, forward + backward", "momentum_update_"):
             yield _row(f"{work}, GPU", "not measured: no GPU", "us", None, None, None, 0)
         return
     ceilings = _ceilings()
     for dtype in (torch.bfloat16, torch.float32):
         for case in _cases("cuda", dtype, quick):
-            rivals = case.rivals | {"torch.compile": torch.compile(case.rivals["eager"])}
-            yield from _measured(case._replace(rivals=rivals), _gpu_time, 20 if quick else 100, ceilings)
+            yield from _measured(case, _gpu_times, 20 if quick else 100, ceilings)
 
 
 def _cases(device, dtype, quick):
@@ -46,24 +45,29 @@ def _cases(device, dtype, quick):
     dim = 256 if quick else 2048
     size, batch = (2_000, 64) if quick else (16_000 if device == "cpu" else 34_167, 384)
     points = _unit_rows(size, dim, dtype, device, 0)
+    compiled_topk, compiled_contrast = torch.compile(eager_topk), torch.compile(eager_contrast)
+    compiled = device == "cuda"
     yield Case(
         f"topk_similarity, {name}",
         f"N={size}, D={dim}, k={NEIGHBOURS}",
         lambda: topk_similarity(points, points, NEIGHBOURS),
-        {"eager": lambda: eager_topk(points)},
+        {"eager": lambda: eager_topk(points)}
+        | ({"torch.compile": lambda: compiled_topk(points)} if compiled else {}),
         flops=2 * size * size * dim,
     )
     bank_labels = torch.arange(size, device=device) % (size // 40)
     x = _unit_rows(batch, dim, dtype, device, 1).requires_grad_()
     labels = bank_labels[torch.randperm(size, generator=_generator(2))[:batch].to(device)]
+    arguments = x, points, bank_labels, labels
     yield Case(
         f"memory_contrast, forward + backward, {name}",
         f"B={batch}, C={size}, D={dim}",
-        lambda: _backward(memory_contrast, x, points, bank_labels, labels),
+        lambda: _backward(memory_contrast, *arguments),
         {
-            "eager": lambda: _backward(eager_contrast, x, points, bank_labels, labels),
-            "loop": lambda: _backward(published_contrast, x, points, bank_labels, labels),
-        },
+            "eager": lambda: _backward(eager_contrast, *arguments),
+            "loop": lambda: _backward(published_contrast, *arguments),
+        }
+        | ({"torch.compile": lambda: _backward(compiled_contrast, *arguments)} if compiled else {}),
         flops=4 * batch * size * dim,
     )
     clusters = 16
@@ -74,7 +78,7 @@ def _cases(device, dtype, quick):
         f"momentum_update_, sequential, {name}",
         f"B={batch}, {clusters} labels, D={dim}",
         lambda: momentum_update_(bank, sample, slots, MOMENTUM, "sequential"),
-        {"eager": lambda: published_update(bank, sample, slots)},
+        {"loop": lambda: published_update(bank, sample, slots)},
         traffic=batch * dim * bank.element_size(),
     )
 
@@ -120,14 +124,14 @@ def _unit_rows(size, dim, dtype, device, seed):
 
 
 def _measured(case, timer, n, ceilings=None):
-    ours, peak = timer(case.ours, n)
+    measured = timer({"ours": case.ours, **case.rivals}, n)
+    ours, peak = measured.pop("ours")
     reached = ""
     if ceilings:
-        achieved = case.flops / ours / 1e12 if case.flops else case.traffic / ours / 1e12
+        achieved = (case.flops or case.traffic) / ours / 1e12
         unit, ceiling = ("TFLOP/s", ceilings[0]) if case.flops else ("TB/s", ceilings[1])
         reached = f"; {achieved:.3g} {unit} of {ceiling:.3g}"
-    for rival, work in case.rivals.items():
-        theirs, their_peak = timer(work, min(n, 5) if rival == "loop" else n)
+    for rival, (theirs, their_peak) in measured.items():
         memory = f"; {rival} peak {their_peak / 2**30:.2f} GiB" if their_peak else ""
         sizes = f"{case.sizes}; against {rival}{reached}{memory}"
         yield _row(case.work, sizes, "us", ours * 1e6, theirs * 1e6, peak, n)
@@ -146,20 +150,24 @@ def _row(work, sizes, unit, ours, published, peak_memory, n):
     }
 
 
-def _cpu_time(work, n):
-    """Median seconds of n, after one run that is not counted."""
-    work()
-    times = []
-    for _ in range(n):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), None
+def _cpu_times(works, n):
+    """Median seconds of n for each work, in turns, so that a busy moment falls on all; one run uncounted."""
+    times = {name: [] for name in works}
+    for _ in range(n + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(measured[1:]), None) for name, measured in times.items()}
 
 
-def _gpu_time(work, n):
-    """Median seconds of n by the device's own clock, each after the L2 cache was overwritten; peak bytes."""
+def _gpu_times(works, n):
+    """For each work the median seconds of n by the device's own clock, the L2 cache cold; peak bytes."""
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    return {name: _gpu_time(work, n, flush) for name, work in works.items()}
+
+
+def _gpu_time(work, n, flush):
     for _ in range(3):
         work()
     torch.cuda.synchronize()
@@ -182,7 +190,6 @@ def _gpu_time(work, n):
 def _ceilings():
     """TFLOP/s of a large bfloat16 product, TB/s of a large copy (bytes read plus bytes written)."""
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product, _ = _gpu_time(lambda: square @ square, 20)
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
-    copy, _ = _gpu_time(source.clone, 20)
-    return 2 * 8192**3 / product / 1e12, 2 * 2**30 / copy / 1e12
+    times = _gpu_times({"product": lambda: square @ square, "copy": source.clone}, 20)
+    return 2 * 8192**3 / times["product"][0] / 1e12, 2 * 2**30 / times["copy"][0] / 1e12
