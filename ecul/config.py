@@ -125,7 +125,9 @@ class Config:
     weight_consistency: float = 0.5
 
     # engine
-    seed: int = 0
+    seed: int = (
+        0  # the same weights again: bit for bit on a CPU with as many threads, on a GPU up to rounding
+    )
     precision: str = field(default="auto", metadata={"choices": ("auto", "fp32", "bf16")})
     compile: bool = False
     checkpointing: bool = False  # recompute activations in backward: less memory, more time, the same result

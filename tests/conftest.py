@@ -1,9 +1,14 @@
-"""Every run of the tests sees the same examples, and leaves the second core to others."""
+"""Every run of the tests sees the same examples and, its processes too, sums in one thread: to the same bits."""
 
-import pytest
-import torch
-from hypothesis import HealthCheck, settings
+import os
 
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+torch.set_num_threads(1)
 settings.register_profile(
     "ecul", derandomize=True, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck)
 )
