@@ -1,4 +1,4 @@
-"""Every run of the tests sees the same examples and, its processes too, sums in one thread: to the same bits."""
+"""Every test run sees the same examples, and sums in one thread, its processes too: to the same bits."""
 
 import os
 
