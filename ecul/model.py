@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from . import __version__
 from .augment import MEAN, STD
+from .data import MODALITIES
 from .files import write_json, write_tensors
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-MODALITIES = ("visible", "infrared")
 
 
 class BasicBlock(nn.Module):

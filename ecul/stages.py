@@ -13,11 +13,11 @@ import torch
 
 from . import parallel
 from .clustering import emcc
+from .data import MODALITIES
 from .matching import match_clusters, select_instances
 from .memory import ClusterMemory, InstanceMemory, cluster_means, random_members, tsmem
 from .sampling import Clusters, independent_batches, joint_batches, matched_batches
 
-MODALITIES = ("visible", "infrared")
 VIEWS = {"visible": 2, "infrared": 1}  # views of each image in a batch
 
 
