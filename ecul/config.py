@@ -87,6 +87,7 @@ class Config:
     instances: int = 16
     iterations: int = 200
     pairs: str = field(default="matched", metadata={"choices": ("matched", "joint")})  # joint [R]
+    matching: str = field(default="bilateral", metadata={"choices": ("bilateral", "nearest")})
     pad: int = 10
     linear_transform: bool = False
 

@@ -9,8 +9,10 @@ from scipy.optimize import linear_sum_assignment
 
 from ecul.kernels import topk_similarity
 
+RULES = ("bilateral", "nearest")
 
-def match_clusters(visible, infrared):
+
+def match_clusters(visible, infrared, rule="bilateral"):
     """Which infrared cluster belongs with which visible one: two assignments, each widened, united.
 
         D = 2 - 2 * infrared @ visible.T
@@ -18,24 +20,36 @@ def match_clusters(visible, infrared):
         match[:, j] |= D[:, j] <= D[i, j]    for (i, j) of the assignment that covers the bigger side
 
     visible: (A, D) and infrared: (B, D) cluster centres, tensors or arrays; rows are normalised here.
+    rule: "bilateral", as above, or "nearest": each cluster with its nearest one, a baseline for ablations.
     Returns a bool (B, A) of the kind given (a tensor on the input's device, or an array). Every row and
     every column has a match. The result is not symmetric when A != B.
-    Errors: ValueError for an empty side, sizes that differ, zero or non-finite rows.
+    Errors: ValueError for an empty side, sizes that differ, zero or non-finite rows, an unknown rule.
     Source: MBCCM section 3.2 and its published code.
     """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     is_tensor = isinstance(visible, torch.Tensor)
     unit_visible, unit_infrared = _unit_rows(visible, "visible"), _unit_rows(infrared, "infrared")
     if unit_visible.shape[1] != unit_infrared.shape[1]:
         sizes = f"{unit_visible.shape[1]} and {unit_infrared.shape[1]}"
         raise ValueError(f"visible and infrared must have as many features as each other, got {sizes}")
     distance = 2 - 2 * unit_infrared @ unit_visible.T
+    matched = _nearest(distance) if rule == "nearest" else _bilateral(distance)
+    return torch.from_numpy(matched).to(visible.device) if is_tensor else matched
+
+
+def _bilateral(distance):
     matched = np.zeros(distance.shape, dtype=bool)
     one_to_one, covering = _assign(distance)
     for i, j in zip(*one_to_one, strict=True):
         matched[i] |= distance[i] <= distance[i, j]
     for i, j in zip(*covering, strict=True):
         matched[:, j] |= distance[:, j] <= distance[i, j]
-    return torch.from_numpy(matched).to(visible.device) if is_tensor else matched
+    return matched
+
+
+def _nearest(distance):
+    return (distance == distance.min(0)) | (distance == distance.min(1, keepdims=True))
 
 
 def _assign(distance):

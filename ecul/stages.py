@@ -89,7 +89,8 @@ def assign_labels(features, cameras, config, cross):
             kept = select_instances(features[v], features[r], joint[v], joint[r], config.k_select)
             selected = dict(zip(MODALITIES, kept, strict=True))
     if config.pairs == "matched":
-        match = match_clusters(*(cluster_means(features[m], own[m]) for m in MODALITIES)).cpu().numpy()
+        centers = (cluster_means(features[m], own[m]) for m in MODALITIES)
+        match = match_clusters(*centers, config.matching).cpu().numpy()
     return Labels(own, joint, selected, match)
 
 

@@ -122,3 +122,21 @@ def test_instance_selection_equals_the_oracle(a, b, k, seed):
 def test_instance_selection_with_an_empty_modality():
     kept_v, kept_r = select_instances(torch.eye(3), torch.empty(0, 3), torch.arange(3), torch.empty(0).long())
     assert kept_v.tolist() == [-1, -1, -1] and len(kept_r) == 0
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
+def test_nearest_rule_is_each_clusters_nearest(a, b, seed):
+    rng = np.random.default_rng(seed)
+    visible, infrared = unit(rng, a, 5), unit(rng, b, 5)
+    cosine = infrared @ visible.T
+    expected = np.zeros((b, a), dtype=bool)
+    for i in range(b):
+        expected[i, cosine[i].argmax()] = True
+    for j in range(a):
+        expected[cosine[:, j].argmax(), j] = True
+    assert np.array_equal(match_clusters(visible, infrared, rule="nearest"), expected)
+
+
+def test_unknown_rule_is_named():
+    with pytest.raises(ValueError, match="bilateral, nearest.*'closest'"):
+        match_clusters(np.eye(2), np.eye(2), rule="closest")

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import published
+from benchmarks.table import table_row
 from ecul import clustering
 
 SIZES = {"k1": 40, "k2": 16, "k3": 40}
@@ -28,12 +29,12 @@ def rows(device, quick):
     size, dim, identities = (1_000, 2048, 25) if quick else (16_000, 2048, 395)
     n = 1 if quick else 3
     for kind in NOISE:
-        yield _row(kind, size, dim, identities, device, n, beside=True)
+        yield _compared(kind, size, dim, identities, device, n, beside=True)
     if not quick:
         for kind in NOISE:  # as many images an identity as above, or the encodings would get emptier
-            yield _row(kind, 34_167, 2048, 843, device, 1, beside=False)
+            yield _compared(kind, 34_167, 2048, 843, device, 1, beside=False)
         if device == "cuda":
-            yield _row("typical", 200_000, 2048, 5_000, device, 1, beside=False)
+            yield _compared("typical", 200_000, 2048, 5_000, device, 1, beside=False)
 
 
 def world(size, dim, identities, noise, cameras=6, seed=0):
@@ -51,7 +52,7 @@ def world(size, dim, identities, noise, cameras=6, seed=0):
     return F.normalize(features, dim=1), taken_by, kind
 
 
-def _row(kind, size, dim, identities, device, n, beside):
+def _compared(kind, size, dim, identities, device, n, beside):
     arguments = (size, dim, identities, NOISE[kind])
     ours = apart(_ours, *arguments, device, n)
     product = apart(_product, *arguments, device, n) if size < 100_000 else None
@@ -62,16 +63,15 @@ def _row(kind, size, dim, identities, device, n, beside):
     if theirs:
         equal = np.array_equal(ours["labels"], theirs["labels"])
         notes.append(f"published: {theirs['peak'] / 2**30:.1f} GiB, labels {'equal' if equal else 'differ'}")
-    return {
-        "work": f"EMCC + DBSCAN, {kind}",
-        "sizes": "; ".join(notes),
-        "unit": "s",
-        "ours": ours["seconds"],
-        "published": theirs and theirs["seconds"],
-        "ratio": theirs and theirs["seconds"] / ours["seconds"],
-        "peak_memory": ours["peak"],
-        "n": n,
-    }
+    return table_row(
+        f"EMCC + DBSCAN, {kind}",
+        "; ".join(notes),
+        "s",
+        ours["seconds"],
+        theirs and theirs["seconds"],
+        n=n,
+        peak_memory=ours["peak"],
+    )
 
 
 def apart(work, *arguments):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.table import table_row
 from ecul.data import Dataset, Images
 from ecul.evaluation import eval_sysu, evaluate
 
@@ -34,19 +35,6 @@ def _seconds(work, n):
         work()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def _row(work, sizes, unit, ours, published, ratio, n, peak_memory=None):
-    return {
-        "work": work,
-        "sizes": sizes,
-        "unit": unit,
-        "ours": ours,
-        "published": published,
-        "ratio": ratio,
-        "peak_memory": peak_memory,
-        "n": n,
-    }
 
 
 def _ten_trials(quick):
@@ -70,7 +58,7 @@ def _ten_trials(quick):
     for name, products in (("distances", False), (f"features, D={dim}", True)):
         fast = _seconds(lambda products=products: trials_by(eval_sysu, products), 5)
         slow = _seconds(lambda products=products: trials_by(_loops, products), 1 if quick else 3)
-        yield _row(f"SYSU trials from {name}", sizes, "s", fast, slow, slow / fast, 5)
+        yield table_row(f"SYSU trials from {name}", sizes, "s", fast, slow, n=5)
 
 
 def _unit_rows(rng, count, dim):
@@ -134,8 +122,8 @@ def _packing(quick):
         packed = dataset(f"{folder}/pack0")
         loading = _seconds(lambda: packed.load(SIZE, progress=False).clone(), n)
     sizes = f"{count} JPEG 400 x 160 to 288 x 144"
-    yield _row("packing", sizes, "images/s", count / packing, count / slow, slow / packing, n)
-    yield _row("loading from the pack", sizes, "images/s", count / loading, count / slow, slow / loading, n)
+    yield table_row("packing", sizes, "images/s", count / packing, count / slow, n=n)
+    yield table_row("loading from the pack", sizes, "images/s", count / loading, count / slow, n=n)
 
 
 def _large_gallery(quick):
@@ -147,7 +135,7 @@ def _large_gallery(quick):
             measured.append(pool.submit(work, queries, gallery, dim).result())
     (peak, seconds), (whole_peak, whole_seconds) = measured
     sizes = f"{queries} x {gallery}, D={dim}; published: {whole_peak / 2**20:.0f} MiB beyond the features"
-    return _row("large gallery", sizes, "s", seconds, whole_seconds, whole_seconds / seconds, 1, peak)
+    return table_row("large gallery", sizes, "s", seconds, whole_seconds, n=1, peak_memory=peak)
 
 
 def _features(queries, gallery, dim):

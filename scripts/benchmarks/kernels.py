@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from benchmarks.table import table_row
 from ecul.kernels import memory_contrast, momentum_update_, topk_similarity
 
 TEMPERATURE, MOMENTUM, NEIGHBOURS, CHUNK = 0.05, 0.1, 40, 512
@@ -32,7 +33,7 @@ def rows(device, quick):
         for case in _cases("cpu", torch.float32, quick):
             yield from _measured(case, _cpu_times, 1 if quick else 3)
         for work in ("topk_similarity", "memory_contrast, forward + backward", "momentum_update_"):
-            yield _row(f"{work}, GPU", "not measured: no GPU", "us", None, None, None, 0)
+            yield table_row(f"{work}, GPU", "not measured: no GPU", "us")
         return
     ceilings = _ceilings()
     for dtype in (torch.bfloat16, torch.float32):
@@ -134,20 +135,7 @@ def _measured(case, timer, n, ceilings=None):
     for rival, (theirs, their_peak) in measured.items():
         memory = f"; {rival} peak {their_peak / 2**30:.2f} GiB" if their_peak else ""
         sizes = f"{case.sizes}; against {rival}{reached}{memory}"
-        yield _row(case.work, sizes, "us", ours * 1e6, theirs * 1e6, peak, n)
-
-
-def _row(work, sizes, unit, ours, published, peak_memory, n):
-    return {
-        "work": work,
-        "sizes": sizes,
-        "unit": unit,
-        "ours": ours,
-        "published": published,
-        "ratio": published / ours if ours else None,
-        "peak_memory": peak_memory,
-        "n": n,
-    }
+        yield table_row(case.work, sizes, "us", ours * 1e6, theirs * 1e6, n=n, peak_memory=peak)
 
 
 def _cpu_times(works, n):

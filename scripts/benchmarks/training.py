@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from benchmarks.clustering import peak_memory, reset_peak_memory, seconds
+from benchmarks.table import table_row
 from ecul import Config, open_dataset, synthesize
 from ecul.augment import ERASED, MEAN, STD
 from ecul.memory import cluster_means
@@ -34,7 +35,7 @@ def rows(device, quick):
                 "training step, 384 images 288×144, ResNet-50, one GPU",
                 "SYSU-scale epoch, one GPU",
             ):
-                yield _row(work, "not measured: needs a GPU", "images/s", None, None, 0)
+                yield table_row(work, "not measured: needs a GPU", "images/s")
 
 
 def _sizes(device, quick):
@@ -46,14 +47,6 @@ def _sizes(device, quick):
         few = {**published, "identities": 2, "instances": 2}
         return [("training step, depth 10", small, 10), ("training step, ResNet-50", few, 2)]
     return [("training step, ResNet-50", {**published, "instances": 16}, 20)]
-
-
-def _row(work, sizes, unit, ours, published, n, memory=None):
-    ratio = None if ours is None or published is None else ours / published
-    return {
-        "work": work, "sizes": sizes, "unit": unit, "ours": ours, "published": published,
-        "ratio": ratio, "peak_memory": memory, "n": n,
-    }  # fmt: skip
 
 
 def _open(folder, config):
@@ -82,7 +75,7 @@ def _step(folder, work, config, device, steps):
     per_second_plain = images / seconds(lambda: plain(batches), device.type)[0]
     h, w = config.size
     sizes = f"{images // steps} images {h}×{w}"
-    return _row(work, sizes, "images/s", per_second, per_second_plain, steps, memory)
+    return table_row(work, sizes, "images/s", per_second, per_second_plain, n=steps, peak_memory=memory)
 
 
 def _batches(dataset, labels, config, steps):
@@ -185,4 +178,4 @@ def _epoch(folder, device, quick):
         whole = time.perf_counter() - began
         looked = 100 * row["seconds_labels"] / whole
         sizes = f"{sum(len(p.pixels) for p in piles.values())} images, {looked:.0f} % extraction and labels"
-        yield _row(f"epoch of stage {stage}, demo recipe", sizes, "s", whole, None, 1)
+        yield table_row(f"epoch of stage {stage}, demo recipe", sizes, "s", whole, n=1)
