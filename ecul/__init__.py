@@ -7,6 +7,7 @@ Public names are imported on first use, so that `import ecul` stays quick.
 import importlib
 
 __version__ = "0.1.0"
+MODALITIES = ("visible", "infrared")
 
 _HOMES = {
     "train": "training",

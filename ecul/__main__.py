@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from . import MODALITIES
 from .config import DATASETS, METHODS, Config
 
-MODALITIES = ("visible", "infrared")
 MODEL = "a run directory, a directory of save_pretrained, or a model.safetensors"
 OPTION = "an option of open_dataset, for instance trial=1, subset=true or pack=false; may be repeated"
 
@@ -37,8 +37,10 @@ def train(args):
     from . import parallel
     from .training import train
 
-    config = Config.preset(args.preset or args.dataset, method=args.method, **dict(args.set))
-    run = train(_open(args), config, output=args.output, resume=args.resume, device=args.device)
+    dataset = _open(args)
+    preset = args.preset or dataset.protocol or args.dataset
+    config = Config.preset(preset, method=args.method, **dict(args.set))
+    run = train(dataset, config, output=args.output, resume=args.resume, device=args.device)
     if parallel.rank() == 0:
         print(f"finished {len(run.history)} epochs; the model is {Path(run.output) / 'model.safetensors'}")
     parallel.stop()
@@ -97,7 +99,8 @@ def report(args):
     name, root = args.dataset or known["dataset"], args.root or known.get("root")
     if root is None:
         print("without --root there are curves and settings alone", file=sys.stderr)
-    dataset = _dataset(name, root, args.option) if root is not None else None
+    options = {**(known["options"] if args.dataset is None else {}), **dict(args.option)}
+    dataset = _dataset(name, root, options) if root is not None else None
     print(report(args.run_directory, dataset, queries=args.queries, top=args.top, device=_device(args)))
 
 
@@ -208,7 +211,9 @@ def _add_training(command):
     p = _with_device(_with_dataset(command(train)))
     p.add_argument("-o", "--output", required=True, help="the run directory")
     p.add_argument("--method", default="united", help=f"one of {', '.join(METHODS)} (default: united)")
-    p.add_argument("--preset", help=f"one of {', '.join(DATASETS)} (default: the data set's name)")
+    p.add_argument(
+        "--preset", help=f"one of {', '.join(DATASETS)} (default: that of the data set's protocol)"
+    )
     p.add_argument("--resume", action="store_true", help="go on with the run that is in the directory")
     p.add_argument(
         "--set", type=_pair, action="append", default=[], metavar="FIELD=VALUE",

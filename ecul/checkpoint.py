@@ -64,20 +64,21 @@ def _lock(file, output):
         ) from e
 
 
-def save_run(output, state, config, identity, root):
+def save_run(output, state, config, identity, source, kept=None):
     """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
 
-    identity: dict of what makes the data set the same; root: where it lies, for `ecul report`.
+    identity: dict of what makes the data set the same; source: where it lies and how it was opened,
+    for `ecul report`; kept: the epochs that the weights have seen where these are not the last ones.
     """
     model, history = state.model, state.history
-    metadata = {"method": config.method, "dataset": identity["dataset"], "epoch": len(history)}
+    metadata = {"method": config.method, "dataset": identity["dataset"], "epoch": kept or len(history)}
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained(output, metadata)
+        model.save_pretrained(output, metadata, config.to_dict())
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
-    write_json(output / "config.json", {**config.to_dict(), "model": getattr(model, "settings", {})})
-    saved = {"config": config.to_dict(), "dataset": identity, "root": root and str(root), "history": history}
+        write_json(output / "config.json", config.to_dict())
+    saved = {"config": config.to_dict(), "dataset": identity, **source, "history": history}
     write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors.update({f"labels.{k}": v for k, v in (state.labels or {}).items()})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ecul import MODALITIES
 from ecul.data import Dataset, Images
 from ecul.pack import Files, in_parallel, read_image
 from ecul.readers import SYSU_INFRARED, SYSU_VISIBLE
@@ -184,7 +185,7 @@ def _look_at_files(pile: Images, name: str, report: Report) -> None:
 def _look_for_overlap(dataset: Dataset, report: Report) -> None:
     """A test image, or for SYSU-MM01 a test identity, must not be trained on."""
     piles = dataset.piles()
-    for modality in ("visible", "infrared"):
+    for modality in MODALITIES:
         test = piles.get("test_" + modality)
         if test is None or not isinstance(test.source, Files):
             continue

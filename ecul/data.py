@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ecul import readers
+from ecul import MODALITIES, readers
 from ecul.pack import Arrays, Files
 
-MODALITIES = ("visible", "infrared")
 PILES = ("visible", "infrared", "test_visible", "test_infrared")
+
+
+def check_modality(modality):
+    """A ValueError unless it is one of the two."""
+    if modality not in MODALITIES:
+        raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,8 +41,7 @@ class Images:
     rows: np.ndarray
 
     def __post_init__(self):
-        if self.modality not in MODALITIES:
-            raise ValueError(f"modality: expected 'visible' or 'infrared', not {self.modality!r}")
+        check_modality(self.modality)
         for name, values in (("camids", self.camids), ("pids", self.pids), ("rows", self.rows)):
             if values is not None and len(values) != len(self.names):
                 raise ValueError(f"{name}: {len(values)} for {len(self.names)} {self.modality} images")
@@ -142,6 +146,13 @@ class Dataset:
             pile = getattr(self, name)
             if pile is not None and pile.modality != name.removeprefix("test_"):
                 raise ValueError(f"{name}: expected {name.removeprefix('test_')} images, not {pile.modality}")
+
+    @property
+    def options(self) -> dict:
+        """What `open_dataset` needs besides name and root to open this data set again."""
+        protocol = self.protocol if self.name == "market" else None
+        given = {"trial": self.trial, "protocol": protocol, "subset": self.subset or None}
+        return {name: value for name, value in given.items() if value is not None}
 
     def piles(self) -> dict[str, Images]:
         """The piles that are there, by name."""

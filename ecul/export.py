@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .augment import normalize
+from .data import check_modality
 from .files import write_file
 
 OPSET = 18
@@ -51,8 +52,7 @@ def export(model, path, modality, *, flip=True):
     that says what to install where ONNX is asked for without `onnx` and `onnxscript`.
     """
     path = Path(path)
-    if modality not in ("visible", "infrared"):
-        raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
+    check_modality(modality)
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"path must end in .onnx or .pt2, got {path.name!r}")
     embedder = Embedder(model, modality, flip)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .augment import normalize
-from .data import Images
+from .data import Images, check_modality
 
 
 def extract(model, images, modality, *, batch_size=256, flip=True, progress=True):
@@ -26,8 +26,7 @@ def extract(model, images, modality, *, batch_size=256, flip=True, progress=True
 
 def as_pixels(images, modality, size, progress=True):
     """Any accepted form of images as one uint8 tensor (N, 3, H, W) of this size."""
-    if modality not in ("visible", "infrared"):
-        raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
+    check_modality(modality)
     if isinstance(images, torch.Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(
@@ -45,23 +44,36 @@ def as_pixels(images, modality, size, progress=True):
 
 @torch.no_grad()
 def embed_pixels(model, pixels, modality, batch_size=256, flip=True, progress=False, autocast=False):
-    """`extract` for a uint8 tensor (N, 3, H, W); the rows stay on the model's device."""
+    """`extract` for a uint8 tensor (N, 3, H, W); the rows stay on the model's device.
+
+    batch_size is halved while a batch does not fit the memory. Errors: torch.OutOfMemoryError when one image
+    does not.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     rows = torch.empty(len(pixels), model.num_features, device=device)
-    starts = range(0, len(pixels), batch_size)
+    done, quiet = 0, None if progress else True
     try:
-        for start in tqdm(
-            starts, desc=f"extract {modality}", disable=None if progress else True, leave=False
-        ):
-            x = normalize(pixels[start : start + batch_size].to(device, non_blocking=True))
-            x = x.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                f = model.embed(x, modality)
-                if flip:
-                    f = F.normalize(f + model.embed(x.flip(3), modality), dim=1)
-            rows[start : start + batch_size] = f
+        with tqdm(desc=f"extract {modality}", total=len(pixels), disable=quiet, leave=False) as bar:
+            while done < len(pixels):
+                part = pixels[done : done + batch_size]
+                try:
+                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                        rows[done : done + len(part)] = _embed(model, part.to(device), modality, flip)
+                except torch.OutOfMemoryError:
+                    if len(part) <= 1:
+                        raise
+                    batch_size = len(part) // 2
+                    continue
+                done += len(part)
+                bar.update(len(part))
     finally:
         model.train(was_training)
     return rows
+
+
+def _embed(model, pixels, modality, flip):
+    x = normalize(pixels).contiguous(memory_format=torch.channels_last)
+    features = model.embed(x, modality)
+    return F.normalize(features + model.embed(x.flip(3), modality), dim=1) if flip else features

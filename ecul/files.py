@@ -3,8 +3,27 @@
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError  # the name of an error, no file of ours is a pickle
 
-from safetensors.torch import save
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+
+def read_weights(path):
+    """The content of a weights file: `.safetensors`, or what `torch.save` wrote, read with weights only.
+
+    Errors: FileNotFoundError; ValueError naming the file when it cannot be read that way.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError) as e:
+        raise ValueError(f"{path} cannot be read as weights alone: {str(e).strip().splitlines()[0]}") from e
 
 
 def write_file(path, data):
@@ -27,8 +46,11 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Write a dict of tensors as safetensors; metadata values become strings. Equal content, equal bytes."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    """Write a dict of tensors as safetensors; metadata values become strings. Equal content, equal bytes.
+
+    Tensors that share storage (tied weights) are written once each, as the format asks.
+    """
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     data = save(tensors, {k: str(v) for k, v in (metadata or {}).items()})
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()  # the library's order is arbitrary

@@ -15,12 +15,11 @@ or "model". AGW: https://arxiv.org/abs/2001.04193, ADCA: https://arxiv.org/abs/2
 import contextlib
 import re
 from pathlib import Path
-from pickle import UnpicklingError  # the name of an error, no file of ours is a pickle
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
+from .files import read_weights
 from .model import BLOCKS, TwoStreamResNet
 
 CONTAINERS = ("net", "state_dict", "model")
@@ -80,15 +79,8 @@ def import_checkpoint(path, input_size=(288, 144)):
 
 def _open(path):
     """The dict of tensors in a file, out of whatever it is wrapped in."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        with torch.serialization.safe_globals(_numpy_globals()):
-            content = torch.load(path, "cpu", weights_only=True)
-    except (UnpicklingError, EOFError, KeyError, RuntimeError) as e:
-        raise ValueError(f"{path} cannot be read as weights alone: {str(e).strip().splitlines()[0]}") from e
+    with torch.serialization.safe_globals(_numpy_globals()):
+        content = read_weights(path)
     for name in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]

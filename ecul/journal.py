@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
+from . import MODALITIES
 from .scores import adjusted_rand, mutual_rate, separation
-from .stages import MODALITIES
+
+PARTS = ("extract", "labels", "train")  # of an epoch's seconds
 
 
 def label_scores(features, labels, previous):
@@ -43,7 +45,9 @@ def describe(row):
     text += f" score {row['score']:.3f}"
     losses = [v for k, v in row.items() if k.startswith("loss_")]
     if losses:
-        text += f" loss {sum(losses):.3f} {row['seconds']:.1f} s {row['images_per_second']:.0f} images/s"
+        shares = "/".join(f"{100 * row[f'seconds_{part}'] / row['seconds']:.0f}" for part in PARTS)
+        text += f" loss {sum(losses):.3f} {row['seconds']:.1f} s ({'/'.join(PARTS)} {shares} %)"
+        text += f" {row['images_per_second']:.0f} images/s"
     monitored = _joined(row, "monitor_", ".2f")
     return text + (f" (monitor: ARI {monitored})" if monitored else "")
 

@@ -39,7 +39,7 @@ def consistency_loss(a, b):
 def agreement_loss(specific, agnostic, x):
     """Consistency constraint: specific and agnostic banks must give the same soft assignment.
 
-        sum(consistency_loss(specific[m].logits(x), agnostic[m].logits(x)) for m in ("visible", "infrared"))
+        sum(consistency_loss(specific[m].logits(x), agnostic[m].logits(x)) for m in MODALITIES)
 
     specific, agnostic: dicts of cluster memories with equal numbers of rows; x: (B, D) features of one view.
     Source: MBCCM, L_CC: the sum of this over view 1, view 2 and infrared.

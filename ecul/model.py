@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import __version__
+from . import MODALITIES, __version__
 from .augment import MEAN, STD
-from .data import MODALITIES
-from .files import write_json, write_tensors
+from .data import check_modality
+from .files import read_weights, write_json, write_tensors
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -165,8 +165,7 @@ class TwoStreamResNet(nn.Module):
 
     def embed(self, x, modality):
         """Unit embeddings (N, num_features) float32 of images of one modality, "visible" or "infrared"."""
-        if modality not in MODALITIES:
-            raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
+        check_modality(modality)
         return self._shared(getattr(self, modality)(x))
 
     def _shared(self, x):
@@ -186,14 +185,7 @@ class TwoStreamResNet(nn.Module):
         path: `.safetensors`, or a `.pth` read with weights only. The classifier `fc.*` is left out. Every
         other key must fit: a missing, unknown or wrongly shaped one is a ValueError that lists them.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"weights: there is no file {path}; give a local torchvision ResNet state dict"
-            )
-        state = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
+        state = read_weights(path)
         state = {k: v for k, v in state.items() if not k.startswith("fc.")}
         stem = {k: state.pop(k) for k in list(state) if k.startswith(("conv1.", "bn1."))}
         state.update({f"{m}.{k}": v for m in MODALITIES for k, v in stem.items()})
@@ -216,15 +208,19 @@ class TwoStreamResNet(nn.Module):
             )
         self.load_state_dict({**mine, **state})
 
-    def save_pretrained(self, directory, metadata=None):
-        """Write `model.safetensors` and `config.json` into a directory; metadata goes into the former."""
+    def save_pretrained(self, directory, metadata=None, config=None):
+        """Write `model.safetensors` and `config.json` into a directory.
+
+        metadata: a dict for the former's header, beside architecture, sizes, mean, std and version; config: a
+        dict for the latter, beside the model's own settings under "model".
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         own = {"architecture": type(self).__name__, "version": __version__, "mean": MEAN, "std": STD}
         write_tensors(
             directory / "model.safetensors", self.state_dict(), {**own, **self.settings, **(metadata or {})}
         )
-        write_json(directory / "config.json", {"model": self.settings})
+        write_json(directory / "config.json", {**(config or {}), "model": self.settings})
 
     @classmethod
     def from_pretrained(cls, path):

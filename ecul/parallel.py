@@ -69,6 +69,12 @@ def wait():
         dist.barrier()
 
 
+def finish(device):
+    """Wait until the device has done what was asked of it, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def stop():
     """Leave the process group together, at the end of a command."""
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""The training images, decoded once and kept where they are used: on the device, else in pinned memory."""
+"""The training images, decoded once and kept where they are used: on the device, else in host memory."""
 
 import hashlib
 import logging
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import parallel
+from . import MODALITIES, parallel
 from .augment import train_view
-from .stages import MODALITIES
 
 log = logging.getLogger("ecul")
 
@@ -23,8 +22,11 @@ class Pile:
     identities: np.ndarray | None
 
     def take(self, index, device):
-        """The images at this index, on the device that trains."""
-        return self.pixels[index.to(self.pixels.device)].to(device, non_blocking=True)
+        """The images at this index, a CPU tensor, on the device that trains; the host waits for neither."""
+        if self.pixels.device.type == device.type:
+            return self.pixels[index.to(device, non_blocking=True)]
+        taken = torch.empty(len(index), *self.pixels.shape[1:], dtype=torch.uint8, pin_memory=True)
+        return torch.index_select(self.pixels, 0, index, out=taken).to(device, non_blocking=True)
 
 
 def load_piles(dataset, size, device):
@@ -39,12 +41,12 @@ def load_piles(dataset, size, device):
     log.info(
         "%.1f MB of images are kept %s",
         needed / 1e6,
-        f"on {device}" if on_device else "in pinned host memory",
+        f"on {device}" if on_device else "in host memory, each batch goes through pinned memory",
     )
     piles = {}
     for m in MODALITIES:
         images = getattr(dataset, m)
-        kept = pixels[m].to(device) if on_device else pixels[m].contiguous().pin_memory()
+        kept = pixels[m].to(device) if on_device else pixels[m]
         piles[m] = Pile(kept, torch.as_tensor(images.camids, device=device), images.pids)
     return piles
 

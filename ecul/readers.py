@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from ecul import MODALITIES
+
 SYSU_VISIBLE, SYSU_INFRARED = (1, 2, 4, 5), (3, 6)
 LLCM_VISIBLE, LLCM_INFRARED = (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 4, 5, 6, 7, 8, 9)
 
@@ -223,9 +225,9 @@ def read_market(root: Path, trial: int | None = None) -> Found:
         piles[modality] = _read_named(root, [f"{base}/bounding_box_train"], extra)
         test = [f"{base}/{part}" for part in ("query", "bounding_box_test") if (root / base / part).is_dir()]
         piles["test_" + modality] = _read_named(root, test, extra)
-    _need_images("market", root, {name: piles[name] for name in ("visible", "infrared")})
+    _need_images("market", root, {name: piles[name] for name in MODALITIES})
     if not (piles["test_visible"].names and piles["test_infrared"].names):
-        piles = {name: piles[name] for name in ("visible", "infrared")}
+        piles = {name: piles[name] for name in MODALITIES}
     return piles, extra
 
 

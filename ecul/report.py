@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import pictures
+from . import MODALITIES, pictures
 from .config import Config
-from .data import MODALITIES, Images
+from .data import Images
+from .features import embed_pixels
 from .files import write_file
 from .matching import match_clusters
 from .memory import cluster_means
@@ -17,13 +18,12 @@ from .model import TwoStreamResNet
 from .page import page, plain_rows
 from .pictures import Cell
 from .piles import identity
-from .search import embed_fitting
 from .stages import assign_labels, usable
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a run directory says of itself: its configuration, its log, and its data set's name and root."""
+    """What a run directory says of itself: its configuration, its log, and its data set."""
 
     directory: Path
     config: Config
@@ -55,7 +55,7 @@ def read_run(directory):
     history = [json.loads(line) for line in lines]
     if not history:
         raise ValueError(f"{directory}: the run has not finished an epoch yet")
-    about = {"root": None if saved.get("root") == "None" else saved.get("root"), **saved["dataset"]}
+    about = {"root": saved["root"], "options": saved["options"], **saved["dataset"]}
     return Saved(directory, Config.from_dict(saved["config"]), history, about)
 
 
@@ -103,7 +103,7 @@ def _require_same(saved, dataset):
 
 def _embed(model, images, progress):
     pixels = images.load(model.input_size, progress=progress)
-    features = embed_fitting(model, pixels, images.modality, progress=progress).cpu()
+    features = embed_pixels(model, pixels, images.modality, progress=progress).cpu()
     return Pile(images, pixels, features)
 
 

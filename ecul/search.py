@@ -10,6 +10,7 @@ import torch
 
 from ecul.kernels import topk_similarity
 
+from .data import check_modality
 from .features import embed_pixels
 from .files import write_tensors
 from .pack import in_parallel, read_image
@@ -59,8 +60,7 @@ def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size
     skip_unreadable: leave such files out and list them in `unreadable`. Errors: ValueError for a folder
     without images, an unknown modality, or, naming all of them, files that cannot be read.
     """
-    if modality not in ("visible", "infrared"):
-        raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
+    check_modality(modality)
     folder = Path(folder)
     paths = [folder] if folder.is_file() else [folder / name for name in read_folder(folder, False).names]
     kept, unreadable, rows = [], [], []
@@ -72,7 +72,7 @@ def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size
         if readable and (skip_unreadable or not unreadable):
             kept += [p for p, _ in readable]
             pixels = torch.from_numpy(np.stack([image for _, image in readable])).permute(0, 3, 1, 2)
-            rows.append(embed_fitting(model, pixels, modality, batch_size, progress).cpu())
+            rows.append(embed_pixels(model, pixels, modality, batch_size, progress=progress).cpu())
     if unreadable and not (skip_unreadable and kept):
         raise ValueError(
             f"{len(unreadable)} of {len(paths)} images cannot be read (skip_unreadable leaves them out):"
@@ -86,22 +86,6 @@ def _decode(path, size):
         return read_image(path, size)
     except ValueError:
         return None
-
-
-def embed_fitting(model, pixels, modality, batch_size=256, progress=False):
-    """`embed_pixels(model, pixels, modality, batch_size)`, halving batch_size while the memory is too small.
-
-    pixels: uint8 (N, 3, H, W). Returns (N, num_features) float32 unit rows on the model's device. Errors:
-    torch.OutOfMemoryError when a single image does not fit.
-    """
-    while True:
-        try:
-            return embed_pixels(model, pixels, modality, batch_size, progress=progress)
-        except torch.OutOfMemoryError:
-            if batch_size <= 1:
-                raise
-        batch_size //= 2
-        torch.cuda.empty_cache()
 
 
 def save_features(path, found, model_path):

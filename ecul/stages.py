@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import parallel
+from . import MODALITIES, parallel
 from .clustering import emcc
-from .data import MODALITIES
 from .matching import match_clusters, select_instances
 from .memory import ClusterMemory, InstanceMemory, cluster_means, random_members, tsmem
 from .sampling import Clusters, independent_batches, joint_batches, matched_batches

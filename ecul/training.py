@@ -19,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import parallel
+from . import MODALITIES, parallel
 from .checkpoint import load_run, run_directory, save_run
 from .config import Config
 from .data import Dataset
@@ -28,7 +28,7 @@ from .journal import describe, label_scores, monitors
 from .losses import agreement_loss
 from .model import Backbone, TwoStreamResNet
 from .piles import augmented, identity, load_piles
-from .stages import MODALITIES, assign_labels, make_batches, make_terms, share_labels, usable
+from .stages import assign_labels, make_batches, make_terms, share_labels, usable
 
 log = logging.getLogger("ecul")
 
@@ -81,21 +81,23 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
             )
         model = build_model(config.replace(weights=None) if goes_on else config, device, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
-        data = identity(dataset)
+        data, source = identity(dataset), {"root": dataset.root, "options": dataset.options}
         if goes_on:
             load_run(directory, state, config, data)
         parallel.wait()
+        if config.epochs == 0 and directory is not None and parallel.rank() == 0:
+            save_run(directory, state, config, data, source)
         piles = load_piles(dataset, config.size, device)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, piles, config, epoch, directory)
             if parallel.rank() == 0:
                 log.info(describe(row))
                 if directory is not None:
-                    save_run(directory, state, config, data, dataset.root)
+                    save_run(directory, state, config, data, source)
                 if on_epoch is not None:
                     on_epoch(row)
         if config.keep == "score" and config.epochs:
-            _finish_with_best(state, piles, config, data, directory, dataset.root)
+            _finish_with_best(state, piles, config, data, directory, source)
         parallel.wait()
         return Run(model.eval(), state.history, directory)
 
@@ -111,7 +113,6 @@ def run_epoch(state, piles, config, epoch):
 
     features, labels, row = look(state, piles, config, epoch)
     looked = time.perf_counter()
-    row["seconds_labels"] = looked - began
     if not usable(labels.own):
         log.warning(
             "epoch %d skipped: fewer than two clusters in a modality; loosen eps or min_samples", epoch
@@ -125,18 +126,22 @@ def run_epoch(state, piles, config, epoch):
     batches = make_batches(labels, cameras, config, rng)
     row |= learn(state.forward, state.optimizer, piles, terms, batches, config, generators)
     ended = time.perf_counter()
-    images = row.pop("images")
-    return row | {"seconds": ended - began, "images_per_second": images / (ended - looked)}
+    row |= {"seconds_train": ended - looked, "seconds": ended - began}
+    return row | {"images_per_second": row.pop("images") / row["seconds_train"]}
 
 
 def look(state, piles, config, epoch):
     """Extract and label with the current weights; returns features, labels and what the log says of them."""
     cross = config.epochs_intra <= epoch
     row = {"epoch": epoch, "stage": 2 if cross else 1, "lr": state.optimizer.param_groups[0]["lr"]}
+    began = time.perf_counter()
     features = {m: extract_shared(state.model, piles[m].pixels, m, config) for m in MODALITIES}
+    parallel.finish(features["visible"].device)
+    extracted = time.perf_counter()
     cameras = {m: piles[m].cameras for m in MODALITIES}
     labels = assign_labels(features, cameras, config, cross) if parallel.rank() == 0 else None
     labels = share_labels(labels, features)
+    row |= {"seconds_extract": extracted - began, "seconds_labels": time.perf_counter() - extracted}
     row |= labels.counts() | label_scores(features, labels, state.labels) | monitors(labels, piles)
     state.labels = labels.own
     best = max((r["score"] for r in state.history[1:]), default=-math.inf)  # epoch 0 rates untrained weights
@@ -161,11 +166,9 @@ def learn(forward, optimizer, piles, terms, batches, config, generators):
     totals: dict[str, torch.Tensor | int] = {}
     steps, images = 0, 0
     for pair in tqdm(batches, total=config.iterations, desc="batches", disable=_quiet(), leave=False):
-        index = {
-            m: torch.from_numpy(i).to(device, non_blocking=True)
-            for m, i in zip(MODALITIES, pair, strict=True)
-        }
-        views = augmented(piles, index, config, generators[device.type], device)
+        drawn = {m: torch.from_numpy(i) for m, i in zip(MODALITIES, pair, strict=True)}
+        index = {m: i.to(device, non_blocking=True) for m, i in drawn.items()}
+        views = augmented(piles, drawn, config, generators[device.type], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             features = embed_batch(forward, views)
         losses = {t.name: t.weight * t.loss(features, index) for t in terms}
@@ -290,12 +293,15 @@ def _require_finite(epoch, row, model, directory):
         )
 
 
-def _finish_with_best(state, piles, config, data, directory, root):
+def _finish_with_best(state, piles, config, data, directory, source):
     """Rate the last weights too, then put the best ones back."""
-    look(state, piles, config, config.epochs - 1)
+    row = look(state, piles, config, config.epochs - 1)[2]
+    scores = [r["score"] for r in (*state.history[1:], row)]  # of the weights after 1, 2, ... epochs
+    best = 1 + scores.index(max(scores))
+    log.info("the weights after %d of %d epochs are kept: score %.3f", best, config.epochs, max(scores))
     state.model.load_state_dict(state.best)
     if directory is not None and parallel.rank() == 0:
-        save_run(directory, state, config, data, root)
+        save_run(directory, state, config, data, source, best)
 
 
 def _check(dataset, config):

@@ -193,10 +193,11 @@ def _launch(indptr, indices, values, eps):
         if first == last:
             continue
         strip.zero_()
-        _add_overlaps[(last - first,)](
-            strip, rows, indices, units, place, ends, list_rows, list_units, first, height, size,
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(strip):
+            _add_overlaps[(last - first,)](
+                strip, rows, indices, units, place, ends, list_rows, list_units, first, height, size,
+                BLOCK=BLOCK, num_warps=WARPS,
+            )  # fmt: skip
         found.append((strip >= least).nonzero() + torch.tensor([top, 0], device=device))
     empty = torch.empty(0, 2, dtype=torch.int64, device=device)
     return _graph(torch.cat([empty, *found]).T, size)

@@ -5,16 +5,20 @@ import pytest
 import torch
 
 from ecul import TwoStreamResNet, extract
+from ecul.augment import normalize
 from ecul.export import export
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[10, 34], ids=["plain", "non-local"])
+def model(request):
     torch.manual_seed(0)
-    model = TwoStreamResNet(10, 8, False, (32, 16))
-    model(torch.randn(8, 3, 32, 16), torch.randn(8, 3, 32, 16))
+    model = TwoStreamResNet(request.param, 8, request.param == 34, (32, 16))
+    for block in model.non_local.values():
+        torch.nn.init.normal_(block.W[1].weight, std=0.1)  # at first such a block is the identity
     for p in model.infrared.parameters():
         p.data += 0.1 * torch.randn_like(p)
+    for _ in range(30):  # until the running statistics fit
+        model(*(normalize(images(8)) for _ in range(2)))
     return model.eval()
 
 

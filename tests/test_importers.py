@@ -137,5 +137,5 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
         import_checkpoint(tmp_path / "text.pth")
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no weights file"):
         import_checkpoint(tmp_path / "absent.pth")

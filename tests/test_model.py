@@ -101,8 +101,12 @@ def test_backbone_names_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="expected"):
         save_file(torchvision_names(TwoStreamResNet(18, width=16)), tmp_path / "wide.safetensors")
         TwoStreamResNet(18, width=8).load_backbone(tmp_path / "wide.safetensors")
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="no weights file"):
         TwoStreamResNet(18, width=8).load_backbone(tmp_path / "absent.pth")
+    for name in ("broken.pth", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"not weights")
+        with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
+            TwoStreamResNet(18, width=8).load_backbone(tmp_path / name)
 
 
 def test_save_and_load_give_the_same_embeddings(tmp_path):

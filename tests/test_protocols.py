@@ -4,6 +4,7 @@ import layouts
 import pytest
 
 from ecul import Config, Dataset, evaluate, open_dataset, train
+from ecul.__main__ import main
 from ecul.evaluation import average
 
 TINY = Config.preset(
@@ -41,6 +42,16 @@ def test_regdb_over_two_trials_and_models(tmp_path):
     results = average(evaluate(trained(dataset), dataset, progress=False) for dataset in trials)
     assert [row["direction"] for row in results.rows] == ["visible-to-infrared", "infrared-to-visible"]
     assert all(row["trials"] == 2 and 0 < row["mAP"] <= 100 for row in results.rows)
+
+
+def test_the_report_of_a_trial_opens_that_trial_again(tmp_path, capsys):
+    layouts.regdb(tmp_path / "data")
+    dataset = open_dataset("regdb", tmp_path / "data", trial=2, subset=True)
+    train(dataset, TINY, device="cpu", output=tmp_path / "run")
+    assert main(["report", str(tmp_path / "run"), "--queries", "1", "--top", "2"]) == 0
+    assert (tmp_path / "run" / "report" / "clusters.png").is_file()
+    assert main(["report", str(tmp_path / "run"), "--option", "trial=1"]) == 2
+    assert "not the one that" in capsys.readouterr().err
 
 
 def test_a_subset_is_refused_unless_it_is_called_one(tmp_path):

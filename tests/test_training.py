@@ -6,14 +6,17 @@ import logging
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.checkpoint import run_directory
-from ecul.training import build_model
+from ecul.piles import load_piles
+from ecul.training import State, build_model, build_optimizer, learn, run_epoch
 
 TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}
 TINY |= {"tsmem_switch": 1, "k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6}
@@ -190,6 +193,8 @@ def test_keeping_the_best_score_ends_with_the_weights_it_rates(dataset, tmp_path
     rated = [row["score"] for row in run.history[1:]]  # row e + 1 rates the weights after epoch e
     assert kept[-1] or kept.index(True) == rated.index(max(rated))
     assert same(TwoStreamResNet.from_pretrained(tmp_path / "best"), run.model)
+    with safe_open(tmp_path / "best" / "model.safetensors", "pt") as f:
+        assert int(f.metadata()["epoch"]) == 1 + kept.index(True)
     assert same(train(dataset, config, output=tmp_path / "best", resume=True).model, run.model)
 
 
@@ -222,6 +227,37 @@ def test_a_backbone_of_ones_own(dataset, tmp_path):
         train(dataset, tiny(), model=torch.nn.Identity())
 
 
+def test_tied_weights_of_ones_own_backbone_are_saved(dataset, tmp_path):
+    class Tied(torch.nn.Module):
+        num_features = 6
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            x = x.mean((2, 3))
+            return torch.cat([self.first(x), self.second(self.first(x))], 1)
+
+    config, whole = tiny(epochs_cross=1), tmp_path / "whole"
+    run = train(dataset, config, model=Tied(), output=whole)
+    resumed = train(dataset, config, model=Tied(), output=whole, resume=True)
+    assert same(run.model, resumed.model)
+    assert resumed.model.network.first.weight is resumed.model.network.second.weight
+
+
+def test_a_run_of_no_epochs_leaves_the_starting_model(dataset, tmp_path):
+    run = train(dataset, tiny(epochs_intra=0, epochs_cross=0), output=tmp_path / "run")
+    assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model) and run.history == []
+
+
+def test_the_row_says_where_the_time_went(dataset):
+    row = train(dataset, tiny(epochs_cross=0)).history[0]
+    parts = [row[f"seconds_{part}"] for part in ("extract", "labels", "train")]
+    assert min(parts) > 0 and sum(parts) <= row["seconds"]
+
+
 def test_a_run_directory_in_use_is_refused(dataset, tmp_path):
     with run_directory(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
         train(dataset, tiny(), output=tmp_path / "run")
@@ -234,3 +270,32 @@ def test_training_raises_cross_modality_map(tmp_path):
     before = evaluate(build_model(config, torch.device("cpu")), dataset, modes=["all"], progress=False)
     after = evaluate(train(dataset, config).model, dataset, modes=["all"], progress=False)
     assert after.rows[0]["mAP"] > 1.3 * before.rows[0]["mAP"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["united", "ecul", "mbccm"])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_the_iterations_never_wait_for_the_gpu(method, on_device, dataset, monkeypatch):
+    def watched(batches):
+        for i, pair in enumerate(batches):
+            if i == 2:  # kernels are compiled and constants sent by then
+                torch.cuda.set_sync_debug_mode("error")
+            yield pair
+        torch.cuda.set_sync_debug_mode("default")
+
+    def learn_watched(forward, optimizer, piles, terms, batches, config, generators):
+        return learn(forward, optimizer, piles, terms, watched(batches), config, generators)
+
+    device, config = torch.device("cuda", 0), tiny(method=method, iterations=6)
+    model = build_model(config, device)
+    state = State(model, model, build_optimizer(model, config))
+    piles = load_piles(dataset, config.size, device)
+    if not on_device:
+        piles = {m: replace(pile, pixels=pile.pixels.cpu()) for m, pile in piles.items()}
+    monkeypatch.setattr("ecul.training.learn", learn_watched)
+    try:
+        for epoch in (0, 2):
+            row = run_epoch(state, piles, config, epoch)
+            assert "skipped" not in row
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

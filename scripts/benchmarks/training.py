@@ -17,10 +17,11 @@ from PIL import Image, ImageOps
 
 from benchmarks.clustering import peak_memory, reset_peak_memory, seconds
 from benchmarks.table import table_row
-from ecul import Config, open_dataset, synthesize
+from ecul import MODALITIES, Config, open_dataset, synthesize
 from ecul.augment import ERASED, MEAN, STD
+from ecul.journal import PARTS
 from ecul.memory import cluster_means
-from ecul.stages import MODALITIES, Labels, make_batches, make_terms
+from ecul.stages import Labels, make_batches, make_terms
 from ecul.training import State, build_model, build_optimizer, learn, load_piles, run_epoch, trainable
 
 
@@ -176,6 +177,6 @@ def _epoch(folder, device, quick):
         began = time.perf_counter()
         row = run_epoch(state, piles, config, epoch)
         whole = time.perf_counter() - began
-        looked = 100 * row["seconds_labels"] / whole
-        sizes = f"{sum(len(p.pixels) for p in piles.values())} images, {looked:.0f} % extraction and labels"
+        shares = ", ".join(f"{100 * row[f'seconds_{part}'] / whole:.0f} % {part}" for part in PARTS)
+        sizes = f"{sum(len(p.pixels) for p in piles.values())} images: {shares}"
         yield table_row(f"epoch of stage {stage}, demo recipe", sizes, "s", whole, n=1)

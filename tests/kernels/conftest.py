@@ -11,8 +11,6 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "interpreted: runs the kernels in Triton's interpreter")
-    config.addinivalue_line("markers", "compiled: compiles the kernels ahead of time")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")  # log(0)
 
 
