@@ -89,7 +89,7 @@ def assign_labels(features, cameras, config, cross):
             selected = dict(zip(MODALITIES, kept, strict=True))
     if config.pairs == "matched":
         centers = (cluster_means(features[m], own[m]) for m in MODALITIES)
-        match = match_clusters(*centers, config.matching).cpu().numpy()
+        match = match_clusters(*centers, rule=config.matching).cpu().numpy()
     return Labels(own, joint, selected, match)
 
 
