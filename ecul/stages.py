@@ -88,8 +88,8 @@ def assign_labels(features, cameras, config, cross):
             kept = select_instances(features[v], features[r], joint[v], joint[r], config.k_select)
             selected = dict(zip(MODALITIES, kept, strict=True))
     if config.pairs == "matched":
-        centers = (cluster_means(features[m], own[m]) for m in MODALITIES)
-        match = match_clusters(*centers, rule=config.matching).cpu().numpy()
+        centers = [cluster_means(features[m], own[m]) for m in MODALITIES]
+        match = match_clusters(centers[0], centers[1], config.matching).cpu().numpy()
     return Labels(own, joint, selected, match)
 
 
