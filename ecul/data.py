@@ -124,8 +124,9 @@ def _integers(name: str, values) -> np.ndarray:
 class Dataset:
     """The piles of one data set: `visible`, `infrared` to train on, `test_*` to evaluate with `protocol`.
 
-    trial: RegDB's. subset: fewer images than published were asked for. extra: paths that the reader did
-    not expect. `check()` compares all of it with what was published.
+    Each pile is an `Images`. trial: RegDB's. subset: fewer images than published were asked for. extra: paths
+    that the reader did not expect. `check()` compares all of it with what was published. Errors: ValueError
+    for an unknown protocol, or a pile of the other modality.
     """
 
     name: str

@@ -90,9 +90,10 @@ class InstanceMemory(_Memory):
         s = normalize(x) @ memory.features.T / temp
         (logsumexp(s, 1) - logsumexp(s.masked_fill(memory.labels != labels[:, None], -inf), 1)).mean()
 
-    All rows of a sample's cluster are positives, summed inside the logarithm. num_samples: images N.
-    `update(x, index)` moves the rows of these images
-    (not of their clusters). Source: ECUL, instance-level contrast.
+    All rows of a sample's cluster are positives, summed inside the logarithm. x: (B, num_features), labels:
+    (B,) int64, -1 = no loss; num_samples: images N. `from_features` sets `.features` (N, num_features) and
+    `.labels` (N,). `update(x, index)` moves the rows of these images (not of their clusters).
+    Errors: ValueError for sizes, momentum, temp or rule out of range. Source: ECUL, instance-level contrast.
     """
 
     def __init__(self, num_features, num_samples, temp=0.05, momentum=0.1, rule="sequential"):

@@ -28,12 +28,20 @@ def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 20):
 
 
 def eval_regdb(distmat, q_pids, g_pids, max_rank: int = 20):
-    """RegDB: nothing is ignored, the standard CMC; arguments and result as in `eval_sysu`."""
+    """RegDB: nothing is ignored, the standard CMC.
+
+    distmat (Q, G) floats, smaller is nearer; q_pids (Q,), g_pids (G,) integers; NumPy or torch. Returns
+    (cmc, mAP, mINP) as `eval_sysu` does. Errors: those of `eval_sysu`.
+    """
     return summarise(regdb_scores(*_checked(distmat, q_pids, g_pids)), max_rank)
 
 
 def eval_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 20):
-    """LLCM: gallery images of the query's identity *and* camera are ignored; CMC as in `eval_sysu`."""
+    """LLCM: gallery images of the query's identity *and* camera are ignored; CMC as in `eval_sysu`.
+
+    distmat (Q, G) floats, smaller is nearer; the rest (Q,) and (G,) integers; NumPy or torch. Returns
+    (cmc, mAP, mINP) as `eval_sysu` does. Errors: those of `eval_sysu`.
+    """
     arrays = _checked(distmat, q_pids, g_pids, q_camids, g_camids)
     return summarise(llcm_scores(*arrays), max_rank)
 
