@@ -99,7 +99,7 @@ def report(args):
     name, root = args.dataset or known["dataset"], args.root or known.get("root")
     if root is None:
         print("without --root there are curves and settings alone", file=sys.stderr)
-    options = {**(known["options"] if args.dataset is None else {}), **dict(args.option)}
+    options = {**(known["options"] if name == known["dataset"] else {}), **dict(args.option)}
     dataset = _dataset(name, root, options) if root is not None else None
     print(report(args.run_directory, dataset, queries=args.queries, top=args.top, device=_device(args)))
 
@@ -108,6 +108,8 @@ def import_(args):
     """Bring in a published checkpoint (AGW, ADCA, PGM, MBCCM layouts) as a model of this library."""
     from .importers import import_checkpoint
 
+    if (Path(args.output) / "resume.json").exists():
+        raise ValueError(f"output: {args.output} holds a run of train; choose another directory")
     model, unused = import_checkpoint(args.file, args.size)
     for reason, names in unused.items():
         print(f"left out {len(names)} tensors, {reason}: {names[0]}{' ...' if len(names) > 1 else ''}")
@@ -184,9 +186,9 @@ def _list_unreadable(*folders):
 
 
 def _device(args):
-    import torch
+    from .parallel import choose_device
 
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return choose_device(args.device)
 
 
 def _parser():

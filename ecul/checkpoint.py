@@ -16,7 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from .config import Config
 from .files import write_file, write_json, write_tensors
+from .model import TwoStreamResNet
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def save_run(output, state, config, identity, source, kept=None):
     model, history = state.model, state.history
     metadata = {"method": config.method, "dataset": identity["dataset"], "epoch": kept or len(history)}
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
-    if hasattr(model, "save_pretrained"):
+    if isinstance(model, TwoStreamResNet):
         model.save_pretrained(output, metadata, config.to_dict())
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
@@ -95,7 +97,7 @@ def load_run(output, state, config, identity):
     """
     saved = json.loads((output / "resume.json").read_text())
     now = {**config.to_dict(), **identity}
-    then = {**saved["config"], **saved["dataset"]}
+    then = {**Config.from_dict(saved["config"]).to_dict(), **saved["dataset"]}
     differs = [k for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
         listed = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs)

@@ -46,9 +46,11 @@ def as_pixels(images, modality, size, progress=True):
 def embed_pixels(model, pixels, modality, batch_size=256, flip=True, progress=False, autocast=False):
     """`extract` for a uint8 tensor (N, 3, H, W); the rows stay on the model's device.
 
-    batch_size is halved while a batch does not fit the memory. Errors: torch.OutOfMemoryError when one image
-    does not.
+    batch_size is halved while a batch does not fit the memory. Errors: ValueError for a batch_size below 1;
+    torch.OutOfMemoryError when one image does not fit.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()

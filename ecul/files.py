@@ -13,17 +13,28 @@ from safetensors.torch import load_file, save
 def read_weights(path):
     """The content of a weights file: `.safetensors`, or what `torch.save` wrote, read with weights only.
 
-    Errors: FileNotFoundError; ValueError naming the file when it cannot be read that way.
+    Errors: FileNotFoundError; ValueError naming the file when it cannot be read that way or holds no dict.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, EOFError, KeyError, RuntimeError) as e:
-        raise ValueError(f"{path} cannot be read as weights alone: {str(e).strip().splitlines()[0]}") from e
+        safe = path.suffix == ".safetensors"
+        content = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, LookupError, RuntimeError) as e:
+        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        raise ValueError(f"{path} cannot be read as weights alone: {reason}") from e
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds {type(content).__name__}, expected a dict of weights")
+    return content
+
+
+def require_tensors(state, path):
+    """A ValueError naming what in this dict of weights is no tensor."""
+    other = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
+    if other:
+        listed = ", ".join(other[:6]) + (" ..." if len(other) > 6 else "")
+        raise ValueError(f"{path}: {listed} are no tensors; expected a state dict")
 
 
 def write_file(path, data):

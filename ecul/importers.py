@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .files import read_weights
+from .files import read_weights, require_tensors
 from .model import BLOCKS, TwoStreamResNet
 
 CONTAINERS = ("net", "state_dict", "model")
@@ -84,14 +84,7 @@ def _open(path):
     for name in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a dict of weights")
-    other = [str(k) for k, v in content.items() if not isinstance(v, torch.Tensor)]
-    if other:
-        raise ValueError(
-            f"{path}: {_listed(other)} are no tensors; expected a state dict, alone or under one of "
-            f"{', '.join(map(repr, CONTAINERS))}"
-        )
+    require_tensors(content, path)
     return content
 
 

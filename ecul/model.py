@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from . import MODALITIES, __version__
 from .augment import MEAN, STD
 from .data import check_modality
-from .files import read_weights, write_json, write_tensors
+from .files import read_weights, require_tensors, write_json, write_tensors
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -187,6 +187,7 @@ class TwoStreamResNet(nn.Module):
         other key must fit: a missing, unknown or wrongly shaped one is a ValueError that lists them.
         """
         state = read_weights(path)
+        require_tensors(state, path)
         state = {k: v for k, v in state.items() if not k.startswith("fc.")}
         stem = {k: state.pop(k) for k in list(state) if k.startswith(("conv1.", "bn1."))}
         state.update({f"{m}.{k}": v for m in MODALITIES for k, v in stem.items()})

@@ -13,9 +13,18 @@ import torch
 from torch import distributed as dist
 
 
+def choose_device(device=None):
+    """The device asked for, by default the GPU when there is one; a ValueError for a GPU that is absent."""
+    found = torch.cuda.is_available()
+    device = torch.device(device or ("cuda" if found else "cpu"))
+    if device.type == "cuda" and not found:
+        raise ValueError(f"device: {device} was asked for, but torch finds no CUDA GPU here; use cpu")
+    return device
+
+
 def start(device=None):
     """Join the process group if torchrun started this process; returns this process's device."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(device)
     if device.type == "cuda":
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,4 +1,4 @@
-"""The training images, decoded once and kept where they are used: on the device, else in host memory."""
+"""The training images, decoded once and kept where they are used: on the device, else on the host."""
 
 import hashlib
 import logging
@@ -25,8 +25,10 @@ class Pile:
         """The images at this index, a CPU tensor, on the device that trains; the host waits for neither."""
         if self.pixels.device.type == device.type:
             return self.pixels[index.to(device, non_blocking=True)]
-        taken = torch.empty(len(index), *self.pixels.shape[1:], dtype=torch.uint8, pin_memory=True)
-        return torch.index_select(self.pixels, 0, index, out=taken).to(device, non_blocking=True)
+        rows = self.pixels.permute(0, 2, 3, 1)  # as a pack stores them
+        taken = torch.empty(len(index), *rows.shape[1:], dtype=torch.uint8, pin_memory=True)
+        torch.index_select(rows, 0, index, out=taken)
+        return taken.to(device, non_blocking=True).permute(0, 3, 1, 2)
 
 
 def load_piles(dataset, size, device):
@@ -41,7 +43,7 @@ def load_piles(dataset, size, device):
     log.info(
         "%.1f MB of images are kept %s",
         needed / 1e6,
-        f"on {device}" if on_device else "in host memory, each batch goes through pinned memory",
+        f"on {device}" if on_device else "on the host, each batch goes through pinned memory",
     )
     piles = {}
     for m in MODALITIES:

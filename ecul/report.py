@@ -55,7 +55,7 @@ def read_run(directory):
     history = [json.loads(line) for line in lines]
     if not history:
         raise ValueError(f"{directory}: the run has not finished an epoch yet")
-    about = {"root": saved["root"], "options": saved["options"], **saved["dataset"]}
+    about = {"root": saved.get("root"), "options": saved.get("options", {}), **saved["dataset"]}
     return Saved(directory, Config.from_dict(saved["config"]), history, about)
 
 
@@ -160,7 +160,10 @@ def _cluster_sections(folder, piles, saved):
     labels = assign_labels(features, cameras, saved.config, len(saved.history) > saved.config.epochs_intra)
     if not usable(labels.own):
         return []
-    return [_mosaic_section(folder, piles, labels), _match_section(folder, piles, labels)]
+    return [
+        _mosaic_section(folder, piles, labels),
+        _match_section(folder, piles, labels, saved.config.matching),
+    ]
 
 
 def _mosaic_section(folder, piles, labels, each=3, most=12):
@@ -216,9 +219,9 @@ def _mosaic_row(name, cluster, piles, members, margin, most):
     return label, cells
 
 
-def _match_section(folder, piles, labels):
+def _match_section(folder, piles, labels, rule):
     centers = [cluster_means(piles[m].features, labels.own[m]).numpy() for m in MODALITIES]
-    match = match_clusters(*centers)
+    match = match_clusters(centers[0], centers[1], rule)
     same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities."
     if all(piles[m].images.pids is not None for m in MODALITIES):
         visible, infrared = (commonest(labels.own[m].numpy(), piles[m].images.pids) for m in MODALITIES)

@@ -93,8 +93,10 @@ def save_features(path, found, model_path):
 
     The metadata's values are strings: `names` and `unreadable` JSON lists of paths, `modality`, `model` and
     `model_sha256`, the file that made the rows. Read back with `safetensors.safe_open(path, "pt")`.
-    Errors: FileNotFoundError when there is no model at model_path.
+    Errors: ValueError for another suffix; FileNotFoundError when there is no model at model_path.
     """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {Path(path).name!r}")
     file = Path(model_path)
     file = file / "model.safetensors" if file.is_dir() else file
     with open(file, "rb") as f:

@@ -98,6 +98,8 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
                     on_epoch(row)
         if config.keep == "score" and config.epochs:
             _finish_with_best(state, piles, config, data, directory, source)
+        if state.history and all(row.get("skipped") for row in state.history):
+            log.warning("every epoch was skipped: this model has learned nothing")
         parallel.wait()
         return Run(model.eval(), state.history, directory)
 
@@ -114,9 +116,9 @@ def run_epoch(state, piles, config, epoch):
     features, labels, row = look(state, piles, config, epoch)
     looked = time.perf_counter()
     if not usable(labels.own):
-        log.warning(
-            "epoch %d skipped: fewer than two clusters in a modality; loosen eps or min_samples", epoch
-        )
+        scattered = any(2 * row[f"outliers_{m}"] > len(features[m]) for m in MODALITIES)
+        advice = "raise eps or lower min_samples" if scattered else "lower eps or k1, or start from weights"
+        log.warning("epoch %d skipped: fewer than two clusters in a modality; %s", epoch, advice)
         return row | {"skipped": True, "seconds": looked - began}
 
     cameras = {m: piles[m].cameras for m in MODALITIES}
@@ -298,7 +300,8 @@ def _finish_with_best(state, piles, config, data, directory, source):
     row = look(state, piles, config, config.epochs - 1)[2]
     scores = [r["score"] for r in (*state.history[1:], row)]  # of the weights after 1, 2, ... epochs
     best = 1 + scores.index(max(scores))
-    log.info("the weights after %d of %d epochs are kept: score %.3f", best, config.epochs, max(scores))
+    if parallel.rank() == 0:
+        log.info("the weights after %d of %d epochs are kept: score %.3f", best, config.epochs, max(scores))
     state.model.load_state_dict(state.best)
     if directory is not None and parallel.rank() == 0:
         save_run(directory, state, config, data, source, best)

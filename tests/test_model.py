@@ -103,10 +103,15 @@ def test_backbone_names_what_does_not_fit(tmp_path):
         TwoStreamResNet(18, width=8).load_backbone(tmp_path / "wide.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights file"):
         TwoStreamResNet(18, width=8).load_backbone(tmp_path / "absent.pth")
-    for name in ("broken.pth", "broken.safetensors"):
-        (tmp_path / name).write_bytes(b"not weights")
+    broken = {"text.pth": b"text", "text.safetensors": b"text", "empty.pth": b"", "stop.pth": b"."}
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
             TwoStreamResNet(18, width=8).load_backbone(tmp_path / name)
+    for content in (torch.zeros(2), [1], {1: torch.zeros(1)}, {"conv1.weight": 3}):
+        torch.save(content, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match="odd.pth"):
+            TwoStreamResNet(18, width=8).load_backbone(tmp_path / "odd.pth")
 
 
 def test_save_and_load_give_the_same_embeddings(tmp_path):

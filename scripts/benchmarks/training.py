@@ -85,11 +85,11 @@ def _step(folder, work, config, device, steps):
     ours, plain = _ours(dataset, labels, config, device), _plain(dataset, labels, config, device)
     reset_peak_memory(device.type)
     ours(batches[:2])
+    per_second = images / seconds(lambda: ours(batches), device.type)[0]
+    memory = peak_memory(device.type)
     with FlopCounterMode(display=False) as counted:
         _ours(dataset, labels, config.replace(compile=False), device)(batches[:1])
-    per_second = images / seconds(lambda: ours(batches), device.type)[0]
     reached = counted.get_total_flops() * steps * per_second / images / _product_rate(config, device)
-    memory = peak_memory(device.type)
     plain(batches[:1])
     per_second_plain = images / seconds(lambda: plain(batches), device.type)[0]
     h, w = config.size
@@ -218,12 +218,13 @@ def _saved_bytes(model, images, autocast):
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    x = torch.randn(images, 3, *model.input_size).contiguous(memory_format=torch.channels_last)
+    views = torch.randn(2, images, 3, *model.input_size)
+    visible, infrared = (v.contiguous(memory_format=torch.channels_last) for v in views)
     with (
         torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
-        model.train()(x, x)
+        model.train()(visible, infrared)
     return sum(storage.nbytes() for place, storage in saved.items() if place not in own)
 
 
