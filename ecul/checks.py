@@ -10,7 +10,8 @@ import numpy as np
 
 from ecul import MODALITIES
 from ecul.data import Dataset, Images
-from ecul.pack import Files, in_parallel, read_image
+from ecul.decode import read_images
+from ecul.pack import Files
 from ecul.readers import SYSU_INFRARED, SYSU_VISIBLE
 
 # Identities and images. SYSU-MM01: Wu et al., ICCV 2017, train + val; RegDB: Nguyen et al., Sensors 2017, a
@@ -114,7 +115,7 @@ def check_dataset(dataset: Dataset, decode: bool = False, progress: bool = True)
 
 def _expect(dataset: Dataset, report: Report) -> None:
     """Fill in the expected counts and where they come from."""
-    described = Path(dataset.root) / "synthetic.json" if dataset.root else None
+    described = Path(dataset.root) / "synthetic.json" if dataset.root and dataset.protocol else None
     if described is not None and described.is_file():
         try:
             counts = json.loads(described.read_text(encoding="utf-8"))["counts"]
@@ -204,22 +205,14 @@ def _decode(dataset: Dataset, report: Report, progress: bool) -> None:
     known = {*report.missing, *report.unreadable}
     paths = [path for source in files for path in source.paths() if str(path) not in known]
     unreadable = []
-    for path, problem in zip(paths, in_parallel(_problem, paths, progress, "decoding"), strict=True):
-        if problem is not None:
-            report.errors.append(problem)
+    for path, image in zip(paths, read_images(paths, (8, 4), progress, "decoding"), strict=True):
+        if isinstance(image, ValueError):
+            report.errors.append(str(image))
             unreadable.append(str(path))
     report.unreadable += unreadable
     for source in files:
         for pack in source.damaged():
             report.errors.append(f"damaged pack, remove it: {str(pack)!r}")
-
-
-def _problem(path) -> str | None:
-    try:
-        read_image(path, (8, 4))
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _first(paths: list[str]) -> str:

@@ -142,7 +142,7 @@ class Config:
             choices = f.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(
-                    f"{f.name} must be one of {_listed(choices)}, got {value!r}{_near(value, choices)}"
+                    f"{f.name} must be one of {_listed(choices)}, got {value!r}{nearest(value, choices)}"
                 )
             if isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
@@ -150,7 +150,8 @@ class Config:
                 object.__setattr__(self, f.name, os.fspath(value))
         if self.method not in METHODS:
             raise ValueError(
-                f"method must be one of {_listed(METHODS)}, got {self.method!r}{_near(self.method, METHODS)}"
+                f"method must be one of {_listed(METHODS)}, got {self.method!r}"
+                f"{nearest(self.method, METHODS)}"
             )
         self._check_numbers()
 
@@ -224,7 +225,7 @@ class Config:
         for name, value, known in (("dataset", dataset, DATASETS), ("method", method, METHODS)):
             if value not in known:
                 raise ValueError(
-                    f"{name} must be one of {_listed(known)}, got {value!r}{_near(value, known)}"
+                    f"{name} must be one of {_listed(known)}, got {value!r}{nearest(value, known)}"
                 )
         return cls.from_dict({**METHODS[method], **DATASETS[dataset], "method": method, **overrides})
 
@@ -235,7 +236,7 @@ class Config:
         for name in values:
             if name not in names:
                 raise ValueError(
-                    f"Config has no field {name!r}{_near(name, names)}; its fields are {_listed(names)}"
+                    f"Config has no field {name!r}{nearest(name, names)}; its fields are {_listed(names)}"
                 )
         return cls(**values)
 
@@ -252,6 +253,7 @@ def _listed(names):
     return ", ".join(str(n) for n in names)
 
 
-def _near(value, names):
+def nearest(value, names):
+    """A hint for an error message: the name most like this value, or nothing."""
     close = difflib.get_close_matches(str(value), [str(n) for n in names], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES, readers
+from ecul.config import nearest
 from ecul.pack import Arrays, Files
 
 PILES = ("visible", "infrared", "test_visible", "test_infrared")
@@ -125,8 +126,9 @@ class Dataset:
     """The piles of one data set: `visible`, `infrared` to train on, `test_*` to evaluate with `protocol`.
 
     Each pile is an `Images`. trial: RegDB's. subset: fewer images than published were asked for. extra: paths
-    that the reader did not expect. `check()` compares all of it with what was published. Errors: ValueError
-    for an unknown protocol, or a pile of the other modality.
+    that the reader did not expect. options: what `open_dataset` needs besides name and root to open it again.
+    `check()` compares all of it with what was published. Errors: ValueError for an unknown protocol or a
+    pile of the other modality.
     """
 
     name: str
@@ -139,6 +141,7 @@ class Dataset:
     trial: int | None = None
     subset: bool = False
     extra: tuple[str, ...] = field(default=(), repr=False)
+    options: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         if self.protocol not in (None, "sysu", "regdb", "llcm"):
@@ -147,13 +150,6 @@ class Dataset:
             pile = getattr(self, name)
             if pile is not None and pile.modality != name.removeprefix("test_"):
                 raise ValueError(f"{name}: expected {name.removeprefix('test_')} images, not {pile.modality}")
-
-    @property
-    def options(self) -> dict:
-        """What `open_dataset` needs besides name and root to open this data set again."""
-        protocol = self.protocol if self.name == "market" else None
-        given = {"trial": self.trial, "protocol": protocol, "subset": self.subset or None}
-        return {name: value for name, value in given.items() if value is not None}
 
     def piles(self) -> dict[str, Images]:
         """The piles that are there, by name."""
@@ -195,20 +191,77 @@ class Dataset:
 
     @classmethod
     def from_folders(
-        cls, visible, infrared, *, cameras: bool = False, pack=True, name="folders"
+        cls,
+        visible,
+        infrared,
+        *,
+        cameras: bool = False,
+        skip_unreadable: bool = False,
+        pack: bool | str | Path = True,
+        name: str = "folders",
     ) -> "Dataset":
         """Two folders of one's own images, read with all their sub-folders; no identity is needed.
 
-        cameras: the sub-folders of each folder are its cameras, numbered from 1 in the order of their names.
-        pack: as in `open_dataset`.
+        cameras: the sub-folders of each folder are its cameras, numbered from 1 in the order of their names,
+        which the clustering then tells apart. skip_unreadable: decode every image once more, to leave out
+        and name those that cannot be read; otherwise loading them is an error that names them all. pack: as
+        in `open_dataset`. Errors: ValueError for a folder without images, or one that lies in the other.
         """
-
-        def pile(modality, folder):
-            found = readers.read_folder(Path(folder), cameras)
+        folders = {"visible": Path(visible).absolute(), "infrared": Path(infrared).absolute()}
+        readers.require_apart(*folders.values())
+        piles, extra = {}, []
+        for modality, folder in folders.items():
+            found, others = readers.read_folder(folder, cameras)
+            if skip_unreadable:
+                found = readers.only_readable(found, folder)
             source = Files(folder, found.names, f"{name}-{modality}", pack)
-            return Images._of(modality, found.names, found.camids, None, source)
+            piles[modality] = Images._of(modality, found.names, found.camids, None, source)
+            extra += [str(folder / other) for other in others]
+        root = folders["visible"].parent
+        given = {m: str(f.relative_to(root) if f.is_relative_to(root) else f) for m, f in folders.items()}
+        options = {**given, "cameras": cameras, "skip_unreadable": skip_unreadable}
+        return cls(name, str(root), **piles, extra=tuple(extra), options=options)
 
-        return cls(name, None, pile("visible", visible), pile("infrared", infrared))
+
+_OPTIONS = {
+    "sysu": ("subset", "pack"),
+    "regdb": ("trial", "subset", "pack"),
+    "llcm": ("subset", "pack"),
+    "market": ("trial", "protocol", "subset", "pack"),
+    "folders": ("visible", "infrared", "cameras", "skip_unreadable", "pack"),
+}
+_FLAGS = ("subset", "cameras", "skip_unreadable")
+
+
+def open_dataset(name: str, root, **options) -> Dataset:
+    """A data set in the folder `root`: "sysu", "regdb", "llcm" or "market" as downloaded, or "folders".
+
+    Options, and the data sets that have them:
+    pack (all): decode each image once into `<root>/.ecul-pack` (or the user's cache where the root is
+    read-only), or into the folder given here; False reads directly.
+    subset (all but "folders"): allow fewer images than published.
+    trial: "regdb"'s split, 1 to 10 (default 1); for "market", the sub-folder of a trial.
+    protocol ("market"): whose protocol to evaluate with, "sysu", "regdb" or "llcm".
+    visible, infrared ("folders"): the two folders of `Dataset.from_folders`, inside the root or absolute, by
+    default "visible" and "infrared"; cameras, skip_unreadable: as there.
+    Raises ValueError naming what is missing and what the layout should be, or an option that is none.
+    """
+    if name not in _OPTIONS:
+        known = ", ".join(_OPTIONS)
+        raise ValueError(f"name: expected one of {known}, not {name!r}{nearest(name, _OPTIONS)}")
+    for option, value in options.items():
+        known = _OPTIONS[name]
+        if option not in known:
+            hint = nearest(option, known)
+            raise ValueError(f"{option}: no option of {name!r}{hint}; its options are {', '.join(known)}")
+        if option in _FLAGS and not isinstance(value, bool):
+            raise ValueError(f"{option} must be True or False, got {value!r}")
+    if not Path(root).is_dir():
+        raise ValueError(f"root: {str(root)!r} is not a folder")
+    if name == "folders":
+        options = {"visible": "visible", "infrared": "infrared", **options}
+        return Dataset.from_folders(**options | {m: Path(root) / options[m] for m in MODALITIES})
+    return _open_published(name, Path(root), **options)
 
 
 _READERS: dict[str, Callable[..., readers.Found]] = {
@@ -219,35 +272,11 @@ _READERS: dict[str, Callable[..., readers.Found]] = {
 }
 
 
-def open_dataset(
-    name: str,
-    root,
-    *,
-    trial: int | None = None,
-    subset: bool = False,
-    pack: bool | str | Path = True,
-    protocol: str | None = None,
-) -> Dataset:
-    """The data set `name` ("sysu", "regdb", "llcm" or "market") in the folder `root`, as downloaded.
-
-    trial: RegDB's split, 1 to 10 (default 1); for "market", the sub-folder of a trial. subset: allow fewer
-    images than published. pack: decode each image once into `<root>/.ecul-pack` (or the user's cache where
-    the root is read-only), or into the folder given here; False reads directly. protocol: for "market",
-    whose protocol to evaluate with.
-    Raises ValueError naming what is missing and what the layout should be.
-    """
-    if name not in _READERS:
-        raise ValueError(f"name: expected one of {', '.join(_READERS)}, not {name!r}")
-    if protocol is not None and name != "market":
-        raise ValueError(f"protocol: {name!r} has its own; the option is for 'market'")
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"root: {str(root)!r} is not a folder")
-    if name == "regdb":
-        trial = 1 if trial is None else trial
-    elif name != "market" and trial is not None:
-        raise ValueError(f"trial: {name!r} has no trials; the option is for 'regdb' and 'market'")
+def _open_published(name: str, root: Path, pack=True, subset=False, trial=None, protocol=None) -> Dataset:
+    if name == "regdb" and trial is None:
+        trial = 1
     found, extra = _READERS[name](root, trial) if name in ("regdb", "market") else _READERS[name](root)
+    given = {"subset": subset or None, "trial": trial, "protocol": protocol}
     return Dataset(
         name=name,
         root=str(root),
@@ -256,6 +285,7 @@ def open_dataset(
         trial=trial,
         subset=subset,
         extra=tuple(extra),
+        options={option: value for option, value in given.items() if value is not None},
     )
 
 

@@ -1,5 +1,7 @@
 """From images to unit feature rows."""
 
+import os
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,16 +19,30 @@ def extract(model, images, modality, *, batch_size=256, flip=True, progress=True
     model: anything with `embed(x, modality)` and `input_size`, on any device; it is put back into the mode
     it was in. images: an `Images`, a list of paths, a uint8 array (N, H, W, 3) or (N, H, W), or a uint8
     tensor (N, 3, H, W). flip=False skips the mirror image. Returns (N, num_features) float32 unit rows on
-    the CPU. Errors: ValueError for an unknown modality or images of another kind; an unreadable image names
-    its path. Source: METHOD section 6.
+    the CPU. Errors: ValueError for an unknown modality, images of another kind, or files that cannot be read,
+    naming them all; TypeError for a path in the place of the model or of the list. Source: METHOD section 6.
     """
+    require_model(model)
     pixels = as_pixels(images, modality, getattr(model, "input_size", (288, 144)), progress)
     return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
+
+
+def require_model(model):
+    """A TypeError unless this has `embed`: a path to load first, say, or a bare backbone."""
+    if not callable(getattr(model, "embed", None)):
+        hint = "load it with TwoStreamResNet.from_pretrained or Backbone.from_pretrained"
+        got = repr(model) if isinstance(model, str | os.PathLike) else type(model).__name__
+        raise TypeError(f"model must have embed(x, modality), got {got}; {hint}")
 
 
 def as_pixels(images, modality, size, progress=True):
     """Any accepted form of images as one uint8 tensor (N, 3, H, W) of this size."""
     check_modality(modality)
+    if isinstance(images, str | os.PathLike):
+        raise TypeError(
+            f"images: got the one path {os.fspath(images)!r}; give a list of paths, or read a folder, whose "
+            "names you will want, with ecul.search.extract_folder"
+        )
     if isinstance(images, torch.Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(

@@ -11,85 +11,18 @@ import os
 import tempfile
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from ecul.decode import in_parallel, pillow, read_all, resize
 from ecul.files import write_file
 
 _VERSION = 1
-
-
-def _pillow():
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError("reading images needs Pillow: pip install 'ecul[images]'") from error
-    return Image, ImageOps
-
-
-def read_image(path, size: tuple[int, int]) -> np.ndarray:
-    """`Image.open(path).convert("RGB").resize((W, H), LANCZOS)` as a (H, W, 3) uint8 array.
-
-    LANCZOS is what the field's preparation scripts and test loaders use (`Image.ANTIALIAS` there). EXIF
-    orientation is applied first. One channel is repeated three times, alpha is dropped; 16- and 32-bit
-    images are scaled linearly, their own minimum to 0 and maximum to 255 (a constant one: its high byte).
-    Raises ValueError with the path when the file cannot be decoded to its end.
-    """
-    image_module, operations = _pillow()
-    try:
-        with image_module.open(path) as image:
-            image.load()
-            upright = operations.exif_transpose(image)
-            return resize(_eight_bits(upright), size)
-    except Exception as error:  # decoders raise whatever they like; the path is what a person needs
-        raise ValueError(f"unreadable image {os.fspath(path)!r}: {error}") from error
-
-
-def _eight_bits(image):
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
-        return image.convert("RGB")
-    values = np.asarray(image, dtype=np.float64)
-    low, high = values.min(), values.max()
-    scaled = (values - low) * (255 / (high - low)) if high > low else values / 257
-    return _pillow()[0].fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-
-
-def resize(image, size: tuple[int, int]) -> np.ndarray:
-    """A Pillow image as (H, W, 3) uint8, LANCZOS where the size differs."""
-    height, width = size
-    resampled = image.resize((width, height), _pillow()[0].Resampling.LANCZOS)
-    return np.asarray(resampled, dtype=np.uint8)
-
-
-def in_parallel(function: Callable, items: Sequence | np.ndarray, progress: bool, what: str) -> Iterator:
-    """`map(function, items)` in order on a thread a core, a bounded number of results ahead."""
-    threads = os.cpu_count() or 1
-    waiting: deque = deque()
-    with ThreadPoolExecutor(threads) as pool, _bar(len(items), progress, what) as bar:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= 16 * threads:
-                    yield waiting.popleft().result()
-                    bar.update()
-            while waiting:
-                yield waiting.popleft().result()
-                bar.update()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _bar(total, progress, what):
-    return tqdm(total=total, desc=what, unit="image", disable=None if progress else True, leave=False)
 
 
 class Arrays:
@@ -103,7 +36,7 @@ class Arrays:
             chosen = torch.from_numpy(self.pixels[rows])
             chosen = chosen if chosen.ndim == 4 else chosen[..., None].expand(-1, -1, -1, 3)
             return chosen.permute(0, 3, 1, 2)
-        from_array = _pillow()[0].fromarray
+        from_array = pillow()[0].fromarray
         resized = in_parallel(
             lambda row: resize(from_array(self.pixels[row]).convert("RGB"), size), rows, progress, "resizing"
         )
@@ -133,7 +66,7 @@ class Files:
     def load(self, rows: np.ndarray, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
         packed = self.packed(size, progress) if self.folders else None
         if packed is None:
-            decoded = in_parallel(lambda path: read_image(path, size), self.paths(rows), progress, "reading")
+            decoded = read_all(self.paths(rows), size, progress, "reading")
             return _stack(decoded, len(rows), size)
         whole = len(rows) == len(packed) and (rows == np.arange(len(rows))).all()
         return torch.from_numpy(packed if whole else packed[rows]).permute(0, 3, 1, 2)
@@ -149,9 +82,7 @@ class Files:
         for folder in self.folders:
             pack = _Pack(folder, self.label, size, stamp, len(self.names))
             if _can_write(folder):
-                paths = self.paths()
-                pixels = in_parallel(lambda path: read_image(path, size), paths, progress, "packing")
-                pack.write(pixels, sources)
+                pack.write(read_all(self.paths(), size, progress, "packing"), sources)
                 return pack.open()
         warnings.warn(
             f"no pack: none of {[str(f) for f in self.folders]} can be written; reading images directly "

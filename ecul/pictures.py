@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .pack import read_image, resize
+from .decode import read_image, resize
 
 GOOD, BAD, PLAIN, ASKED = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"
 MODALITY = {"visible": "#2c7fb8", "infrared": "#d95f0e", "joint": "#756bb1"}

@@ -5,6 +5,7 @@ paths it found and did not expect. It raises ValueError only for a structure it 
 counts are the published ones is for `ecul.checks` to say.
 """
 
+import logging
 import os
 import re
 from dataclasses import dataclass, field
@@ -12,10 +13,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from ecul import MODALITIES
+from ecul.decode import read_images, unreadable
+
+log = logging.getLogger("ecul")
 
 SYSU_VISIBLE, SYSU_INFRARED = (1, 2, 4, 5), (3, 6)
 LLCM_VISIBLE, LLCM_INFRARED = (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 4, 5, 6, 7, 8, 9)
 
+# Images by their name, which Pillow reads with a plug-in or never: they count as unreadable, not as absent.
+CAMERA_FORMATS = frozenset((".heic", ".heif", ".hif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw"))
 _LAYOUTS = {
     "sysu": "cam1 ... cam6, each with a folder an identity (cam1/0001/0001.jpg), and "
     "exp/train_id.txt, exp/val_id.txt, exp/test_id.txt",
@@ -56,7 +62,7 @@ def _extensions() -> frozenset[str]:
     except ImportError as error:
         raise ImportError("reading image folders needs Pillow: pip install 'ecul[images]'") from error
     known = Image.registered_extensions()
-    return frozenset(ending for ending, kind in known.items() if kind in Image.OPEN)
+    return frozenset(ending for ending, kind in known.items() if kind in Image.OPEN) | CAMERA_FORMATS
 
 
 def list_folder(folder: Path, root: Path) -> tuple[list[str], list[str], list[str]]:
@@ -249,25 +255,52 @@ def _read_named(root: Path, folders: list[str], extra: list[str]) -> Listing:
     return listing
 
 
-def read_folder(folder: Path, cameras: bool) -> Listing:
-    """Every image below a folder; with `cameras`, its sub-folders are cameras 1, 2, ... by name."""
+def read_folder(folder: Path, cameras: bool = False) -> tuple[Listing, list[str]]:
+    """Every image below a folder, and all other files; with `cameras`, each sub-folder is one, by name."""
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder of images")
-    images, _, inner = list_folder(folder, folder)
+    images, extra, inner = list_folder(folder, folder)
     if cameras and images:
         raise ValueError(f"{str(folder)!r}: with a sub-folder a camera, {images[0]!r} belongs to no camera")
     listing = Listing()
     listing.add(images, 0, 0)
     for number, name in enumerate(inner, 1):
-        for below in _walk(folder / name, folder):
+        for below, others in _walk(folder / name, folder):
             listing.add(below, 0, number if cameras else 0)
+            extra += others
     if not listing.names:
-        raise ValueError(f"{str(folder)!r} holds no image that Pillow reads")
-    return listing
+        held = f": {', '.join(extra[:3])}{' ...' if len(extra) > 3 else ''}" if extra else ""
+        raise ValueError(f"{str(folder)!r} holds no image that Pillow reads{held}")
+    return listing, extra
+
+
+def require_apart(visible: Path, infrared: Path) -> None:
+    """A ValueError when one folder is or lies in the other: its images would count in both modalities."""
+    a, b = visible.resolve(), infrared.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise ValueError(
+            f"visible and infrared: expected two folders apart, got {str(visible)!r} and {str(infrared)!r}"
+        )
+
+
+def only_readable(found: Listing, folder: Path) -> Listing:
+    """The images of a folder that can be decoded; a warning names the others."""
+    kept, problems = Listing(), []
+    decoded = read_images([folder / name for name in found.names], (8, 4), True, "decoding")
+    for name, camid, image in zip(found.names, found.camids, decoded, strict=True):
+        if isinstance(image, ValueError):
+            problems.append(image)
+        else:
+            kept.add([name], 0, camid)
+    if not kept.names:
+        raise unreadable(problems, len(found.names))
+    if problems:
+        log.warning("%s", unreadable(problems, len(found.names), " and are left out"))
+    return kept
 
 
 def _walk(folder: Path, root: Path):
-    images, _, inner = list_folder(folder, root)
-    yield images
+    images, others, inner = list_folder(folder, root)
+    yield images, others
     for name in inner:
         yield from _walk(root / name, root)

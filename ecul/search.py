@@ -11,9 +11,9 @@ import torch
 from ecul.kernels import topk_similarity
 
 from .data import check_modality
-from .features import embed_pixels
+from .decode import read_images, unreadable
+from .features import embed_pixels, require_model
 from .files import write_tensors
-from .pack import in_parallel, read_image
 from .readers import read_folder
 
 CHUNK = 4096  # images decoded before they are embedded and forgotten
@@ -61,31 +61,23 @@ def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size
     without images, an unknown modality, or, naming all of them, files that cannot be read.
     """
     check_modality(modality)
+    require_model(model)
     folder = Path(folder)
-    paths = [folder] if folder.is_file() else [folder / name for name in read_folder(folder, False).names]
-    kept, unreadable, rows = [], [], []
+    paths = [folder] if folder.is_file() else [folder / name for name in read_folder(folder)[0].names]
+    kept, problems, rows = [], {}, []
     for start in range(0, len(paths), CHUNK):
         chunk = paths[start : start + CHUNK]
-        decoded = list(in_parallel(lambda p: _decode(p, model.input_size), chunk, progress, "reading"))
-        unreadable += [str(p) for p, image in zip(chunk, decoded, strict=True) if image is None]
-        readable = [(str(p), image) for p, image in zip(chunk, decoded, strict=True) if image is not None]
-        if readable and (skip_unreadable or not unreadable):
-            kept += [p for p, _ in readable]
-            pixels = torch.from_numpy(np.stack([image for _, image in readable])).permute(0, 3, 1, 2)
-            rows.append(embed_pixels(model, pixels, modality, batch_size, progress=progress).cpu())
-    if unreadable and not (skip_unreadable and kept):
-        raise ValueError(
-            f"{len(unreadable)} of {len(paths)} images cannot be read (skip_unreadable leaves them out):"
-            + "".join(f"\n  {path}" for path in unreadable)
-        )
-    return FolderFeatures(torch.cat(rows), kept, modality, unreadable)
-
-
-def _decode(path, size):
-    try:
-        return read_image(path, size)
-    except ValueError:
-        return None
+        decoded = zip(chunk, read_images(chunk, model.input_size, progress, "reading"), strict=True)
+        read = {str(path): image for path, image in decoded}
+        problems |= {path: image for path, image in read.items() if isinstance(image, ValueError)}
+        pixels = [image for path, image in read.items() if path not in problems]
+        if pixels and (skip_unreadable or not problems):
+            kept += [path for path in read if path not in problems]
+            stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+            rows.append(embed_pixels(model, stacked, modality, batch_size, progress=progress).cpu())
+    if problems and not (skip_unreadable and kept):
+        raise unreadable(list(problems.values()), len(paths), " (skip_unreadable leaves them out)")
+    return FolderFeatures(torch.cat(rows), kept, modality, list(problems))
 
 
 def save_features(path, found, model_path):

@@ -20,6 +20,7 @@ FLOORS = {
             "data",
             "readers",
             "pack",
+            "decode",
             "checks",
             "figures",
             "synthetic",

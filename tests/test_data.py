@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import ecul.checks
-import ecul.pack
+import ecul.decode
 from ecul.checks import check_dataset
 from ecul.data import Dataset, Images, open_dataset
-from ecul.pack import read_image
+from ecul.decode import read_image
 
 SIZE = (16, 8)
 
@@ -228,11 +228,11 @@ def test_market_reads_identity_and_camera_from_file_names(tmp_path):
 
 def test_options_that_do_not_fit_are_refused(tmp_path):
     root = layouts.sysu(tmp_path, images=1)
-    with pytest.raises(ValueError, match="expected one of sysu, regdb, llcm, market, not 'SYSU'"):
+    with pytest.raises(ValueError, match="expected one of sysu, regdb, llcm, market, folders, not 'SYSU'"):
         open_dataset("SYSU", root)
-    with pytest.raises(ValueError, match="trial: 'sysu' has no trials"):
+    with pytest.raises(ValueError, match="trial: no option of 'sysu'; its options are subset, pack"):
         open_dataset("sysu", root, trial=1)
-    with pytest.raises(ValueError, match="protocol: 'sysu' has its own"):
+    with pytest.raises(ValueError, match="protocol: no option of 'sysu'"):
         open_dataset("sysu", root, protocol="regdb")
 
 
@@ -386,7 +386,7 @@ def forbid_decoding(monkeypatch):
     def decode(path, size):
         raise AssertionError(f"decoded {path}")
 
-    monkeypatch.setattr(ecul.pack, "read_image", decode)
+    monkeypatch.setattr(ecul.decode, "read_image", decode)
 
 
 def test_a_pack_holds_what_direct_reading_gives(packed, monkeypatch):
@@ -435,18 +435,18 @@ def test_a_damaged_pack_is_not_used(packed, harm):
 
 def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
     pile, root = packed
-    real = ecul.pack.read_image
+    real = ecul.decode.read_image
 
     def interrupted(path, size):
         if path.name == "0002.jpg" and "0004" in str(path):
             raise KeyboardInterrupt
         return real(path, size)
 
-    monkeypatch.setattr(ecul.pack, "read_image", interrupted)
+    monkeypatch.setattr(ecul.decode, "read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pile.load(SIZE)
     assert packs_in(root / ".ecul-pack") == []
-    monkeypatch.setattr(ecul.pack, "read_image", real)
+    monkeypatch.setattr(ecul.decode, "read_image", real)
     killed = root / ".ecul-pack/sysu-visible-16x8-0123456789abcdef.uint8.part1"
     killed.write_bytes(b"half")
     old = time.time() - 7200
