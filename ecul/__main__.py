@@ -2,26 +2,28 @@
 
 import argparse
 import json
-import logging
 import os
 import sys
 from pathlib import Path
 
-from . import MODALITIES
+from . import MODALITIES, __version__
 from .config import DATASETS, METHODS, Config
+from .console import speaking
 
 MODEL = "a run directory, a directory of save_pretrained, or a model.safetensors"
-OPTION = "an option of open_dataset, for instance trial=1, subset=true or pack=false; may be repeated"
+OPTION = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
+NAMES = "sysu, regdb, llcm, market, or folders (of one's own: root/visible and root/infrared)"
 
 
 def main(argv=None):
     """Run one command; returns the exit code. Errors meant for people are one line, without a traceback."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one speaks
-    logging.getLogger("ecul").setLevel(logging.INFO if first else logging.ERROR)
     args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        with speaking():
+            return args.run(args) or 0
+    except BrokenPipeError:  # whoever read the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
         if args.traceback:
             raise
@@ -38,7 +40,7 @@ def train(args):
     from .training import train
 
     dataset = _open(args)
-    preset = args.preset or dataset.protocol or args.dataset
+    preset = args.preset or dataset.protocol or "sysu"
     config = Config.preset(preset, method=args.method, **dict(args.set))
     run = train(dataset, config, output=args.output, resume=args.resume, device=args.device)
     if parallel.rank() == 0:
@@ -65,8 +67,10 @@ def evaluate(args):
 
 def extract(args):
     """Write the features of a folder's images as safetensors, with their names and the model's hash."""
+    from .files import prepare_output
     from .search import extract_folder, save_features
 
+    prepare_output(args.output, ".safetensors")
     options = {"skip_unreadable": args.skip_unreadable, "batch_size": args.batch_size}
     found = extract_folder(_model(args.model, args), args.folder, args.modality, **options)
     save_features(args.output, found, args.model)
@@ -77,18 +81,19 @@ def extract(args):
 
 def search(args):
     """Rank a gallery's images for each query; print the answers, and draw them if asked to."""
+    from .pictures import draw_ranking, prepare_picture
     from .search import search
 
+    if args.output:
+        prepare_picture(args.output)
     options = {"skip_unreadable": args.skip_unreadable, "batch_size": args.batch_size}
     modalities = (args.query_modality, args.gallery_modality)
     model = _model(args.model, args)
     ranking = search(model, args.query, args.gallery, *modalities, top=args.top, **options)
     _list_unreadable(ranking.query, ranking.gallery)
-    print(ranking.table())
     if args.output:
-        from .pictures import draw_ranking
-
         draw_ranking(args.output, ranking, model.input_size)
+    print(ranking.table())
 
 
 def report(args):
@@ -97,8 +102,10 @@ def report(args):
 
     known = read_run(args.run_directory).dataset
     name, root = args.dataset or known["dataset"], args.root or known.get("root")
-    if root is None:
-        print("without --root there are curves and settings alone", file=sys.stderr)
+    if root is None or not (args.root or Path(root).is_dir()):
+        where = "held in memory" if root is None else f"no longer at {root}"
+        print(f"the images are {where}: curves and settings alone; --root names a folder", file=sys.stderr)
+        root = None
     options = {**(known["options"] if name == known["dataset"] else {}), **dict(args.option)}
     dataset = _dataset(name, root, options) if root is not None else None
     print(report(args.run_directory, dataset, queries=args.queries, top=args.top, device=_device(args)))
@@ -112,7 +119,7 @@ def import_(args):
         raise ValueError(f"output: {args.output} holds a run of train; choose another directory")
     model, unused = import_checkpoint(args.file, args.size)
     for reason, names in unused.items():
-        print(f"left out {len(names)} tensors, {reason}: {names[0]}{' ...' if len(names) > 1 else ''}")
+        print(f"left out, {reason}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
     model.save_pretrained(args.output, {"imported_from": Path(args.file).name})
     print(f"a ResNet-{model.settings['depth']} is in {args.output}")
 
@@ -121,7 +128,6 @@ def export(args):
     """Write one modality of a model as ONNX (.onnx) or as a torch.export program (.pt2)."""
     from .export import export
 
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is absent
     export(_model(args.model, args), args.output, args.modality, flip=not args.no_flip)
     print(f"pixels (N, 3, H, W) from 0 to 255 in, unit features out: {args.output}")
 
@@ -193,6 +199,7 @@ def _device(args):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="ecul", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -212,9 +219,9 @@ def _parser():
 def _add_training(command):
     p = _with_device(_with_dataset(command(train)))
     p.add_argument("-o", "--output", required=True, help="the run directory")
-    p.add_argument("--method", default="united", help=f"one of {', '.join(METHODS)} (default: united)")
+    p.add_argument("--method", default="united", choices=METHODS, help="the method (default: united)")
     p.add_argument(
-        "--preset", help=f"one of {', '.join(DATASETS)} (default: that of the data set's protocol)"
+        "--preset", choices=DATASETS, help="whose settings (default: those of the data set, else sysu's)"
     )
     p.add_argument("--resume", action="store_true", help="go on with the run that is in the directory")
     p.add_argument(
@@ -243,7 +250,7 @@ def _add_training(command):
 
     p = _with_device(command(report))
     p.add_argument("run_directory", metavar="RUN", help="the directory that train wrote")
-    p.add_argument("--dataset", help="sysu, regdb, llcm or market (default: the one the run names)")
+    p.add_argument("--dataset", help="its name (default: the one the run names)")
     p.add_argument("--root", help="the folder of the data set (default: where it was in training)")
     p.add_argument("--option", type=_pair, action="append", default=[], metavar="NAME=VALUE", help=OPTION)
     p.add_argument("--queries", type=int, default=6, help="ranked lists to draw (default: 6)")
@@ -291,20 +298,23 @@ def _add_worlds(command):
     p = command(synthesize)
     p.add_argument("root", help="the folder to write")
     p.add_argument(
-        "--identities", type=int, default=96, help="training identities; half as many more for tests"
-    )
+        "--identities", type=int, default=96,
+        help="training identities; half as many more for tests (default: 96)",
+    )  # fmt: skip
     p.add_argument("--images", type=int, default=4, help="images of each identity and camera (default: 4)")
-    p.add_argument("--size", type=int, nargs=2, default=(64, 32), metavar=("H", "W"), help="pixels")
-    p.add_argument("--seed", type=int, default=0, help="of the world: the same seed, the same images")
+    p.add_argument(
+        "--size", type=int, nargs=2, default=(64, 32), metavar=("H", "W"), help="pixels (default: 64 32)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="the same seed, the same images (default: 0)")
 
     p = _with_device(command(demo))
     p.add_argument("-o", "--output", default="runs/demo", help="where the world and the run go")
-    p.add_argument("--method", default="united", help=f"one of {', '.join(METHODS)} (default: united)")
+    p.add_argument("--method", default="united", choices=METHODS, help="the method (default: united)")
     p.add_argument("--seed", type=int, default=0, help="of the world and of the run (default: 0)")
 
 
 def _with_dataset(p):
-    p.add_argument("dataset", help="sysu, regdb, llcm or market")
+    p.add_argument("dataset", help=NAMES)
     p.add_argument("root", help="the folder of the data set, as downloaded")
     p.add_argument("--option", type=_pair, action="append", default=[], metavar="NAME=VALUE", help=OPTION)
     return p
@@ -320,7 +330,10 @@ def _with_reading(p):
         "--skip-unreadable", action="store_true", help="leave out images that cannot be read, and list them"
     )
     p.add_argument(
-        "--batch-size", type=int, default=256, help="images at a time; halved when they do not fit"
+        "--batch-size",
+        type=int,
+        default=256,
+        help="images at a time (default: 256), halved when too many",
     )
     return p
 

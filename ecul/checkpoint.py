@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from .config import Config
 from .files import write_file, write_json, write_tensors
-from .model import TwoStreamResNet
+from .pretrained import Pretrained
 
 
 @contextmanager
@@ -66,21 +66,22 @@ def _lock(file, output):
         ) from e
 
 
-def save_run(output, state, config, identity, source, kept=None):
+def save_run(output, state, config, identity, source):
     """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
 
     identity: dict of what makes the data set the same; source: where it lies and how it was opened,
-    for `ecul report`; kept: the epochs that the weights have seen where these are not the last ones.
+    for `ecul report`.
     """
     model, history = state.model, state.history
-    metadata = {"method": config.method, "dataset": identity["dataset"], "epoch": kept or len(history)}
+    metadata = {"method": config.method, "dataset": identity["dataset"], "epoch": state.kept or len(history)}
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
-    if isinstance(model, TwoStreamResNet):
+    if isinstance(model, Pretrained):
         model.save_pretrained(output, metadata, config.to_dict())
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
         write_json(output / "config.json", config.to_dict())
     saved = {"config": config.to_dict(), "dataset": identity, **source, "history": history}
+    saved["kept"] = state.kept
     write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors.update({f"labels.{k}": v for k, v in (state.labels or {}).items()})
@@ -111,7 +112,7 @@ def load_run(output, state, config, identity):
     }
     state.model.load_state_dict(part["model."])
     state.labels, state.best = part["labels."] or None, part["best."] or None
-    state.history = saved["history"][:epoch]
+    state.history, state.kept = saved["history"][:epoch], saved.get("kept")
     state.optimizer.load_state_dict(
         {**state.optimizer.state_dict(), "state": _moments(part, state.optimizer)}
     )

@@ -3,21 +3,25 @@
     pixels (N, 3, H, W) float32, RGB in 0..255  ->  features (N, num_features) float32 unit rows
 
 Normalisation and the mirror image of the test feature are inside the program: resizing to (H, W) is all that
-is left to the caller.
+is left to the caller, with Pillow's LANCZOS as in training. The file says so itself: in the metadata of an
+ONNX model, in `about.json` of a `.pt2`.
 """
 
 import io
+import json
+import logging
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import __version__
 from .augment import normalize
 from .data import check_modality
-from .files import write_file
+from .features import require_model
+from .files import prepare_output, write_file
 
 OPSET = 18
 DYNAMIC = ({0: torch.export.Dim("batch")},)
@@ -51,33 +55,52 @@ def export(model, path, modality, *, flip=True):
     and `input_size`; it is left as it was. Errors: ValueError for an unknown modality or suffix; ImportError
     that says what to install where ONNX is asked for without `onnx` and `onnxscript`.
     """
-    path = Path(path)
     check_modality(modality)
-    if path.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"path must end in .onnx or .pt2, got {path.name!r}")
+    require_model(model)
+    path = prepare_output(path, ".onnx", ".pt2")
+    about = {
+        "made_by": f"ecul {__version__}", "modality": modality, "input_size": list(model.input_size),
+        "num_features": model.num_features, "flip": flip, "pixels": "RGB, 0 to 255",
+        "resize": "Pillow LANCZOS",
+    }  # fmt: skip
     embedder = Embedder(model, modality, flip)
     pixels = torch.zeros(2, 3, *model.input_size, device=next(model.parameters()).device)
     with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own deprecations
         program = torch.export.export(embedder, (pixels,), dynamic_shapes=DYNAMIC, strict=True)
         if path.suffix == ".onnx":
-            write_file(path, _onnx(program))
+            write_file(path, _onnx(program, about))
             return
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={"about.json": json.dumps(about)})
     write_file(path, buffer.getvalue())
 
 
-def _onnx(program):
+def _onnx(program, about):
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError("ONNX export needs onnx and onnxscript: pip install 'ecul[export]'") from e
     names: dict = {"input_names": ["pixels"], "output_names": ["features"], "dynamic_shapes": DYNAMIC}
-    converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+    with _quiet_exporter():
+        converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
     assert converted is not None  # with no file name it is returned
-    return converted.model_proto.SerializeToString()
+    proto = converted.model_proto
+    onnx.helper.set_model_props(proto, {name: str(value) for name, value in about.items()})
+    return proto.SerializeToString()
+
+
+@contextmanager
+def _quiet_exporter():
+    """Without the exporter's warnings that torchvision, which is not needed, is absent."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from pickle import UnpicklingError  # the name of an error, no file of ours is a pickle
 
@@ -22,7 +23,8 @@ def read_weights(path):
         safe = path.suffix == ".safetensors"
         content = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, EOFError, LookupError, RuntimeError) as e:
-        reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
+        code = re.search(r"GLOBAL (\S+)", str(e))
+        reason = f"it holds {code[1]}, which is code" if code else "it is damaged, or no file of weights"
         raise ValueError(f"{path} cannot be read as weights alone: {reason}") from e
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} holds {type(content).__name__}, expected a dict of weights")
@@ -35,6 +37,23 @@ def require_tensors(state, path):
     if other:
         listed = ", ".join(other[:6]) + (" ..." if len(other) > 6 else "")
         raise ValueError(f"{path}: {listed} are no tensors; expected a state dict")
+
+
+def prepare_output(path, *suffixes):
+    """The file that will be written, as a `Path` in a folder that is there; before any work is spent on it.
+
+    Errors: ValueError for another suffix, a folder in its place, or a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {path.name!r}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"the output: cannot make the folder {path.parent} ({e.strerror})") from e
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the output: cannot write {path}")
+    return path
 
 
 def write_file(path, data):

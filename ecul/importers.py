@@ -49,10 +49,12 @@ def import_checkpoint(path, input_size=(288, 144)):
     with, which the file does not say. Depth, width and non-local blocks follow from the shapes. Returns a
     `TwoStreamResNet` in eval mode whose `embed` gives the published test feature, (N, num_features) unit
     rows, and a dict from a reason to the names that were left out for it.
-    Errors: FileNotFoundError; ValueError for a file that is no checkpoint, or whose names or shapes do not
-    all fit, with the list of them. Source: the key names of the published repositories.
+    Errors: FileNotFoundError; ValueError for an input_size below 16 pixels, for a file that is no checkpoint,
+    or whose names or shapes do not all fit, with the list of them. Source: the key names of the published repositories.
     """
     path = Path(path)
+    if min(input_size) < 16:
+        raise ValueError(f"input_size must be (height, width) of at least 16 pixels, got {tuple(input_size)}")
     state = _strip(_open(path))
     renamed: dict = {}
     unused: dict[str, list[str]] = {}
@@ -67,13 +69,14 @@ def import_checkpoint(path, input_size=(288, 144)):
     if unknown:
         raise ValueError(
             f"{path}: {len(unknown)} of {len(state)} names belong to no known layout, "
-            f"so nothing was imported: {_listed(unknown)}. Known: {_listed(p for p, _ in USED)}"
+            f"so nothing was imported: {_listed(unknown)}. Known are visible_module.visible.*, "
+            "thermal_module.thermal.*, base_resnet.base.*, NL_*, bottleneck.* and what only training uses"
         )
     settings = _settings(renamed, path)
     model = TwoStreamResNet(**settings, input_size=tuple(input_size))
     if settings["non_local"]:
         renamed = _place_non_local(renamed, sorted(model.non_local), path)
-    model._load(renamed, path)
+    model.load(renamed, path)
     return model.eval(), unused
 
 

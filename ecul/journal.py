@@ -41,7 +41,7 @@ def monitors(labels, piles):
 def describe(row):
     """One line of text for one epoch."""
     clusters, outliers = (_joined(row, kind, "d") for kind in ("clusters_", "outliers_"))
-    text = f"epoch {row['epoch']:3d} stage {row['stage']} clusters {clusters} outliers {outliers}"
+    text = f"epoch {row['epoch'] + 1:3d} stage {row['stage']} clusters {clusters} outliers {outliers}"
     text += f" score {row['score']:.3f}"
     losses = [v for k, v in row.items() if k.startswith("loss_")]
     if losses:

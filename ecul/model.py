@@ -5,19 +5,17 @@ ResNet: https://arxiv.org/abs/1512.03385, two-stream and BNNeck as in ECUL: http
 
 import json
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import MODALITIES, __version__
-from .augment import MEAN, STD
+from . import MODALITIES
 from .data import check_modality
-from .files import read_weights, require_tensors, write_json, write_tensors
+from .files import read_weights, require_tensors
+from .pretrained import Pretrained
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -84,12 +82,15 @@ class Stem(nn.Module):
         return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
 
 
-class Backbone(nn.Module):
+class Backbone(Pretrained):
     """Somebody's own network in the place of `TwoStreamResNet`, one for both modalities.
 
         embed(x, modality) = F.normalize(network(x), dim=1)
 
-    network: any module with `num_features` that maps (N, 3, H, W) to (N, num_features); input_size: (H, W).
+    network: any module with `num_features` that maps (N, 3, H, W) to (N, num_features); input_size: (H, W),
+    which `extract` resizes to. `train(..., model=network)` makes one; afterwards
+    `Backbone.from_pretrained(run, network)` is what `extract`, `export` and `report` take as a model.
+    Errors: TypeError for a network without `num_features`.
     """
 
     def __init__(self, network, input_size):
@@ -99,6 +100,7 @@ class Backbone(nn.Module):
                 f"model must have `num_features`, its embedding's size; {type(network).__name__} has not"
             )
         self.network, self.num_features, self.input_size = network, network.num_features, tuple(input_size)
+        self.settings = {"network": type(network).__name__, "input_size": list(input_size)}
 
     def forward(self, visible, infrared):
         """Unit embeddings of both modalities, visible rows first."""
@@ -108,8 +110,24 @@ class Backbone(nn.Module):
         """Unit embeddings (N, num_features) float32; the modality makes no difference to this network."""
         return F.normalize(self.network(x).float(), dim=1)
 
+    def described(self):
+        """What it is, for an error message."""
+        return f"this {self.settings['network']}"
 
-class TwoStreamResNet(nn.Module):
+    @classmethod
+    def from_pretrained(cls, path, network):
+        """`network` with the weights that `train` wrote into a run directory, ready for `extract`.
+
+        network: a fresh module of the class that was trained. Errors: FileNotFoundError; ValueError for
+        another kind of model, or with the list of what does not fit.
+        """
+        file, metadata = cls._find(path)
+        model = cls(network, json.loads(metadata["input_size"]))
+        model.load(load_file(file), file)
+        return model.eval()
+
+
+class TwoStreamResNet(Pretrained):
     """Unit embeddings of visible and infrared images.
 
         features = model(visible, infrared)          # training: (A + B, num_features), visible rows first
@@ -191,57 +209,19 @@ class TwoStreamResNet(nn.Module):
         state = {k: v for k, v in state.items() if not k.startswith("fc.")}
         stem = {k: state.pop(k) for k in list(state) if k.startswith(("conv1.", "bn1."))}
         state.update({f"{m}.{k}": v for m in MODALITIES for k, v in stem.items()})
-        self._load(state, path, own=("bottleneck.", "non_local."))
+        self.load(state, path, own=("bottleneck.", "non_local."))
 
-    def _load(self, state, path, own=()):
-        mine = self.state_dict()
-        wanted = {k for k in mine if not k.startswith(own)} if own else set(mine)
-        wrong = [f"missing {k}" for k in sorted(wanted - set(state)) if not k.endswith("num_batches_tracked")]
-        wrong += [f"unknown {k}" for k in sorted(set(state) - wanted)]
-        wrong += [
-            f"{k} is {tuple(state[k].shape)}, expected {tuple(mine[k].shape)}"
-            for k in sorted(wanted & set(state))
-            if state[k].shape != mine[k].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"{path} does not fit a ResNet-{self.settings['depth']} of width {self.settings['width']}: "
-                f"{len(wrong)} keys differ: {'; '.join(wrong[:6])}{' ...' if len(wrong) > 6 else ''}"
-            )
-        self.load_state_dict({**mine, **state})
-
-    def save_pretrained(self, directory, metadata=None, config=None):
-        """Write `model.safetensors` and `config.json` into a directory.
-
-        metadata: a dict for the former's header, beside architecture, sizes, mean, std and version; config: a
-        dict for the latter, beside the model's own settings under "model".
-        """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        own = {"architecture": type(self).__name__, "version": __version__, "mean": MEAN, "std": STD}
-        write_tensors(
-            directory / "model.safetensors", self.state_dict(), {**own, **self.settings, **(metadata or {})}
-        )
-        write_json(directory / "config.json", {**(config or {}), "model": self.settings})
+    def described(self):
+        """What it is, for an error message."""
+        return f"a ResNet-{self.settings['depth']} of width {self.settings['width']}"
 
     @classmethod
     def from_pretrained(cls, path):
         """The model saved in a directory (a run directory, too) or in a `model.safetensors` file."""
-        path = Path(path)
-        file = path / "model.safetensors" if path.is_dir() else path
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"there is no model file {file}; give a directory that save_pretrained or train wrote"
-            )
-        with safe_open(file, framework="pt") as f:
-            metadata = f.metadata() or {}
-        if metadata.get("architecture") != cls.__name__:
-            raise ValueError(
-                f"{file} holds {metadata.get('architecture', 'no named architecture')}, not {cls.__name__}"
-            )
+        file, metadata = cls._find(path)
         names = ("depth", "width", "non_local", "input_size")
         model = cls(**{name: json.loads(metadata[name].lower()) for name in names})
-        model._load(load_file(file), file)
+        model.load(load_file(file), file)
         return model.eval()
 
 

@@ -1,18 +1,23 @@
 """Pictures of a run and of a search, drawn without a display; matplotlib is imported on first use."""
 
+import io
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from .decode import read_image, resize
+from .files import prepare_output, write_file
 
 GOOD, BAD, PLAIN, ASKED = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"
 MODALITY = {"visible": "#2c7fb8", "infrared": "#d95f0e", "joint": "#756bb1"}
-HEIGHT, GAP, CAPTION, LABEL = 112, 12, 30, 190  # of a sheet, in hundredths of an inch
+DASHES = {BAD: (0, (2.5, 1.5))}  # green and red differ in more than colour
+HEIGHT, GAP, CAPTION, LABEL = 112, 12, 42, 190  # of a sheet, in hundredths of an inch
 FINE = 2  # pixels of an image in a hundredth of an inch
 OTHER = ("#444444", "#1b9e77", "#e7298a", "#a6761d")
 LINES = {"cluster": "-", "instance": "--", "agnostic": ":"}
+SCRIPTS = ("Noto Sans CJK", "Source Han Sans", "WenQuanYi", "PingFang", "Microsoft YaHei", "Arial Unicode MS")
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,42 @@ class Cell:
     color: str = PLAIN
 
 
-def _figure(width, height):
+def prepare_picture(path):
+    """Whether this picture can be drawn, asked before the work for it: `prepare_output`, and matplotlib."""
+    _matplotlib()
+    prepare_output(path, ".png")
+
+
+def _matplotlib():
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ImportError("pictures need matplotlib: pip install 'ecul[plots]'") from e
-    figure = Figure((width, height), dpi=100 * FINE, facecolor="white")
-    FigureCanvasAgg(figure)
+    return Figure, FigureCanvasAgg
+
+
+def _figure(width, height):
+    figure_class, canvas_class = _matplotlib()
+    figure = figure_class((width, height), dpi=100 * FINE, facecolor="white")
+    canvas_class(figure)
     return figure
+
+
+def _save(figure, path):
+    """Write the figure as a PNG, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_file(prepare_output(path, ".png"), content.getvalue())
+
+
+@lru_cache(maxsize=1)
+def _fonts():
+    """The default font, then those of other scripts that are installed here: for names of files."""
+    from matplotlib import font_manager
+
+    names = sorted({font.name for font in font_manager.fontManager.ttflist})
+    return ["DejaVu Sans", *(name for name in names if name.startswith(SCRIPTS))]
 
 
 def draw_sheet(path, rows, lead=0):
@@ -63,11 +95,11 @@ def draw_sheet(path, rows, lead=0):
             axes.add_patch(_frame(left, top, wide, cell.color))
             axes.text(
                 left + wide / 2, top + HEIGHT + 6, cell.caption, fontsize=6, ha="center", va="top",
-                color=ASKED, linespacing=1.3,
+                color=ASKED, linespacing=1.3, fontfamily=_fonts(),
             )  # fmt: skip
     axes.imshow(canvas, extent=(0, total, len(rows) * step + GAP, 0), interpolation="none")
     axes.axis("off")
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _label(axes, lines, middle):
@@ -75,13 +107,18 @@ def _label(axes, lines, middle):
     for k, line in enumerate(lines):
         weight = "normal" if k else "bold"
         y = middle + 15 * (k - (len(lines) - 1) / 2)
-        axes.text(GAP, y, line, fontsize=7.5, va="center", color=ASKED, fontweight=weight)
+        axes.text(
+            GAP, y, line, fontsize=7.5, va="center", color=ASKED, fontweight=weight, fontfamily=_fonts()
+        )
 
 
 def _frame(left, top, width, color):
     from matplotlib.patches import Rectangle
 
-    return Rectangle((left - 1, top - 1), width + 2, HEIGHT + 2, fill=False, edgecolor=color, linewidth=2.2)
+    return Rectangle(
+        (left - 1, top - 1), width + 2, HEIGHT + 2, fill=False, edgecolor=color, linewidth=2.2,
+        linestyle=DASHES.get(color, "-"),
+    )  # fmt: skip
 
 
 def draw_ranking(path, ranking, size=(288, 144), most=24):
@@ -90,19 +127,27 @@ def draw_ranking(path, ranking, size=(288, 144), most=24):
     for asked, found, scores in zip(ranking.query.paths, ranking.rows, ranking.scores, strict=True):
         cells = [Cell(read_image(asked, size), "query", ASKED)]
         for rank, (row, score) in enumerate(zip(found.tolist(), scores.tolist(), strict=True), 1):
-            cells.append(Cell(read_image(ranking.gallery.paths[row], size), f"{rank}\n{score:.3f}"))
+            answer = ranking.gallery.paths[row]
+            cells.append(Cell(read_image(answer, size), f"{rank}\n{score:.3f}\n{short_name(answer)}"))
         rows.append((short_path(asked), cells))
         if len(rows) == most:
             break
     draw_sheet(path, rows, lead=1)
 
 
-def short_path(path, width=24):
+def short_path(path):
     """A path in two lines that fit beside a row: the file's name, and the end of its folder."""
     folder, _, name = str(path).replace("\\", "/").rpartition("/")
-    return "\n".join(
-        part if len(part) <= width else "…" + part[1 - width :] for part in (name, folder) if part
-    )
+    return "\n".join(_end(part, 24) for part in (name, folder) if part)
+
+
+def short_name(path):
+    """The end of a file's name that fits below an image."""
+    return _end(str(path).replace("\\", "/").rpartition("/")[2], 13)
+
+
+def _end(text, width):
+    return text if len(text) <= width else "…" + text[1 - width :]
 
 
 def draw_curves(path, history):
@@ -120,19 +165,22 @@ def draw_curves(path, history):
     ]
     panels = [p for p in panels if any(k.startswith(p[1]) for row in history for k in row)]
     columns = min(3, len(panels))
-    figure = _figure(4 * columns, 3.3 * -(-len(panels) // columns))
+    spare = -len(panels) % columns  # the first panel, which has the most lines, takes what would stay empty
+    lines = (len(panels) + spare) // columns
+    figure = _figure(4 * columns, 3.3 * lines)
     figure.set_layout_engine("constrained")
     epochs = [row["epoch"] + 1 for row in history]
     second = next((row["epoch"] + 0.5 for row in history if row["stage"] == 2), None)
     for place, (title, prefix, unit) in enumerate(panels, 1):
-        axes = figure.add_subplot(-(-len(panels) // columns), columns, place)
+        cells = (1, 1 + spare) if place == 1 else place + spare
+        axes = figure.add_subplot(lines, columns, cells)
         axes.set_prop_cycle(color=OTHER)
         for name in dict.fromkeys(k for row in history for k in row if k.startswith(prefix)):
             values = [row.get(name, float("nan")) for row in history]
             short = name.removeprefix(prefix).strip("_").replace("_", " ") or "whole epoch"
             axes.plot(epochs, values, label=short, marker="o", markersize=2.5, linewidth=1.4, **_line(name))
         _dress(axes, title, unit, second if second and second > 1 else None)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _line(name):
@@ -151,12 +199,17 @@ def _dress(axes, title, unit, second):
     axes.set_ylabel(unit, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    if unit in ("number", "images"):
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
     if second is not None:
         axes.axvline(second, color=PLAIN, linestyle=(0, (2, 2)), linewidth=1)
-        axes.text(second, 0.02, " stage 2", transform=axes.get_xaxis_transform(), fontsize=7, color="#555")
+        axes.text(
+            second, 0.04, "stage 2", transform=axes.get_xaxis_transform(), fontsize=7, ha="center",
+            color="#555", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
     axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
@@ -176,18 +229,25 @@ def draw_matches(path, similarity, match, same=None):
     axes = figure.add_subplot()
     shown = axes.imshow(similarity, cmap="Greys", aspect="auto", interpolation="nearest")
     figure.colorbar(shown, ax=axes, label="cosine of the centres", fraction=0.04, pad=0.02)
-    groups = [(match, MODALITY["visible"], "match")]
+    groups = [(match, MODALITY["visible"], "o", "match")]
     if same is not None:
         same = same[rows][:, columns]
-        groups = [(match & same, GOOD, "match, same person"), (match & ~same, BAD, "match, another person")]
+        groups = [
+            (match & same, GOOD, "o", "match, same person"),
+            (match & ~same, BAD, "X", "match, another person"),
+        ]
     size = np.clip((380 / max(match.shape)) ** 2, 2, 40)
-    for chosen, color, label in groups:
+    for chosen, color, marker, label in groups:
         y, x = np.nonzero(chosen)
-        axes.scatter(x, y, s=size, c=color, label=f"{label} ({len(x)})", linewidths=0)
+        axes.scatter(x, y, s=size, c=color, marker=marker, label=f"{label} ({len(x)})", linewidths=0)
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(f"{visible} visible clusters")
     axes.set_ylabel(f"{infrared} infrared clusters")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8, markerscale=1.2)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def _diagonal(similarity):

@@ -10,12 +10,14 @@ import torch
 from . import MODALITIES, pictures
 from .config import Config
 from .data import Images
+from .evaluation import MEASURES, evaluate
 from .features import embed_pixels
 from .files import write_file
 from .matching import match_clusters
 from .memory import cluster_means
 from .model import TwoStreamResNet
 from .page import page, plain_rows
+from .parallel import choose_device
 from .pictures import Cell
 from .piles import identity
 from .stages import assign_labels, usable
@@ -63,32 +65,48 @@ def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, pro
     """Write `report/` in a run directory: PNGs and `index.html`, which has them inside. Returns its path.
 
     run: the directory that `train` wrote. dataset: the `Dataset` it was trained on; without it there are
-    curves and settings alone. Its identities, where known, colour frames and are read for nothing else.
-    model: the trained model where it is not a `TwoStreamResNet`. queries, top: size of the ranked lists.
+    curves and settings alone. Its identities, where known, colour frames and give the accuracy of the test
+    images, and are read for nothing else. model: the trained model where it is not a `TwoStreamResNet`, for
+    instance `Backbone.from_pretrained(run, network)`. queries, top: size of the ranked lists.
     device: by default the GPU when there is one. Errors: ValueError for a directory that is no run, another
     data set, or a model that cannot be read; ImportError without matplotlib. Source: METHOD sections 1 and 2
     for what the pictures of clusters and matches show.
     """
+    if min(queries, top) < 1:
+        raise ValueError(f"queries and top must be at least 1, got {queries} and {top}")
     saved = read_run(run)
     if dataset is not None:
         _require_same(saved, dataset)
     folder = saved.directory / "report"
     folder.mkdir(exist_ok=True)
     pictures.draw_curves(folder / "curves.png", saved.history)
-    sections = [("Curves", "", "curves.png")]
+    sections, accuracy = [("Curves", "", "curves.png")], {}
     if dataset is not None:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = (model or TwoStreamResNet.from_pretrained(saved.directory)).to(device)
+        model = (model or TwoStreamResNet.from_pretrained(saved.directory)).to(choose_device(device))
         piles = {m: _embed(model, getattr(dataset, m), progress) for m in MODALITIES}
         tested = piles
         if dataset.test_visible is not None and dataset.test_infrared is not None:
             tested = {m: _embed(model, getattr(dataset, f"test_{m}"), progress) for m in MODALITIES}
+            accuracy = _accuracy(dataset, {m: tested[m].features for m in MODALITIES})
         sections += [
             _ranked_section(folder, tested, dataset.protocol, queries, top, tested is not piles),
             *_cluster_sections(folder, piles, saved),
         ]
-    write_file(folder / "index.html", _html(saved, dataset, folder, sections).encode())
+    write_file(folder / "index.html", _html(saved, dataset, folder, sections, accuracy).encode())
     return folder / "index.html"
+
+
+def _accuracy(dataset, features):
+    """The protocol's figures as a table's rows; nothing where it has none or identities are not known."""
+    if dataset.protocol is None or any(getattr(dataset, f"test_{m}").pids is None for m in MODALITIES):
+        return {}
+    results = evaluate(None, dataset, features=features, progress=False).rows
+    rows = [("", *MEASURES)]
+    for row in results:
+        figures = (f"{row[name]:.2f} ± {row[name + '_std']:.2f}" for name in MEASURES)
+        rows.append((row["mode"], *figures))
+    about = "; ".join(str(results[0][name]) for name in ("protocol", "shots", "draw", "reranking"))
+    return {f"Accuracy in percent ({about}; {results[0]['trials']} trials)": rows}
 
 
 def _require_same(saved, dataset):
@@ -116,14 +134,15 @@ def _ranked_section(folder, piles, protocol, queries, top, held_out):
         scores = gallery.features @ query.features[row]
         scores[torch.from_numpy(ignored(protocol, query.images, row, gallery.images))] = -torch.inf
         cells = [Cell(query.thumbnail(row), _camera(query.images, row), pictures.ASKED)]
-        for found in scores.topk(min(top, len(scores))).indices.tolist():
+        for rank, found in enumerate(scores.topk(min(top, len(scores))).indices.tolist(), 1):
             if scores[found] == -torch.inf:
                 break
-            color = pictures.PLAIN
+            color, mark = pictures.PLAIN, ""
             if known:
                 right = gallery.images.pids[found] == query.images.pids[row]
-                color = pictures.GOOD if right else pictures.BAD
-            caption = f"{_camera(gallery.images, found)}\n{scores[found]:.3f}".strip()
+                color, mark = (pictures.GOOD, " ✓") if right else (pictures.BAD, " ✗")
+            name = pictures.short_name(gallery.images.names[found])
+            caption = f"{rank}{mark}  {scores[found]:.3f}\n{_camera(gallery.images, found)}\n{name}"
             cells.append(Cell(gallery.thumbnail(found), caption, color))
         who = f"person {query.images.pids[row]}\n" if known else ""
         rows.append((who + pictures.short_path(query.images.names[row]), cells))
@@ -132,8 +151,8 @@ def _ranked_section(folder, piles, protocol, queries, top, held_out):
         f"Infrared queries drawn at random ({len(rows)}), and their best answers among "
         f"{len(gallery.images)} visible {'test' if held_out else 'training'} images, best first."
     )
-    text += " Green: the same person; red: another." if known else " Identities are not known."
-    return ("Ranked lists", text + " Below each: camera and cosine similarity.", "ranked.png")
+    text += " Green ✓: the same person; red ✗: another." if known else " Identities are not known."
+    return ("Ranked lists", text + " Below each: rank, cosine similarity, camera, file.", "ranked.png")
 
 
 def choose_queries(images, count, seed=0):
@@ -174,11 +193,14 @@ def _mosaic_section(folder, piles, labels, each=3, most=12):
     members = torch.cat(values)
     features = torch.cat([piles[m].features for m in MODALITIES])
     sizes, margins = torch.bincount(members[members >= 0]), cluster_margins(features, members)
-    left, rows = set(range(len(sizes))), []
+    chosen: dict[int, list] = {}
     for name, order in (("largest", -sizes), ("smallest", sizes), ("least certain", margins)):
-        chosen = [c for c in order.argsort(stable=True).tolist() if c in left][:each]
-        left -= set(chosen)
-        rows += [_mosaic_row(name, c, piles, members, float(margins[c]), most) for c in chosen]
+        for cluster in order.argsort(stable=True)[:each].tolist():
+            chosen.setdefault(cluster, []).append(name)
+    rows = [
+        _mosaic_row(", ".join(names), c, piles, members, float(margins[c]), most)
+        for c, names in chosen.items()
+    ]
     pictures.draw_sheet(folder / "clusters.png", rows)
     text = (
         f"{len(sizes)} {kind} clusters of the training images, {int((members < 0).sum())} outliers. Blue "
@@ -243,15 +265,16 @@ def _camera(images, row):
     return f"camera {images.camids[row]}" if images.camids[row] else ""
 
 
-def _html(saved, dataset, folder, sections):
+def _html(saved, dataset, folder, sections, accuracy):
     """The page: what the run is, its pictures, its data, its last epoch and its settings."""
     last = saved.history[-1]
     title = f"{saved.config.method} on {saved.dataset['dataset']}"
     subtitle = (
-        f"epoch {len(saved.history)} of {saved.config.epochs}, stage {last['stage']}; {saved.directory}"
+        f"{len(saved.history)} of {saved.config.epochs} epochs done, stage {last['stage']}; {saved.directory}"
     )
     shown = [(name, text, folder / picture) for name, text, picture in sections]
     tables = {
+        **accuracy,
         "Data": _data_rows(saved, dataset),
         "Last epoch": plain_rows(last),
         "Settings": plain_rows(saved.config.to_dict()),

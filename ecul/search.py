@@ -13,7 +13,7 @@ from ecul.kernels import topk_similarity
 from .data import check_modality
 from .decode import read_images, unreadable
 from .features import embed_pixels, require_model
-from .files import write_tensors
+from .files import prepare_output, write_tensors
 from .readers import read_folder
 
 CHUNK = 4096  # images decoded before they are embedded and forgotten
@@ -87,8 +87,7 @@ def save_features(path, found, model_path):
     `model_sha256`, the file that made the rows. Read back with `safetensors.safe_open(path, "pt")`.
     Errors: ValueError for another suffix; FileNotFoundError when there is no model at model_path.
     """
-    if Path(path).suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors, got {Path(path).name!r}")
+    path = prepare_output(path, ".safetensors")
     file = Path(model_path)
     file = file / "model.safetensors" if file.is_dir() else file
     with open(file, "rb") as f:

@@ -22,24 +22,29 @@ from tqdm import tqdm
 from . import MODALITIES, parallel
 from .checkpoint import load_run, run_directory, save_run
 from .config import Config
+from .console import speaking
 from .data import Dataset
 from .features import embed_pixels
 from .journal import describe, label_scores, monitors
 from .losses import agreement_loss
 from .model import Backbone, TwoStreamResNet
-from .piles import augmented, identity, load_piles
+from .piles import augmented, identity, load_piles, origin
 from .stages import assign_labels, make_batches, make_terms, share_labels, usable
 
 log = logging.getLogger("ecul")
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What `train` returns: the model (in eval mode), a dict per epoch, the run directory or None."""
 
     model: torch.nn.Module
     history: list
     output: object
+
+    def __repr__(self):
+        where = "no directory" if self.output is None else str(self.output)
+        return f"Run({type(self.model).__name__}, {len(self.history)} epochs, {where})"
 
 
 @dataclass
@@ -52,8 +57,10 @@ class State:
     history: list = field(default_factory=list)
     labels: dict | None = None  # of the last epoch, for the stability score
     best: dict | None = None  # weights of the best score so far, when these are kept
+    kept: int | None = None  # the epochs behind the weights, once the best were put back
 
 
+@speaking()
 def train(dataset, config=None, *, output=None, resume=False, device=None, on_epoch=None, model=None):
     """Train a visible-infrared model on unlabelled images.
 
@@ -81,7 +88,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
             )
         model = build_model(config.replace(weights=None) if goes_on else config, device, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
-        data, source = identity(dataset), {"root": dataset.root, "options": dataset.options}
+        data, source = identity(dataset), origin(dataset)
         if goes_on:
             load_run(directory, state, config, data)
         parallel.wait()
@@ -96,7 +103,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
                     save_run(directory, state, config, data, source)
                 if on_epoch is not None:
                     on_epoch(row)
-        if config.keep == "score" and config.epochs:
+        if config.keep == "score" and config.epochs and state.kept is None:
             _finish_with_best(state, piles, config, data, directory, source)
         if state.history and all(row.get("skipped") for row in state.history):
             log.warning("every epoch was skipped: this model has learned nothing")
@@ -118,7 +125,7 @@ def run_epoch(state, piles, config, epoch):
     if not usable(labels.own):
         scattered = any(2 * row[f"outliers_{m}"] > len(features[m]) for m in MODALITIES)
         advice = "raise eps or lower min_samples" if scattered else "lower eps or k1, or start from weights"
-        log.warning("epoch %d skipped: fewer than two clusters in a modality; %s", epoch, advice)
+        log.warning("epoch %d skipped: fewer than two clusters in a modality; %s", epoch + 1, advice)
         return row | {"skipped": True, "seconds": looked - began}
 
     cameras = {m: piles[m].cameras for m in MODALITIES}
@@ -266,14 +273,14 @@ def _guarded_epoch(state, piles, config, epoch, directory):
     except torch.OutOfMemoryError as error:
         advice = "set checkpointing=True, or fewer identities or instances (a smaller batch, other negatives)"
         raise RuntimeError(
-            f"epoch {epoch}: the device's memory is too small for this recipe; {advice}"
+            f"epoch {epoch + 1}: the device's memory is too small for this recipe; {advice}"
         ) from error
     except RuntimeError as error:
         if parallel.size() == 1:
             raise
         raise RuntimeError(
-            f"epoch {epoch} failed in process {parallel.rank()} of {parallel.size()}, maybe because another "
-            f"ended: {error}. Start the run again with resume=True; it goes on from the last finished epoch"
+            f"epoch {epoch + 1} failed in process {parallel.rank()} of {parallel.size()}, maybe because "
+            f"another ended: {error}. Start again with resume=True: it goes on from the last finished epoch"
         ) from error
     _require_finite(epoch, row, state.model, directory)
     state.history.append(row)
@@ -285,13 +292,13 @@ def _require_finite(epoch, row, model, directory):
     bad += [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         kept = (
-            f"the last good checkpoint is {directory}, epoch {epoch}"
+            f"the last good checkpoint is {directory}, after epoch {epoch}"
             if directory and epoch
             else "nothing was saved"
         )
         named = ", ".join(bad[:4]) + (" ..." if len(bad) > 4 else "")
         raise RuntimeError(
-            f"epoch {epoch} diverged: {named} not finite; {kept}. Lower lr, or set precision='fp32'"
+            f"epoch {epoch + 1} diverged: {named} not finite; {kept}. Lower lr, or set precision='fp32'"
         )
 
 
@@ -299,12 +306,13 @@ def _finish_with_best(state, piles, config, data, directory, source):
     """Rate the last weights too, then put the best ones back."""
     row = look(state, piles, config, config.epochs - 1)[2]
     scores = [r["score"] for r in (*state.history[1:], row)]  # of the weights after 1, 2, ... epochs
-    best = 1 + scores.index(max(scores))
+    state.kept = 1 + scores.index(max(scores))
     if parallel.rank() == 0:
-        log.info("the weights after %d of %d epochs are kept: score %.3f", best, config.epochs, max(scores))
+        kept = (state.kept, config.epochs, max(scores))
+        log.info("the weights after %d of %d epochs are kept: score %.3f", *kept)
     state.model.load_state_dict(state.best)
     if directory is not None and parallel.rank() == 0:
-        save_run(directory, state, config, data, source, best)
+        save_run(directory, state, config, data, source)
 
 
 def _check(dataset, config):

@@ -28,7 +28,7 @@ FLOORS = {
         ),
         1,
     ),
-    **dict.fromkeys(("model", "metrics", "rerank", "galleries"), 1),
+    **dict.fromkeys(("model", "pretrained", "metrics", "rerank", "galleries", "console"), 1),
     **dict.fromkeys(
         ("clustering", "matching", "memory", "losses", "sampling", "scores", "stages", "journal"), 2
     ),

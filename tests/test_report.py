@@ -63,7 +63,7 @@ def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
     assert "Infrared queries drawn at random (3)" in text and f"<td>{len(dataset.test_visible)}</td>" in text
     for heading in ("Curves", "Ranked lists", "Clusters", "Visible-infrared matches", "Data", "Settings"):
         assert f"<h2>{heading}</h2>" in text
-    assert "united on sysu" in text and "k1_joint" in text and "epoch 2 of 2, stage 2" in text
+    assert "united on sysu" in text and "k1_joint" in text and "2 of 2 epochs done, stage 2" in text
 
 
 def test_without_the_data_there_are_curves_and_settings(run, tmp_path):

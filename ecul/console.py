@@ -1,0 +1,32 @@
+"""What is said on the terminal: the library's log lines, beside progress bars."""
+
+import logging
+import os
+import sys
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+class _BesideBars(logging.Handler):
+    """Lines on stderr that do not tear a progress bar."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def speaking():
+    """Log lines on stderr in here, where nobody has set up logging; of several processes the first speaks."""
+    log = logging.getLogger("ecul")
+    if log.hasHandlers():
+        yield
+        return
+    handler, level = _BesideBars(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

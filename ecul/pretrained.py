@@ -1,0 +1,69 @@
+"""Networks in a directory: safetensors with complete metadata, and back."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from . import __version__
+from .augment import MEAN, STD
+from .files import write_json, write_tensors
+
+
+class Pretrained(nn.Module):
+    """A network saved as `model.safetensors` and `config.json`, with the `settings` that build it again."""
+
+    settings: dict
+
+    def save_pretrained(self, directory, metadata=None, config=None):
+        """Write `model.safetensors` and `config.json` into a directory.
+
+        metadata: a dict for the former's header, beside architecture, sizes, mean, std and version; config: a
+        dict for the latter, beside the model's own settings under "model".
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        own = {"architecture": type(self).__name__, "version": __version__, "mean": MEAN, "std": STD}
+        write_tensors(
+            directory / "model.safetensors", self.state_dict(), {**own, **self.settings, **(metadata or {})}
+        )
+        write_json(directory / "config.json", {**(config or {}), "model": self.settings})
+
+    @classmethod
+    def _find(cls, path):
+        """The weights file in a directory, or itself, and its metadata; a ValueError for another network."""
+        path = Path(path)
+        file = path / "model.safetensors" if path.is_dir() else path
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"there is no model file {file}; give a directory that save_pretrained or train wrote"
+            )
+        with safe_open(file, framework="pt") as f:
+            metadata = f.metadata() or {}
+        found = metadata.get("architecture")
+        if found != cls.__name__:
+            held = f"{file} holds {found or 'a network of somebody else'}, not {cls.__name__}"
+            home = f"ecul.model.{found}.from_pretrained" if found else "its own class"
+            raise ValueError(f"{held}; in Python {home} loads it")
+        return file, metadata
+
+    def load(self, state, path, own=()):
+        """Take these weights from `path`; `own`: beginnings of names that it need not hold.
+
+        Errors: ValueError that lists what is missing, unknown or of another shape.
+        """
+        mine = self.state_dict()
+        wanted = {k for k in mine if not k.startswith(own)} if own else set(mine)
+        wrong = [f"missing {k}" for k in sorted(wanted - set(state)) if not k.endswith("num_batches_tracked")]
+        wrong += [f"unknown {k}" for k in sorted(set(state) - wanted)]
+        wrong += [
+            f"{k} is {tuple(state[k].shape)}, expected {tuple(mine[k].shape)}"
+            for k in sorted(wanted & set(state))
+            if state[k].shape != mine[k].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit {self.described()}; keys that differ: {len(wrong)}: "
+                f"{'; '.join(wrong[:6])}{' ...' if len(wrong) > 6 else ''}"
+            )
+        self.load_state_dict({**mine, **state})
