@@ -20,7 +20,9 @@ def main(argv=None):
     args = _parser().parse_args(argv)
     try:
         with speaking():
-            return args.run(args) or 0
+            code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # whoever read the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

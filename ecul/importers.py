@@ -50,7 +50,8 @@ def import_checkpoint(path, input_size=(288, 144)):
     `TwoStreamResNet` in eval mode whose `embed` gives the published test feature, (N, num_features) unit
     rows, and a dict from a reason to the names that were left out for it.
     Errors: FileNotFoundError; ValueError for an input_size below 16 pixels, for a file that is no checkpoint,
-    or whose names or shapes do not all fit, with the list of them. Source: the key names of the published repositories.
+    or whose names or shapes do not all fit, with the list of them.
+    Source: the key names of the published repositories.
     """
     path = Path(path)
     if min(input_size) < 16:

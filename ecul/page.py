@@ -2,6 +2,9 @@
 
 import base64
 import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px;
@@ -17,16 +20,28 @@ th { color: #666; font-weight: 600 }
 """
 
 
-def page(title, subtitle, sections, tables):
-    """The page's text. sections: (title, text, path of a PNG); tables: title -> rows, first cell a head."""
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a heading, a sentence or two, a PNG, a table whose rows begin with a head."""
+
+    title: str
+    text: str = ""
+    picture: Path | None = None
+    rows: Sequence = ()
+
+
+def page(title, subtitle, sections):
+    """The page's text, with all its pictures inside."""
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="sub">{html.escape(subtitle)}</p>']
-    for name, text, picture in sections:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(text)}</p>")
-        parts.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
-    for name, rows in tables.items():
-        columns = ' class="columns"' if len(rows) > 10 else ""
-        parts.append(f"<h2>{html.escape(name)}</h2><div{columns}>{_table(rows)}</div>")
+    for section in sections:
+        name = html.escape(section.title)
+        parts.append(f"<h2>{name}</h2><p>{html.escape(section.text)}</p>")
+        if section.picture is not None:
+            data = base64.b64encode(section.picture.read_bytes()).decode()
+            parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
+        if section.rows:
+            columns = ' class="columns"' if len(section.rows) > 10 else ""
+            parts.append(f"<div{columns}>{_table(section.rows)}</div>")
     body = "\n".join(parts)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'

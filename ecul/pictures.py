@@ -203,13 +203,13 @@ def _dress(axes, title, unit, second):
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+    low, high = np.nanmin([0, *values]), np.nanmax([0, *values])
+    axes.set_ylim(low, high + 0.13 * (high - low or 1))  # room for the word above the lines
     if second is not None:
         axes.axvline(second, color=PLAIN, linestyle=(0, (2, 2)), linewidth=1)
-        axes.text(
-            second, 0.04, "stage 2", transform=axes.get_xaxis_transform(), fontsize=7, ha="center",
-            color="#555", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
+        head = axes.get_xaxis_transform()
+        axes.text(second, 0.99, " stage 2", transform=head, fontsize=7, color="#555", va="top")
     axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 

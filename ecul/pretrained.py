@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from . import __version__
@@ -38,8 +38,11 @@ class Pretrained(nn.Module):
             raise FileNotFoundError(
                 f"there is no model file {file}; give a directory that save_pretrained or train wrote"
             )
-        with safe_open(file, framework="pt") as f:
-            metadata = f.metadata() or {}
+        try:
+            with safe_open(file, framework="pt") as f:
+                metadata = f.metadata() or {}
+        except SafetensorError as e:
+            raise ValueError(f"{file} cannot be read as safetensors: {e}") from e
         found = metadata.get("architecture")
         if found != cls.__name__:
             held = f"{file} holds {found or 'a network of somebody else'}, not {cls.__name__}"

@@ -16,7 +16,7 @@ from .files import write_file
 from .matching import match_clusters
 from .memory import cluster_means
 from .model import TwoStreamResNet
-from .page import page, plain_rows
+from .page import Section, page, plain_rows
 from .parallel import choose_device
 from .pictures import Cell
 from .piles import identity
@@ -80,33 +80,34 @@ def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, pro
     folder = saved.directory / "report"
     folder.mkdir(exist_ok=True)
     pictures.draw_curves(folder / "curves.png", saved.history)
-    sections, accuracy = [("Curves", "", "curves.png")], {}
+    sections = [Section("Curves", picture=folder / "curves.png")]
     if dataset is not None:
         model = (model or TwoStreamResNet.from_pretrained(saved.directory)).to(choose_device(device))
         piles = {m: _embed(model, getattr(dataset, m), progress) for m in MODALITIES}
         tested = piles
         if dataset.test_visible is not None and dataset.test_infrared is not None:
             tested = {m: _embed(model, getattr(dataset, f"test_{m}"), progress) for m in MODALITIES}
-            accuracy = _accuracy(dataset, {m: tested[m].features for m in MODALITIES})
+            sections = [*_accuracy(dataset, {m: tested[m].features for m in MODALITIES}), *sections]
         sections += [
             _ranked_section(folder, tested, dataset.protocol, queries, top, tested is not piles),
             *_cluster_sections(folder, piles, saved),
         ]
-    write_file(folder / "index.html", _html(saved, dataset, folder, sections, accuracy).encode())
+    write_file(folder / "index.html", _html(saved, dataset, sections).encode())
     return folder / "index.html"
 
 
 def _accuracy(dataset, features):
-    """The protocol's figures as a table's rows; nothing where it has none or identities are not known."""
+    """The protocol's figures; nothing where there is none or identities are not known."""
     if dataset.protocol is None or any(getattr(dataset, f"test_{m}").pids is None for m in MODALITIES):
-        return {}
+        return []
     results = evaluate(None, dataset, features=features, progress=False).rows
     rows = [("", *MEASURES)]
     for row in results:
         figures = (f"{row[name]:.2f} ± {row[name + '_std']:.2f}" for name in MEASURES)
         rows.append((row["mode"], *figures))
     about = "; ".join(str(results[0][name]) for name in ("protocol", "shots", "draw", "reranking"))
-    return {f"Accuracy in percent ({about}; {results[0]['trials']} trials)": rows}
+    text = f"Percent, mean ± deviation of {results[0]['trials']} trials: {about}. Nothing was selected by it."
+    return [Section("Accuracy on the test images", text, rows=rows)]
 
 
 def _require_same(saved, dataset):
@@ -152,7 +153,8 @@ def _ranked_section(folder, piles, protocol, queries, top, held_out):
         f"{len(gallery.images)} visible {'test' if held_out else 'training'} images, best first."
     )
     text += " Green ✓: the same person; red ✗: another." if known else " Identities are not known."
-    return ("Ranked lists", text + " Below each: rank, cosine similarity, camera, file.", "ranked.png")
+    text += " Below each: rank, cosine similarity, camera, file."
+    return Section("Ranked lists", text, folder / "ranked.png")
 
 
 def choose_queries(images, count, seed=0):
@@ -207,7 +209,7 @@ def _mosaic_section(folder, piles, labels, each=3, most=12):
         "frame: visible, orange: infrared. Margin: how much more similar the members are to their own "
         "centre than to the nearest other one, on average; it is smallest for the least certain ones."
     )
-    return ("Clusters", text, "clusters.png")
+    return Section("Clusters", text, folder / "clusters.png")
 
 
 def cluster_margins(features, labels):
@@ -252,7 +254,7 @@ def _match_section(folder, piles, labels, rule):
         text += f" (of all pairs: {same.mean():.0%})."
         text += " The diagonal is the best one-to-one assignment, the most similar pairs first."
     pictures.draw_matches(folder / "matches.png", centers[1] @ centers[0].T, match, same)
-    return ("Visible-infrared matches", text, "matches.png")
+    return Section("Visible-infrared matches", text, folder / "matches.png")
 
 
 def commonest(labels, pids):
@@ -265,21 +267,19 @@ def _camera(images, row):
     return f"camera {images.camids[row]}" if images.camids[row] else ""
 
 
-def _html(saved, dataset, folder, sections, accuracy):
+def _html(saved, dataset, sections):
     """The page: what the run is, its pictures, its data, its last epoch and its settings."""
     last = saved.history[-1]
     title = f"{saved.config.method} on {saved.dataset['dataset']}"
     subtitle = (
         f"{len(saved.history)} of {saved.config.epochs} epochs done, stage {last['stage']}; {saved.directory}"
     )
-    shown = [(name, text, folder / picture) for name, text, picture in sections]
-    tables = {
-        **accuracy,
-        "Data": _data_rows(saved, dataset),
-        "Last epoch": plain_rows(last),
-        "Settings": plain_rows(saved.config.to_dict()),
-    }
-    return page(title, subtitle, shown, tables)
+    settled = [
+        Section("Data", rows=_data_rows(saved, dataset)),
+        Section("Last epoch", rows=plain_rows(last)),
+        Section("Settings", rows=plain_rows(saved.config.to_dict())),
+    ]
+    return page(title, subtitle, [*sections, *settled])
 
 
 def _data_rows(saved, dataset):

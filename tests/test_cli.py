@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 import ecul
 from ecul import (
+    MODALITIES,
     TwoStreamResNet,
     evaluation,
     export,
@@ -235,6 +236,63 @@ def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
 def test_the_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "ecul", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
+
+
+def test_two_folders_train_and_are_reported_from_the_shell(photos, tmp_path, capsys, monkeypatch):
+    rng = np.random.default_rng(1)
+    for modality in MODALITIES:
+        (tmp_path / "own" / modality).mkdir(parents=True)
+        for i in range(24):
+            base = np.random.default_rng(i // 4).integers(0, 256, (8, 4, 3)).repeat(4, 0).repeat(4, 1)
+            noisy = (base + rng.integers(-20, 20, base.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(tmp_path / "own" / modality / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    settings = [part for k, v in TINY.items() for part in ("--set", f"{k}={v}")] + ["--set", "size=[32,16]"]
+    assert main(["check", "folders", "own"]) == 0
+    command = ["train", "folders", "own", "-o", "run", "--preset", "demo", *settings]
+    assert main(command) == 0 and "2 epochs" in capsys.readouterr().out
+    monkeypatch.chdir("/")  # the run knows where its images are from anywhere
+    assert main(["report", str(tmp_path / "run"), "--queries", "1", "--top", "2"]) == 0
+    assert (tmp_path / "run" / "report" / "ranked.png").is_file()
+    (tmp_path / "own").rename(tmp_path / "moved")
+    assert main(["report", str(tmp_path / "run"), "--queries", "1"]) == 0
+    assert "no longer at" in capsys.readouterr().err
+    again = ["report", str(tmp_path / "run"), "--queries", "1", "--root", str(tmp_path / "moved")]
+    assert main(again) == 0
+    again[-1] = str(tmp_path / "nowhere")
+    assert main(again) == 2 and "is not a folder" in capsys.readouterr().err
+
+
+def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, monkeypatch):
+    modalities = ["--query-modality", "infrared", "--gallery-modality", "visible", "--skip-unreadable"]
+    search_it = ["search", saved, "--query", str(photos), "--gallery", str(photos), *modalities]
+    assert main([*search_it, "-o", str(tmp_path / "new" / "folder" / "found.png")]) == 0
+    assert (tmp_path / "new" / "folder" / "found.png").is_file()
+    monkeypatch.setattr(sys.modules["ecul.search"], "extract_folder", None)
+    for wrong in ("found.jpg", "new"):
+        assert main([*search_it, "-o", str(tmp_path / wrong)]) == 2
+        assert "must end in .png" in capsys.readouterr().err
+    (tmp_path / "a.png").mkdir()
+    assert main([*search_it, "-o", str(tmp_path / "a.png")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+    command = ["extract", saved, str(photos), "--modality", "visible", "-o", str(tmp_path / "f.pt")]
+    assert main(command) == 2 and "must end in .safetensors" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([*search_it, "-o", str(tmp_path / "b.png")]) == 2
+    assert "pip install 'ecul[plots]'" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_is_no_error(world):
+    command = [sys.executable, "-m", "ecul", "check", "sysu", str(world), "--quick"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{ecul.__version__}\n"
 
 
 SHAPES, ERRORS, SOURCE = r"\([A-Z][\w+ ]*,", r"Errors?\b|Raises", r"Source|arXiv|METHOD"

@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 import time
+import types
 from pathlib import Path
 
 import layouts
@@ -234,6 +236,10 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
         open_dataset("sysu", root, trial=1)
     with pytest.raises(ValueError, match="protocol: no option of 'sysu'"):
         open_dataset("sysu", root, protocol="regdb")
+    with pytest.raises(ValueError, match="trail: no option of 'regdb'.*did you mean 'trial'"):
+        open_dataset("regdb", root, trail=1)
+    with pytest.raises(ValueError, match="subset must be True or False, got 'maybe'"):
+        open_dataset("sysu", root, subset="maybe")
 
 
 # One's own images
@@ -257,6 +263,53 @@ def test_from_folders_with_and_without_cameras(tmp_path):
     for folder, problem in (("empty", "no image that Pillow reads"), ("none", "not a folder")):
         with pytest.raises(ValueError, match=problem):
             Dataset.from_folders(visible=tmp_path / folder, infrared=night)
+
+
+def test_folders_open_by_name_and_open_again_by_their_options(tmp_path):
+    day, night = layouts.folders(tmp_path)
+    given = Dataset.from_folders(visible=day, infrared=night, cameras=True)
+    assert given.options == {
+        "visible": "day", "infrared": "night", "cameras": True, "skip_unreadable": False,
+    }  # fmt: skip
+    again = open_dataset("folders", given.root, **given.options)
+    assert again.visible.names == given.visible.names and again.options == given.options
+    np.testing.assert_array_equal(again.infrared.camids, given.infrared.camids)
+    away = Dataset.from_folders(visible=day / "gate", infrared=night)
+    assert away.options["infrared"] == str(night) and open_dataset("folders", away.root, **away.options)
+    with pytest.raises(ValueError, match="visible' is not a folder of images"):
+        open_dataset("folders", tmp_path)
+    for inside in (day, day / "gate", tmp_path):
+        with pytest.raises(ValueError, match="expected two folders apart"):
+            Dataset.from_folders(visible=day, infrared=inside)
+
+
+def test_every_unreadable_photograph_is_named_and_left_out_on_request(tmp_path, caplog):
+    day, night = layouts.folders(tmp_path)
+    (day / "gate" / "broken.png").write_bytes(b"not an image")
+    (day / "hall" / "phone.heic").write_bytes(b"an unknown format")
+    layouts.text(day / "hall" / "notes.txt", "x")
+    for pack in (True, False):
+        with pytest.raises(ValueError, match=r"2 of 8 images(.|\n)*broken.png(.|\n)*phone.heic.*pillow-heif"):
+            Dataset.from_folders(visible=day, infrared=night, pack=pack).visible.load(SIZE, progress=False)
+    dataset = Dataset.from_folders(visible=day, infrared=night, skip_unreadable=True)
+    assert len(dataset.visible) == 6 and dataset.visible.load(SIZE, progress=False).shape[0] == 6
+    assert "2 of 8 images cannot be read and are left out" in caplog.text and "phone.heic" in caplog.text
+    assert [Path(path).name for path in dataset.extra] == ["notes.txt"]
+    assert "notes.txt" in dataset.check().warnings[0]
+    for file in (*day.rglob("*.png"), *night.rglob("*.png")):
+        file.write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="8 of 8 images cannot be read"):
+        Dataset.from_folders(visible=day, infrared=night, skip_unreadable=True)
+
+
+def test_a_heif_reader_is_used_where_it_is_installed(monkeypatch):
+    called = []
+    module = types.SimpleNamespace(register_heif_opener=lambda: called.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    ecul.decode.pillow.cache_clear()
+    ecul.decode.pillow()
+    ecul.decode.pillow.cache_clear()
+    assert called == [True]
 
 
 def test_from_arrays_takes_every_form():

@@ -1,5 +1,7 @@
 """Exported programs give what the library gives, for every batch size."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,9 @@ def images(count):
 @pytest.mark.parametrize(("modality", "flip"), [("visible", True), ("infrared", False)])
 def test_torch_program(model, modality, flip, tmp_path):
     export(model, tmp_path / "model.pt2", modality, flip=flip)
-    program = torch.export.load(tmp_path / "model.pt2").module()
+    files = {"about.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=files).module()
+    assert json.loads(files["about.json"])["modality"] == modality
     for count in (1, 2, 5):
         expected = extract(model, images(count), modality, flip=flip, progress=False)
         assert torch.allclose(program(images(count).float()), expected, atol=1e-5)
@@ -46,6 +50,10 @@ def test_onnx_agrees_with_torch_for_every_batch_size(model, modality, tmp_path):
     export(model, tmp_path / "model.onnx", modality)
     assert model.training
     model.eval()
+    about = {p.key: p.value for p in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert (
+        about["modality"] == modality and about["input_size"] == "[32, 16]" and "LANCZOS" in about["resize"]
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     assert (
         onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"

@@ -114,6 +114,12 @@ def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
             import_checkpoint(tmp_path / "odd.pth")
 
 
+def test_an_input_size_that_no_image_has_is_refused(tmp_path):
+    torch.save(published(trained()), tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="at least 16 pixels, got"):
+        import_checkpoint(tmp_path / "m.pth", (4, 4))
+
+
 def test_non_local_blocks_of_another_kind_are_named(tmp_path):
     model = trained(50, 8, non_local=True)
     wide = published(model) | {"NL_2.0.theta.weight": torch.zeros(32, 64, 1, 1)}
@@ -134,6 +140,8 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, capsys):
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
         import_checkpoint(tmp_path / "evil.pth")
     assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="it holds .*print, which is code"):
+        import_checkpoint(tmp_path / "evil.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read as weights alone"):
         import_checkpoint(tmp_path / "text.pth")

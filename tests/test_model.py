@@ -128,6 +128,9 @@ def test_loading_something_else_is_a_clear_error(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="a network of somebody else"):
         TwoStreamResNet.from_pretrained(tmp_path)
+    (tmp_path / "text.safetensors").write_text("text")
+    with pytest.raises(ValueError, match="text.safetensors cannot be read"):
+        TwoStreamResNet.from_pretrained(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError, match="no model file"):
         TwoStreamResNet.from_pretrained(tmp_path / "absent")
     with pytest.raises(ValueError, match="depth must be one of"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from ecul import Config, Dataset, TwoStreamResNet, open_dataset, synthesize, train
+from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
 from ecul.pictures import (
     BAD,
@@ -200,6 +200,29 @@ sys.exit("matplotlib.pyplot" in sys.modules)
 """
     run = [sys.executable, "-c", code, str(tmp_path / "c.png")]
     assert subprocess.run(run, env={"PATH": "", "HOME": str(tmp_path)}).returncode == 0
+
+
+def test_the_accuracy_is_that_of_evaluate(run, dataset):
+    text = report(run.output, dataset, queries=1, top=1, progress=False).read_text()
+    for row in evaluate(run.model, dataset, progress=False).rows:
+        assert f"<th>{row['mode']}</th><td>{row['rank1']:.2f} ± {row['rank1_std']:.2f}</td>" in text
+    blind = dataclasses.replace(dataset, test_visible=None, test_infrared=None)
+    assert "Accuracy" not in report(run.output, blind, queries=1, top=1, progress=False).read_text()
+    with pytest.raises(ValueError, match="queries and top must be at least 1"):
+        report(run.output, dataset, queries=0)
+
+
+def test_a_cluster_that_is_two_things_is_shown_once_with_both_names(run, dataset, monkeypatch):
+    shown = []
+    monkeypatch.setattr("ecul.pictures.draw_sheet", lambda path, rows, lead=0: shown.append(rows))
+    monkeypatch.setattr("ecul.report.page", lambda *args: "")
+    report(run.output, dataset, queries=1, top=1, progress=False)
+    names = [label.splitlines()[0] for label, _ in shown[-1]]
+    for kind in ("largest", "smallest", "least certain"):
+        assert 1 <= sum(kind in name for name in names) <= 3
+    margins = [float(re.search(r"margin (-?[\d.]+)", label)[1]) for label, _ in shown[-1]]
+    least = [m for m, name in zip(margins, names, strict=True) if "least certain" in name]
+    assert max(least) <= min([m for m in margins if m not in least], default=1)
 
 
 def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):

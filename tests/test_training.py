@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
+from ecul import Config, Dataset, TwoStreamResNet, evaluate, extract, open_dataset, synthesize, train
 from ecul.checkpoint import run_directory
+from ecul.model import Backbone
 from ecul.piles import load_piles
 from ecul.training import State, build_model, build_optimizer, learn, run_epoch
 
@@ -196,6 +197,46 @@ def test_keeping_the_best_score_ends_with_the_weights_it_rates(dataset, tmp_path
     with safe_open(tmp_path / "best" / "model.safetensors", "pt") as f:
         assert int(f.metadata()["epoch"]) == 1 + kept.index(True)
     assert same(train(dataset, config, output=tmp_path / "best", resume=True).model, run.model)
+    with safe_open(tmp_path / "best" / "model.safetensors", "pt") as f:  # not rated a second time
+        assert int(f.metadata()["epoch"]) == 1 + kept.index(True)
+
+
+class Pooled(torch.nn.Module):
+    num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 5, 4)
+
+    def forward(self, x):
+        return self.stem(x).relu().mean((2, 3))
+
+
+def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
+    run = train(dataset, tiny(), output=tmp_path / "own", model=Pooled())
+    loaded = Backbone.from_pretrained(tmp_path / "own", Pooled())
+    assert same(loaded, run.model) and loaded.input_size == run.model.input_size
+    rows = extract(loaded, dataset.test_visible, "visible", progress=False)
+    assert torch.equal(rows, extract(run.model, dataset.test_visible, "visible", progress=False))
+    with pytest.raises(ValueError, match="holds Backbone.*ecul.model.Backbone.from_pretrained"):
+        TwoStreamResNet.from_pretrained(tmp_path / "own")
+    wide = Pooled()
+    wide.stem = torch.nn.Conv2d(3, 9, 5, 4)
+    with pytest.raises(ValueError, match="does not fit this Pooled; keys that differ: 2"):
+        Backbone.from_pretrained(tmp_path / "own", wide)
+    with pytest.raises(TypeError, match="model must have embed"):
+        extract("runs/own", dataset.test_visible, "visible")
+    with pytest.raises(TypeError, match="got the one path 'photos'"):
+        extract(loaded, "photos", "visible")
+
+
+def test_epochs_are_told_where_nobody_has_set_up_logging(dataset, monkeypatch, capsys):
+    monkeypatch.setattr(logging.getLogger("ecul"), "propagate", False)
+    run = train(dataset, tiny())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 3 and lines[0].startswith("epoch   1 stage 1")
+    assert not logging.getLogger("ecul").handlers
+    assert repr(run) == "Run(TwoStreamResNet, 3 epochs, no directory)"
 
 
 def test_checkpointing_changes_memory_and_nothing_else(dataset):
