@@ -41,7 +41,7 @@ def commands(text):
 
 
 def run_python_blocks(text, directory, monkeypatch):
-    """Run the blocks in order, in one name space and one directory that holds small data; returns it."""
+    """Run each block by itself, in one directory that holds small data; returns the names of each."""
     synthesize(directory / "SYSU-MM01", identities=8, images=3, size=(32, 16), progress=False)
     for modality, cameras in (("visible", "1245"), ("infrared", "36")):
         folder = directory / "photos" / modality
@@ -54,11 +54,12 @@ def run_python_blocks(text, directory, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard())
     monkeypatch.chdir(directory)
-    names: dict = {"__name__": "readme"}
+    found = []
     for number, (code, reason) in enumerate(blocks(text, "python")):
         if reason is None:
-            exec(compile(code, f"README block {number}", "exec"), names)
-    return names
+            found.append({"__name__": "readme"})
+            exec(compile(code, f"README block {number}", "exec"), found[-1])
+    return found
 
 
 def tensorboard():
@@ -99,7 +100,7 @@ x = 1
 raise RuntimeError
 ```
 ```python
-y = x + 1
+y = 2
 ```
 ```bash
 pip install ecul  # first
@@ -110,13 +111,15 @@ python -m ecul export runs/mine --modality visible -o m.onnx
 """
 
 
-def test_blocks_share_names_and_a_marked_one_is_left_out(tmp_path, monkeypatch):
-    assert run_python_blocks(EXAMPLE, tmp_path, monkeypatch)["y"] == 2
+def test_blocks_stand_alone_and_a_marked_one_is_left_out(tmp_path, monkeypatch):
+    assert [names.get("y") for names in run_python_blocks(EXAMPLE, tmp_path, monkeypatch)] == [None, 2]
     assert (tmp_path / "photos" / "infrared").is_dir() and Config.preset("sysu").depth == 10
     assert [reason for _, reason in blocks(EXAMPLE, "python")] == [None, "the data set is not here", None]
     assert [words[0] for words in commands(EXAMPLE)] == ["search", "export"]
     with pytest.raises(RuntimeError):
         run_python_blocks(EXAMPLE.replace("not run:", "ran:"), tmp_path / "again", monkeypatch)
+    with pytest.raises(NameError):
+        run_python_blocks(EXAMPLE.replace("y = 2", "y = x + 1"), tmp_path / "third", monkeypatch)
     with pytest.raises(SystemExit):
         [_parser().parse_args(words) for words in commands(EXAMPLE.replace("--query ", "--qeury "))]
 
