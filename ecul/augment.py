@@ -13,9 +13,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ERASED = (0.4914, 0.4822, 0.4465)
 GRAY = (0.2989, 0.5870, 0.1140)
 TRIES = 100  # rectangles drawn at once, of which the first that fits is taken
-SCALINGS = (
-    40  # rectangles that the linear transform scales at most; photographs end after 12, one in 1000 after 33
-)
+SCALINGS = 40  # rectangles that the linear transform scales at most; one photograph in 1000 has 33
 
 
 def normalize(images):
@@ -48,14 +46,12 @@ def crop(images, pad, generator=None):
     if pad == 0:
         return images
     b, _, h, w = images.shape
-    rows = (
-        torch.arange(h, device=images.device) + _integers(b, 2 * pad + 1, generator, images.device)[:, None]
-    )
-    columns = (
-        torch.arange(w, device=images.device) + _integers(b, 2 * pad + 1, generator, images.device)[:, None]
+    device = images.device
+    rows, columns = (
+        torch.arange(n, device=device) + _integers(b, 2 * pad + 1, generator, device)[:, None] for n in (h, w)
     )
     padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    batch = torch.arange(b, device=images.device)[:, None, None]
+    batch = torch.arange(b, device=device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -95,9 +91,7 @@ def scale_rectangles(images, probability, generator=None):
     active = _rand(len(images), generator, images.device) < probability
     product = torch.ones_like(images)
     for _ in range(SCALINGS):
-        if (
-            images.device.type == "cpu" and not active.any()
-        ):  # on a GPU this look would cost more than it saves
+        if images.device.type == "cpu" and not active.any():  # a GPU would wait for this look
             break
         inside = _rectangles(images, generator) & active[:, None, None, None]
         highest = torch.where(inside, images, 0).amax(dim=(2, 3), keepdim=True)

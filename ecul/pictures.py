@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -142,8 +143,8 @@ def short_path(path):
 
 
 def short_name(path):
-    """The end of a file's name that fits below an image."""
-    return _end(str(path).replace("\\", "/").rpartition("/")[2], 13)
+    """The end of a file's name, without its suffix, that fits below an image."""
+    return _end(Path(str(path).replace("\\", "/")).stem, 11)
 
 
 def _end(text, width):

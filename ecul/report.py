@@ -143,8 +143,8 @@ def _ranked_section(folder, piles, protocol, queries, top, held_out):
                 right = gallery.images.pids[found] == query.images.pids[row]
                 color, mark = (pictures.GOOD, " ✓") if right else (pictures.BAD, " ✗")
             name = pictures.short_name(gallery.images.names[found])
-            caption = f"{rank}{mark}  {scores[found]:.3f}\n{_camera(gallery.images, found)}\n{name}"
-            cells.append(Cell(gallery.thumbnail(found), caption, color))
+            lines = (f"{rank}{mark}  {scores[found]:.3f}", _camera(gallery.images, found), name)
+            cells.append(Cell(gallery.thumbnail(found), "\n".join(filter(None, lines)), color))
         who = f"person {query.images.pids[row]}\n" if known else ""
         rows.append((who + pictures.short_path(query.images.names[row]), cells))
     pictures.draw_sheet(folder / "ranked.png", rows, lead=1)

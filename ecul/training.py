@@ -183,9 +183,8 @@ def learn(forward, optimizer, piles, terms, batches, config, generators):
         losses = {t.name: t.weight * t.loss(features, index) for t in terms}
         losses |= consistency(terms, features, config)
         optimizer.zero_grad(set_to_none=True)
-        (
-            parallel.size() * torch.stack(list(losses.values())).sum()
-        ).backward()  # averaged over processes again
+        total = torch.stack(list(losses.values())).sum()
+        (total * parallel.size()).backward()  # gradients are averaged over processes
         optimizer.step()
         for term in terms:
             term.update(features, index, generators["cpu"])
