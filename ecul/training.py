@@ -86,6 +86,8 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
             raise ValueError(
                 f"output: {directory} holds a run already; pass resume=True or another directory"
             )
+        if model is None and not goes_on:
+            _warn_of_start(config, device)
         model = build_model(config.replace(weights=None) if goes_on else config, device, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
         data, source = identity(dataset), origin(dataset)
@@ -318,15 +320,21 @@ def _check(dataset, config):
     for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    if config.depth >= 50 and config.weights is None:
-        log.warning(
-            "weights is None: the network starts from random weights, not from ImageNet's as published"
-        )
     report = dataset.check()
     if not report.ok:
         raise ValueError(f"the data set is not what it should be:\n{report}")
     for warning in report.warnings:
         log.warning("%s", warning)
+
+
+def _warn_of_start(config, device):
+    """What a newcomer had better know before a published network begins to learn."""
+    if config.depth < 50:
+        return
+    if config.weights is None:
+        log.warning("weights is None: the network starts from random weights, not ImageNet's as published")
+    if device.type == "cpu":
+        log.warning("a ResNet-%d takes hours an epoch on a CPU; preset 'demo' takes seconds", config.depth)
 
 
 def _quiet():

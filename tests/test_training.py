@@ -340,3 +340,11 @@ def test_the_iterations_never_wait_for_the_gpu(method, on_device, dataset, monke
             assert "skipped" not in row
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_newcomer_is_warned_of_random_weights_and_of_a_large_network_on_a_cpu(dataset, caplog):
+    train(dataset, Config.preset("sysu", epochs_intra=0, epochs_cross=0, width=4, size=(32, 16)))
+    assert "weights is None" in caplog.text and "ResNet-50 takes hours an epoch on a CPU" in caplog.text
+    caplog.clear()
+    train(dataset, Config.preset("sysu", epochs_intra=0, epochs_cross=0, size=(32, 16)), model=Pooled())
+    assert not caplog.text.count("weights is None")
