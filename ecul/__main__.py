@@ -93,9 +93,11 @@ def search(args):
     model = _model(args.model, args)
     ranking = search(model, args.query, args.gallery, *modalities, top=args.top, **options)
     _list_unreadable(ranking.query, ranking.gallery)
-    if args.output:
-        draw_ranking(args.output, ranking, model.input_size)
-    print(ranking.table())
+    try:
+        if args.output:
+            draw_ranking(args.output, ranking, model.input_size)
+    finally:
+        print(ranking.table())
 
 
 def report(args):

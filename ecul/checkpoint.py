@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .config import Config
@@ -81,41 +81,53 @@ def save_run(output, state, config, identity, source):
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
         write_json(output / "config.json", config.to_dict())
     saved = {"config": config.to_dict(), "dataset": identity, **source, "history": history}
-    saved["kept"] = state.kept
     write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors.update({f"labels.{k}": v for k, v in (state.labels or {}).items()})
     tensors.update({f"best.{k}": v for k, v in (state.best or {}).items()})
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
-    write_tensors(output / "resume.safetensors", tensors, {"epoch": len(history)})
+    metadata = {"epoch": len(history), "kept": state.kept or 0}
+    write_tensors(output / "resume.safetensors", tensors, metadata)
 
 
 def load_run(output, state, config, identity):
     """Put the state back to the last finished epoch.
 
-    Errors: ValueError naming what differs when the configuration or the data set is another one.
+    Errors: ValueError naming what differs when the configuration or the data set is another one, or a file
+    that is damaged.
     """
-    saved = json.loads((output / "resume.json").read_text())
+    saved, metadata, tensors = _read_run(output)
     now = {**config.to_dict(), **identity}
     then = {**Config.from_dict(saved["config"]).to_dict(), **saved["dataset"]}
     differs = [k for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
         listed = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs)
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
-    with safe_open(output / "resume.safetensors", framework="pt") as f:
-        epoch = int(f.metadata()["epoch"])
-    tensors = load_file(output / "resume.safetensors")
     part = {
         kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
         for kind in ("model.", "labels.", "best.", "optimizer.")
     }
     state.model.load_state_dict(part["model."])
     state.labels, state.best = part["labels."] or None, part["best."] or None
-    state.history, state.kept = saved["history"][:epoch], saved.get("kept")
+    state.history = saved["history"][: int(metadata["epoch"])]
+    state.kept = int(metadata.get("kept", 0)) or None
     state.optimizer.load_state_dict(
         {**state.optimizer.state_dict(), "state": _moments(part, state.optimizer)}
     )
+
+
+def _read_run(output):
+    """What resume.json says, and the metadata and tensors of resume.safetensors."""
+    try:
+        saved = json.loads((output / "resume.json").read_text())
+        with safe_open(output / "resume.safetensors", framework="pt") as f:
+            metadata = f.metadata()
+        if not {"config", "dataset", "history"} <= set(saved) or "epoch" not in metadata:
+            raise ValueError("something in them is missing")
+        return saved, metadata, load_file(output / "resume.safetensors")
+    except (SafetensorError, ValueError, TypeError) as e:
+        raise ValueError(f"{output}: resume.json or resume.safetensors is damaged ({e})") from e
 
 
 def _moments(part, optimizer):

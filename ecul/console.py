@@ -17,14 +17,18 @@ class _BesideBars(logging.Handler):
 
 @contextmanager
 def speaking():
-    """Log lines on stderr in here, where nobody has set up logging; of several processes the first speaks."""
+    """Log lines on stderr in here, where nobody has set up logging; of several processes the first speaks.
+
+    `logging.getLogger("ecul").setLevel("ERROR")` makes it quiet.
+    """
     log = logging.getLogger("ecul")
     if log.hasHandlers():
         yield
         return
     handler, level = _BesideBars(), log.level
     log.addHandler(handler)
-    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    if level == logging.NOTSET:
+        log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         yield
     finally:

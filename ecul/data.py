@@ -5,6 +5,7 @@
 monitors and by checks.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ class Images:
         """All pixels as a (N, 3, H, W) uint8 tensor, resized to size = (H, W) with LANCZOS as published.
 
         It may be a permuted view of an (N, H, W, 3) memory map: pages are read when touched. ValueError
-        names the first image that is missing or cannot be decoded.
+        names an image that is missing, or all that cannot be decoded.
         """
         height, width = size
         return self.source.load(self.rows, (height, width), progress)
@@ -177,7 +178,8 @@ class Dataset:
     ) -> "Dataset":
         """A data set in memory: uint8 N x H x W x 3 or N x H x W, NumPy or torch; cameras are optional.
 
-        `test`: another data set from arrays, with pids, whose images are those to evaluate on.
+        `test`: another data set from arrays, with pids, whose images are those to evaluate on. Errors:
+        ValueError for pixels of another kind, or cameras or pids of another length.
         """
         return cls(
             name,
@@ -198,7 +200,6 @@ class Dataset:
         cameras: bool = False,
         skip_unreadable: bool = False,
         pack: bool | str | Path = True,
-        name: str = "folders",
     ) -> "Dataset":
         """Two folders of one's own images, read with all their sub-folders; no identity is needed.
 
@@ -209,18 +210,19 @@ class Dataset:
         """
         folders = {"visible": Path(visible).absolute(), "infrared": Path(infrared).absolute()}
         readers.require_apart(*folders.values())
+        advice = "; skip_unreadable=True leaves such images out"
         piles, extra = {}, []
         for modality, folder in folders.items():
             found, others = readers.read_folder(folder, cameras)
             if skip_unreadable:
                 found = readers.only_readable(found, folder)
-            source = Files(folder, found.names, f"{name}-{modality}", pack)
+            source = Files(folder, found.names, f"folders-{modality}", pack, advice)
             piles[modality] = Images._of(modality, found.names, found.camids, None, source)
             extra += [str(folder / other) for other in others]
         root = folders["visible"].parent
         given = {m: str(f.relative_to(root) if f.is_relative_to(root) else f) for m, f in folders.items()}
-        options = {**given, "cameras": cameras, "skip_unreadable": skip_unreadable}
-        return cls(name, str(root), **piles, extra=tuple(extra), options=options)
+        options = {**given, **_packing(pack), "cameras": cameras, "skip_unreadable": skip_unreadable}
+        return cls("folders", str(root), **piles, extra=tuple(extra), options=options)
 
 
 _OPTIONS = {
@@ -237,8 +239,8 @@ def open_dataset(name: str, root, **options) -> Dataset:
     """A data set in the folder `root`: "sysu", "regdb", "llcm" or "market" as downloaded, or "folders".
 
     Options, and the data sets that have them:
-    pack (all): decode each image once into `<root>/.ecul-pack` (or the user's cache where the root is
-    read-only), or into the folder given here; False reads directly.
+    pack (all): decode each image once into `.ecul-pack` in the root, or in each of the two folders (or into
+    the user's cache where that is read-only), or into the folder given here; False reads directly.
     subset (all but "folders"): allow fewer images than published.
     trial: "regdb"'s split, 1 to 10 (default 1); for "market", the sub-folder of a trial.
     protocol ("market"): whose protocol to evaluate with, "sysu", "regdb" or "llcm".
@@ -256,12 +258,18 @@ def open_dataset(name: str, root, **options) -> Dataset:
             raise ValueError(f"{option}: no option of {name!r}{hint}; its options are {', '.join(known)}")
         if option in _FLAGS and not isinstance(value, bool):
             raise ValueError(f"{option} must be True or False, got {value!r}")
-    if not Path(root).is_dir():
+    root = Path(root).absolute()
+    if not root.is_dir():
         raise ValueError(f"root: {str(root)!r} is not a folder")
     if name == "folders":
-        options = {"visible": "visible", "infrared": "infrared", **options}
-        return Dataset.from_folders(**options | {m: Path(root) / options[m] for m in MODALITIES})
-    return _open_published(name, Path(root), **options)
+        folders = {m: root / options.get(m, m) for m in MODALITIES}
+        return Dataset.from_folders(**{**options, **folders})
+    return _open_published(name, root, **options)
+
+
+def _packing(pack) -> dict:
+    """The option `pack` where it is not the default, for `Dataset.options`."""
+    return {} if pack is True else {"pack": pack and os.path.abspath(pack)}
 
 
 _READERS: dict[str, Callable[..., readers.Found]] = {
@@ -285,7 +293,7 @@ def _open_published(name: str, root: Path, pack=True, subset=False, trial=None, 
         trial=trial,
         subset=subset,
         extra=tuple(extra),
-        options={option: value for option, value in given.items() if value is not None},
+        options={option: value for option, value in given.items() if value is not None} | _packing(pack),
     )
 
 

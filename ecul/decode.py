@@ -42,6 +42,8 @@ def read_image(path, size: tuple[int, int]) -> np.ndarray:
             image.load()
             upright = operations.exif_transpose(image)
             return resize(_eight_bits(upright), size)
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise whatever they like; the path is what a person needs
         hint = " (HEIC needs: pip install pillow-heif)" if Path(path).suffix.lower() in HEIC else ""
         reason = str(error).replace(f" {os.fspath(path)!r}", "")
@@ -66,7 +68,7 @@ def unreadable(problems: Sequence[ValueError], count: int, advice: str = "") -> 
     return ValueError(f"{len(problems)} of {count} images cannot be read{advice}:{listed}")
 
 
-def read_all(paths: Sequence, size: tuple[int, int], progress: bool, what: str) -> Iterator:
+def read_all(paths: Sequence, size: tuple[int, int], progress: bool, what: str, advice: str = "") -> Iterator:
     """The images in order; when there is one that cannot be read, in the end an error that names them all."""
     problems = []
     for image in read_images(paths, size, progress, what):
@@ -75,7 +77,7 @@ def read_all(paths: Sequence, size: tuple[int, int], progress: bool, what: str) 
         elif not problems:
             yield image
     if problems:
-        raise unreadable(problems, len(paths))
+        raise unreadable(problems, len(paths), advice)
 
 
 def _eight_bits(image):

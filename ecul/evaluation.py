@@ -52,17 +52,21 @@ class Results:
 
     rows: list[dict]
 
-    def table(self) -> str:
-        """Plain text: a line of what all rows share, then the rest and the figures, mean ± deviation."""
+    def cells(self) -> tuple[str, list[list[str]]]:
+        """A line of what all rows share, and a table, its head first, of the rest: mean ± deviation."""
         shared = [name for name in _NAMES if len({row[name] for row in self.rows}) == 1]
         own = [name for name in _NAMES if name not in shared]
         lines = [[*own, *MEASURES]]
         for row in self.rows:
             figures = [f"{row[name]:.2f} ± {row[name + '_std']:.2f}" for name in MEASURES]
             lines.append([str(row[name]) for name in own] + figures)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         told = [f"{self.rows[0][name]}{' trials' * (name == 'trials')}" for name in shared]
-        head = "; ".join([*told, "percent, mean ± deviation"])
+        return "; ".join([*told, "percent, mean ± deviation"]), lines
+
+    def table(self) -> str:
+        """Plain text of `cells`."""
+        head, lines = self.cells()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join([head, *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)])
 
     def to_dict(self) -> dict:

@@ -20,7 +20,7 @@ from torch import nn
 from . import __version__
 from .augment import normalize
 from .data import check_modality
-from .features import require_model
+from .features import evaluating, require_model
 from .files import prepare_output, write_file
 
 OPSET = 18
@@ -65,7 +65,7 @@ def export(model, path, modality, *, flip=True):
     }  # fmt: skip
     embedder = Embedder(model, modality, flip)
     pixels = torch.zeros(2, 3, *model.input_size, device=next(model.parameters()).device)
-    with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
+    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own deprecations
         program = torch.export.export(embedder, (pixels,), dynamic_shapes=DYNAMIC, strict=True)
         if path.suffix == ".onnx":
@@ -101,13 +101,3 @@ def _quiet_exporter():
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _evaluating(model):
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -1,6 +1,7 @@
 """From images to unit feature rows."""
 
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,23 +17,38 @@ def extract(model, images, modality, *, batch_size=256, flip=True, progress=True
 
         F.normalize(model.embed(x, modality) + model.embed(x.flip(3), modality), dim=1)
 
-    model: anything with `embed(x, modality)` and `input_size`, on any device; it is put back into the mode
-    it was in. images: an `Images`, a list of paths, a uint8 array (N, H, W, 3) or (N, H, W), or a uint8
-    tensor (N, 3, H, W). flip=False skips the mirror image. Returns (N, num_features) float32 unit rows on
-    the CPU. Errors: ValueError for an unknown modality, images of another kind, or files that cannot be read,
-    naming them all; TypeError for a path in the place of the model or of the list. Source: METHOD section 6.
+    model: anything with `embed(x, modality)`, `input_size` and `num_features`, on any device; it is put back
+    into the mode it was in. images: an `Images`, a list of paths, a uint8 array (N, H, W, 3) or (N, H, W), or
+    a uint8 tensor (N, 3, H, W). flip=False skips the mirror image. Returns (N, num_features) float32 unit
+    rows on the CPU. Errors: ValueError for an unknown modality, images of another kind, or files that cannot
+    be read, naming them all; TypeError for a path in the place of the model or of the list.
+    Source: METHOD section 6.
     """
     require_model(model)
-    pixels = as_pixels(images, modality, getattr(model, "input_size", (288, 144)), progress)
+    pixels = as_pixels(images, modality, model.input_size, progress)
     return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
 
 
 def require_model(model):
-    """A TypeError unless this has `embed`: a path to load first, say, or a bare backbone."""
-    if not callable(getattr(model, "embed", None)):
-        hint = "load it with TwoStreamResNet.from_pretrained or Backbone.from_pretrained"
+    """A TypeError unless this can embed: not for a path that is to be loaded first, nor a bare backbone."""
+    lacking = [name for name in ("embed", "input_size", "num_features") if not hasattr(model, name)]
+    if lacking:
         got = repr(model) if isinstance(model, str | os.PathLike) else type(model).__name__
-        raise TypeError(f"model must have embed(x, modality), got {got}; {hint}")
+        raise TypeError(
+            f"model must have embed(x, modality), input_size and num_features, got {got} without "
+            f"{', '.join(lacking)}; TwoStreamResNet.from_pretrained and Backbone.from_pretrained load one"
+        )
+
+
+@contextmanager
+def evaluating(model):
+    """In here the model is in eval mode; afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def as_pixels(images, modality, size, progress=True):
@@ -54,6 +70,9 @@ def as_pixels(images, modality, size, progress=True):
     if isinstance(images, np.ndarray):
         images = Images.from_array(images, modality)
     elif not isinstance(images, Images):
+        images = list(images)
+        if other := [type(image).__name__ for image in images if not isinstance(image, str | os.PathLike)]:
+            raise TypeError(f"images: a list must hold paths, not {other[0]}; stack arrays into one")
         images = Images.from_paths(images, modality)
     return images.load(size, progress=progress)
 
@@ -68,26 +87,22 @@ def embed_pixels(model, pixels, modality, batch_size=256, flip=True, progress=Fa
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     rows = torch.empty(len(pixels), model.num_features, device=device)
     done, quiet = 0, None if progress else True
-    try:
-        with tqdm(desc=f"extract {modality}", total=len(pixels), disable=quiet, leave=False) as bar:
-            while done < len(pixels):
-                part = pixels[done : done + batch_size]
-                try:
-                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                        rows[done : done + len(part)] = _embed(model, part.to(device), modality, flip)
-                except torch.OutOfMemoryError:
-                    if len(part) <= 1:
-                        raise
-                    batch_size = len(part) // 2
-                    continue
-                done += len(part)
-                bar.update(len(part))
-    finally:
-        model.train(was_training)
+    bar = tqdm(desc=f"extract {modality}", total=len(pixels), disable=quiet, leave=False)
+    with evaluating(model), bar:
+        while done < len(pixels):
+            part = pixels[done : done + batch_size]
+            try:
+                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                    rows[done : done + len(part)] = _embed(model, part.to(device), modality, flip)
+            except torch.OutOfMemoryError:
+                if len(part) <= 1:
+                    raise
+                batch_size = len(part) // 2
+                continue
+            done += len(part)
+            bar.update(len(part))
     return rows
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from ecul.decode import in_parallel, pillow, read_all, resize
-from ecul.files import write_file
+from ecul.files import hash_file, write_file
 
 _VERSION = 1
 
@@ -44,20 +45,23 @@ class Arrays:
 
 
 class Files:
-    """Image files under one root; `label` names their pack, `folder` says where packs lie.
+    """Image files under one root; `label` names their pack, `folder` says where packs lie, `advice` what to
+    do about an image that cannot be read.
 
     folder: None reads directly; True is `<root>/.ecul-pack`, or the user's cache where the root cannot be
     written; a path is that folder and no other.
     """
 
-    def __init__(self, root, names: Sequence[str], label: str, folder=None):
-        self.root, self.names, self.label = Path(root), list(names), label
+    def __init__(self, root, names: Sequence[str], label: str, folder=None, advice: str = ""):
+        self.root, self.names, self.label, self.advice = Path(root), list(names), label, advice
+        key = hashlib.blake2b(os.fsencode(self.root.resolve()), digest_size=8).hexdigest()
         if folder is True:
             home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            key = hashlib.blake2b(str(self.root.resolve()).encode(), digest_size=8).hexdigest()
             self.folders = [self.root / ".ecul-pack", Path(home) / "ecul" / key]
+        elif folder:  # which data sets may share
+            self.folders, self.label = [Path(folder)], f"{label}-{key}"
         else:
-            self.folders = [] if not folder else [Path(folder)]
+            self.folders = []
 
     def paths(self, rows=None) -> list[Path]:
         """Where the images at `rows` lie, or all of them."""
@@ -66,7 +70,7 @@ class Files:
     def load(self, rows: np.ndarray, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
         packed = self.packed(size, progress) if self.folders else None
         if packed is None:
-            decoded = read_all(self.paths(rows), size, progress, "reading")
+            decoded = read_all(self.paths(rows), size, progress, "reading", self.advice)
             return _stack(decoded, len(rows), size)
         whole = len(rows) == len(packed) and (rows == np.arange(len(rows))).all()
         return torch.from_numpy(packed if whole else packed[rows]).permute(0, 3, 1, 2)
@@ -82,7 +86,7 @@ class Files:
         for folder in self.folders:
             pack = _Pack(folder, self.label, size, stamp, len(self.names))
             if _can_write(folder):
-                pack.write(read_all(self.paths(), size, progress, "packing"), sources)
+                pack.write(read_all(self.paths(), size, progress, "packing", self.advice), sources)
                 return pack.open()
         warnings.warn(
             f"no pack: none of {[str(f) for f in self.folders]} can be written; reading images directly "
@@ -92,18 +96,17 @@ class Files:
         return None
 
     def damaged(self) -> list[Path]:
-        """Packs of these files whose bytes do not have the hash that their manifest states."""
+        """Packs of these files whose bytes do not have the hash that their manifest states, or manifests."""
         found = []
         for folder in self.folders:
             for path in sorted(folder.glob(f"{escape(self.label)}-*x*.json")):
-                manifest = json.loads(path.read_text(encoding="utf-8"))
-                data = folder / f"{path.stem}-{manifest['stamp']}.uint8"
-                digest = _hash()
-                with open(data, "rb") as handle:
-                    while block := handle.read(1 << 24):
-                        digest.update(block)
-                if digest.hexdigest() != manifest["hash"]:
-                    found.append(data)
+                try:
+                    manifest = json.loads(path.read_text(encoding="utf-8"))
+                    data = folder / f"{path.stem}-{manifest['stamp']}.uint8"
+                    if hash_file(data, _hash()) != manifest["hash"]:
+                        found.append(data)
+                except (OSError, ValueError, KeyError, TypeError):
+                    found.append(path)
         return found
 
     def _sources(self) -> list:
@@ -174,7 +177,8 @@ class _Pack:
         for old in self.folder.glob(f"{escape(self.manifest.stem)}-*.uint8*"):
             abandoned = ".part" in old.name and time.time() - old.stat().st_mtime > 3600
             if abandoned or (old.suffix == ".uint8" and old != self.data):
-                old.unlink(missing_ok=True)
+                with suppress(OSError):  # another process may have it open
+                    old.unlink()
 
 
 def _hash():

@@ -6,6 +6,7 @@ GPUs batch norm is synchronised; on CPUs, where torch has none, each process nor
 """
 
 import gc
+import hashlib
 import os
 from datetime import timedelta
 
@@ -70,6 +71,15 @@ def broadcast(tensor):
     if size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def require_same(text, what):
+    """A RuntimeError in each process whose text is not process 0's."""
+    if size() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        own = torch.tensor(list(hashlib.sha256(text.encode()).digest()), device=device)
+        if not torch.equal(broadcast(own.clone()), own):
+            raise RuntimeError(f"{what} are not those of process 0; every process must see the same files")
 
 
 def wait():

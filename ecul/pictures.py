@@ -96,7 +96,7 @@ def draw_sheet(path, rows, lead=0):
             axes.add_patch(_frame(left, top, wide, cell.color))
             axes.text(
                 left + wide / 2, top + HEIGHT + 6, cell.caption, fontsize=6, ha="center", va="top",
-                color=ASKED, linespacing=1.3, fontfamily=_fonts(),
+                color=ASKED, linespacing=1.3, fontfamily=_fonts(), parse_math=False,
             )  # fmt: skip
     axes.imshow(canvas, extent=(0, total, len(rows) * step + GAP, 0), interpolation="none")
     axes.axis("off")
@@ -109,8 +109,9 @@ def _label(axes, lines, middle):
         weight = "normal" if k else "bold"
         y = middle + 15 * (k - (len(lines) - 1) / 2)
         axes.text(
-            GAP, y, line, fontsize=7.5, va="center", color=ASKED, fontweight=weight, fontfamily=_fonts()
-        )
+            GAP, y, line, fontsize=7.5, va="center", color=ASKED, fontweight=weight, fontfamily=_fonts(),
+            parse_math=False,
+        )  # fmt: skip
 
 
 def _frame(left, top, width, color):
@@ -123,7 +124,10 @@ def _frame(left, top, width, color):
 
 
 def draw_ranking(path, ranking, size=(288, 144), most=24):
-    """Write a `Ranking`'s queries and answers as a PNG; at most the first `most` queries."""
+    """Write a `Ranking`'s queries and answers as a PNG; at most the first `most` queries.
+
+    Errors: those of `prepare_picture`; ValueError for an image that can be read no more.
+    """
     rows = []
     for asked, found, scores in zip(ranking.query.paths, ranking.rows, ranking.scores, strict=True):
         cells = [Cell(read_image(asked, size), "query", ASKED)]

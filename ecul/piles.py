@@ -59,15 +59,14 @@ def identity(dataset):
     digest = hashlib.sha256()
     for m in MODALITIES:
         images = getattr(dataset, m)
-        digest.update("\n".join(images.names).encode() + images.camids.tobytes())
+        digest.update(os.fsencode("\n".join(images.names)) + images.camids.tobytes())
     counts = {f"{m}_images": len(getattr(dataset, m)) for m in MODALITIES}
     return {"dataset": dataset.name, **counts, "names_and_cameras": digest.hexdigest()[:16]}
 
 
 def origin(dataset):
     """Where a data set lies and how to open it again, for `ecul report`."""
-    root = None if dataset.root is None else os.path.abspath(dataset.root)
-    return {"root": root, "options": dataset.options}
+    return {"root": dataset.root, "options": dataset.options}
 
 
 def augmented(piles, index, config, generator, device):

@@ -15,6 +15,10 @@ class Pretrained(nn.Module):
 
     settings: dict
 
+    def described(self):
+        """What it is, for an error message."""
+        return f"this {type(self).__name__}"
+
     def save_pretrained(self, directory, metadata=None, config=None):
         """Write `model.safetensors` and `config.json` into a directory.
 
@@ -46,7 +50,7 @@ class Pretrained(nn.Module):
         found = metadata.get("architecture")
         if found != cls.__name__:
             held = f"{file} holds {found or 'a network of somebody else'}, not {cls.__name__}"
-            home = f"ecul.model.{found}.from_pretrained" if found else "its own class"
+            home = f"ecul.model.{found}" if found in ("TwoStreamResNet", "Backbone") else "its own class"
             raise ValueError(f"{held}; in Python {home} loads it")
         return file, metadata
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ecul import MODALITIES
-from ecul.decode import read_images, unreadable
+from ecul.decode import pillow, read_images, unreadable
 
 log = logging.getLogger("ecul")
 
@@ -57,12 +57,9 @@ def _fail(layout: str, root: Path, problem: str):
 
 @lru_cache(maxsize=1)
 def _extensions() -> frozenset[str]:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading image folders needs Pillow: pip install 'ecul[images]'") from error
-    known = Image.registered_extensions()
-    return frozenset(ending for ending, kind in known.items() if kind in Image.OPEN) | CAMERA_FORMATS
+    image_module = pillow()[0]
+    known = image_module.registered_extensions()
+    return frozenset(ending for ending, kind in known.items() if kind in image_module.OPEN) | CAMERA_FORMATS
 
 
 def list_folder(folder: Path, root: Path) -> tuple[list[str], list[str], list[str]]:
@@ -265,7 +262,7 @@ def read_folder(folder: Path, cameras: bool = False) -> tuple[Listing, list[str]
     listing = Listing()
     listing.add(images, 0, 0)
     for number, name in enumerate(inner, 1):
-        for below, others in _walk(folder / name, folder):
+        for below, others in _walk(folder / name, folder, [folder.resolve()]):
             listing.add(below, 0, number if cameras else 0)
             extra += others
     if not listing.names:
@@ -299,8 +296,12 @@ def only_readable(found: Listing, folder: Path) -> Listing:
     return kept
 
 
-def _walk(folder: Path, root: Path):
+def _walk(folder: Path, root: Path, above: list[Path]):
+    """Images and other files of a folder and of those below it; a link back to one above is not followed."""
+    here = folder.resolve()
+    if here in above:
+        return
     images, others, inner = list_folder(folder, root)
     yield images, others
     for name in inner:
-        yield from _walk(root / name, root)
+        yield from _walk(root / name, root, [*above, here])

@@ -13,7 +13,7 @@ from ecul.kernels import topk_similarity
 from .data import check_modality
 from .decode import read_images, unreadable
 from .features import embed_pixels, require_model
-from .files import prepare_output, write_tensors
+from .files import hash_file, prepare_output, write_tensors
 from .readers import read_folder
 
 CHUNK = 4096  # images decoded before they are embedded and forgotten
@@ -53,7 +53,7 @@ class Ranking:
 def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size=256, progress=True):
     """Embeddings of every image below a folder, or of one image file, as a `FolderFeatures`.
 
-        extract(model, paths, modality)          # with every file that cannot be read named, not the first
+        extract(model, paths, modality)          # a chunk at a time, with the paths, and some left out
 
     model: anything with `embed(x, modality)`, `input_size` and `num_features`, on any device. Images are
     decoded a chunk at a time; batch_size is halved while a batch does not fit the GPU's memory.
@@ -62,8 +62,7 @@ def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size
     """
     check_modality(modality)
     require_model(model)
-    folder = Path(folder)
-    paths = [folder] if folder.is_file() else [folder / name for name in read_folder(folder)[0].names]
+    paths = _paths(folder)
     kept, problems, rows = [], {}, []
     for start in range(0, len(paths), CHUNK):
         chunk = paths[start : start + CHUNK]
@@ -76,8 +75,15 @@ def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size
             stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
             rows.append(embed_pixels(model, stacked, modality, batch_size, progress=progress).cpu())
     if problems and not (skip_unreadable and kept):
-        raise unreadable(list(problems.values()), len(paths), " (skip_unreadable leaves them out)")
+        advice = "" if skip_unreadable else "; skip_unreadable leaves such images out"
+        raise unreadable(list(problems.values()), len(paths), advice)
     return FolderFeatures(torch.cat(rows), kept, modality, list(problems))
+
+
+def _paths(folder):
+    """The files of a folder's images, or the one image."""
+    folder = Path(folder)
+    return [folder] if folder.is_file() else [folder / name for name in read_folder(folder)[0].names]
 
 
 def save_features(path, found, model_path):
@@ -90,23 +96,14 @@ def save_features(path, found, model_path):
     path = prepare_output(path, ".safetensors")
     file = Path(model_path)
     file = file / "model.safetensors" if file.is_dir() else file
-    with open(file, "rb") as f:
-        digest = _digest(f)
     metadata = {
         "names": json.dumps(found.paths),
         "unreadable": json.dumps(found.unreadable),
         "modality": found.modality,
         "model": file,
-        "model_sha256": digest.hexdigest(),
+        "model_sha256": hash_file(file, hashlib.sha256()),
     }
     write_tensors(path, {"features": found.features}, metadata)
-
-
-def _digest(file):
-    digest = hashlib.sha256()
-    while block := file.read(1 << 24):
-        digest.update(block)
-    return digest
 
 
 def search(model, query, gallery, query_modality, gallery_modality, *, top=10, **options):
@@ -120,6 +117,8 @@ def search(model, query, gallery, query_modality, gallery_modality, *, top=10, *
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
+    check_modality(gallery_modality)
+    _paths(gallery)
     asked = extract_folder(model, query, query_modality, **options)
     searched = extract_folder(model, gallery, gallery_modality, **options)
     scores, rows = topk_similarity(asked.features, searched.features, min(top, len(searched.paths)))

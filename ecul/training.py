@@ -24,7 +24,7 @@ from .checkpoint import load_run, run_directory, save_run
 from .config import Config
 from .console import speaking
 from .data import Dataset
-from .features import embed_pixels
+from .features import embed_pixels, require_model
 from .journal import describe, label_scores, monitors
 from .losses import agreement_loss
 from .model import Backbone, TwoStreamResNet
@@ -91,6 +91,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
         model = build_model(config.replace(weights=None) if goes_on else config, device, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
         data, source = identity(dataset), origin(dataset)
+        parallel.require_same(data["names_and_cameras"], "the data set's images and cameras")
         if goes_on:
             load_run(directory, state, config, data)
         parallel.wait()
@@ -228,11 +229,24 @@ def build_model(config, device, model=None):
         if config.weights is not None:
             model.load_backbone(config.weights)
         model.checkpointing = config.checkpointing
-    elif not hasattr(model, "embed"):
-        model = Backbone(model, config.size)
+    else:
+        model = _own_model(model, config)
     if parallel.size() > 1 and device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last)
+
+
+def _own_model(model, config):
+    """One's own network, wrapped unless it has `embed`; settings that would not reach it are refused."""
+    if config.weights is not None:
+        raise ValueError("weights are for the network that train builds; load your own model's before")
+    if not hasattr(model, "embed"):
+        return Backbone(model, config.size)
+    require_model(model)
+    size = tuple(model.input_size)
+    if size != config.size:
+        raise ValueError(f"model: its input_size is {size}, config.size is {config.size}; make them equal")
+    return model
 
 
 def trainable(model, config):

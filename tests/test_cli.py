@@ -169,8 +169,11 @@ def test_search_over_small_galleries_and_its_refusals(photos, model):
     assert found(top=50).rows.shape == (2, 3)
     with pytest.raises(ValueError, match="top must be at least 1"):
         found(top=0)
-    with pytest.raises(ValueError, match="modality"):
-        search(model, photos / "b", photos / "a", "thermal", "visible")
+    for modalities in (("thermal", "visible"), ("visible", "thermal")):
+        with pytest.raises(ValueError, match="modality"):
+            search(model, photos / "b", photos / "a", *modalities)
+    with pytest.raises(TypeError, match="a list must hold paths, not ndarray"):
+        extract(model, [np.zeros((4, 4, 3), np.uint8)], "visible")
     with pytest.raises(ValueError, match="cannot be read"):
         found(skip_unreadable=False)
     with pytest.raises(ValueError, match="1 of 1 images"):
@@ -280,6 +283,24 @@ def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*search_it, "-o", str(tmp_path / "b.png")]) == 2
     assert "pip install 'ecul[plots]'" in capsys.readouterr().err
+
+
+def test_names_are_drawn_as_they_are(saved, tmp_path, capsys):
+    (tmp_path / "odd").mkdir()
+    for name in ("a$_$b", "行人 1", "$\\frac{"):
+        Image.new("RGB", (20, 40), (90, 60, 30)).save(tmp_path / "odd" / f"{name}.png")
+    modalities = ["--query-modality", "infrared", "--gallery-modality", "visible"]
+    command = [
+        "search",
+        saved,
+        "--query",
+        str(tmp_path / "odd"),
+        "--gallery",
+        str(tmp_path / "odd"),
+        *modalities,
+    ]
+    assert main([*command, "-o", str(tmp_path / "found.png")]) == 0
+    assert capsys.readouterr().out.count("$_$") == 4 and (tmp_path / "found.png").is_file()
 
 
 def test_a_reader_that_stops_early_is_no_error(world):

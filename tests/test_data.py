@@ -20,6 +20,7 @@ import ecul.decode
 from ecul.checks import check_dataset
 from ecul.data import Dataset, Images, open_dataset
 from ecul.decode import read_image
+from ecul.piles import identity
 
 SIZE = (16, 8)
 
@@ -281,6 +282,38 @@ def test_folders_open_by_name_and_open_again_by_their_options(tmp_path):
     for inside in (day, day / "gate", tmp_path):
         with pytest.raises(ValueError, match="expected two folders apart"):
             Dataset.from_folders(visible=day, infrared=inside)
+
+
+def test_a_run_reads_what_it_was_opened_with(tmp_path, monkeypatch):
+    day, night = layouts.folders(tmp_path)
+    packs = tmp_path / "packs"
+    for pack, kept in ((True, {}), (False, {"pack": False}), (packs, {"pack": str(packs)})):
+        options = Dataset.from_folders(visible=day, infrared=night, pack=pack).options
+        assert {k: v for k, v in options.items() if k == "pack"} == kept
+    other = layouts.folders(tmp_path / "other")
+    shared = [Dataset.from_folders(*pair, pack=packs) for pair in ((day, night), other)]
+    for dataset in shared:
+        dataset.visible.load(SIZE, progress=False)
+    assert len(list(packs.glob("*.uint8"))) == 2  # neither takes the other's place
+    root = layouts.sysu(tmp_path / "sysu")
+    monkeypatch.chdir(root.parent)
+    dataset = open_dataset("sysu", root.name, pack=False)
+    monkeypatch.chdir(tmp_path)
+    assert dataset.visible.load(SIZE, progress=False).shape[0] == len(dataset.visible)
+
+
+def test_links_back_to_a_folder_above_are_not_followed(tmp_path):
+    day, night = layouts.folders(tmp_path)
+    (day / "gate" / "loop").symlink_to(day, target_is_directory=True)
+    assert len(Dataset.from_folders(visible=day, infrared=night).visible) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_not_utf8_are_files_like_others(tmp_path):
+    day, night = layouts.folders(tmp_path)
+    os.rename(day / "gate" / "0.png", os.fsencode(day / "gate") + b"/caf\xe9.png")
+    dataset = Dataset.from_folders(visible=day, infrared=night)
+    assert len(dataset.visible.load(SIZE, progress=False)) == 6 and identity(dataset)["names_and_cameras"]
 
 
 def test_every_unreadable_photograph_is_named_and_left_out_on_request(tmp_path, caplog):

@@ -114,6 +114,16 @@ def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
             import_checkpoint(tmp_path / "odd.pth")
 
 
+def test_a_checkpoint_that_was_cut_is_named(tmp_path):
+    state = {"net": published(trained())}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "old.pth").read_bytes()
+    for part in (1, 10, 100, 1000, 5000, 9000, len(whole) // 3, len(whole) // 2, len(whole) - 7):
+        (tmp_path / "cut.pth").write_bytes(whole[:part])
+        with pytest.raises(ValueError, match="cut.pth cannot be read as weights alone: it is damaged"):
+            import_checkpoint(tmp_path / "cut.pth")
+
+
 def test_an_input_size_that_no_image_has_is_refused(tmp_path):
     torch.save(published(trained()), tmp_path / "m.pth")
     with pytest.raises(ValueError, match="at least 16 pixels, got"):

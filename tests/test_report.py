@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
+from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
 from ecul.pictures import (
     BAD,
@@ -27,7 +27,18 @@ from ecul.pictures import (
     draw_matches,
     draw_sheet,
 )
-from ecul.report import choose_queries, cluster_margins, commonest, ignored, read_run, report
+from ecul.report import (
+    Pile,
+    _accuracy,
+    _mosaic_section,
+    choose_queries,
+    cluster_margins,
+    commonest,
+    ignored,
+    read_run,
+    report,
+)
+from ecul.stages import Labels
 
 TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
 TINY |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
@@ -206,23 +217,47 @@ def test_the_accuracy_is_that_of_evaluate(run, dataset):
     text = report(run.output, dataset, queries=1, top=1, progress=False).read_text()
     for row in evaluate(run.model, dataset, progress=False).rows:
         assert f"<th>{row['mode']}</th><td>{row['rank1']:.2f} ± {row['rank1_std']:.2f}</td>" in text
+    assert "SYSU-MM01; single-shot" in text
     blind = dataclasses.replace(dataset, test_visible=None, test_infrared=None)
     assert "Accuracy" not in report(run.output, blind, queries=1, top=1, progress=False).read_text()
     with pytest.raises(ValueError, match="queries and top must be at least 1"):
         report(run.output, dataset, queries=0)
 
 
-def test_a_cluster_that_is_two_things_is_shown_once_with_both_names(run, dataset, monkeypatch):
+def test_the_mosaic_has_the_extremes_and_shows_a_cluster_once(monkeypatch, tmp_path):
+    """Four clusters of 2, 3, 4 and 5 images, the smallest one between two others."""
+    angles = np.repeat([0.0, 2.0, 4.0, 4.3], [5, 4, 3, 2])
+    features = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
+    labels = torch.tensor(np.repeat([0, 1, 2, 3], [5, 4, 3, 2]))
+    piles = {
+        m: Pile(images, torch.zeros(14, 3, 4, 2, dtype=torch.uint8), features)
+        for m, images in (
+            ("visible", pile("visible", [1] * 14, None)),
+            ("infrared", pile("infrared", [3] * 14, None)),
+        )
+    }
     shown = []
-    monkeypatch.setattr("ecul.pictures.draw_sheet", lambda path, rows, lead=0: shown.append(rows))
-    monkeypatch.setattr("ecul.report.page", lambda *args: "")
-    report(run.output, dataset, queries=1, top=1, progress=False)
-    names = [label.splitlines()[0] for label, _ in shown[-1]]
-    for kind in ("largest", "smallest", "least certain"):
-        assert 1 <= sum(kind in name for name in names) <= 3
-    margins = [float(re.search(r"margin (-?[\d.]+)", label)[1]) for label, _ in shown[-1]]
-    least = [m for m, name in zip(margins, names, strict=True) if "least certain" in name]
-    assert max(least) <= min([m for m in margins if m not in least], default=1)
+    monkeypatch.setattr("ecul.pictures.draw_sheet", lambda path, rows: shown.extend(rows))
+    _mosaic_section(tmp_path, piles, Labels({"visible": labels, "infrared": torch.full((14,), -1)}), each=2)
+    told = [(label.splitlines()[0], len(cells)) for label, cells in shown]
+    assert told == [
+        ("largest", 5),
+        ("largest", 4),
+        ("smallest, least certain", 2),
+        ("smallest, least certain", 3),
+    ]
+
+
+def test_accuracy_rows_say_their_direction_and_a_failure_leaves_the_rest(run, dataset, tmp_path):
+    rng = np.random.default_rng(0)
+    pids, rows = np.arange(24) // 4, rng.normal(size=(24, 5))
+    tested = {m: pile(m, [1] * 24, pids) for m in MODALITIES}
+    regdb = Dataset("regdb", None, *tested.values(), *tested.values(), protocol="regdb", trial=2)
+    (section,) = _accuracy(regdb, {m: torch.tensor(rows) for m in MODALITIES})
+    assert "RegDB trial 2" in section.text and len({tuple(row[:-6]) for row in section.rows}) == 3
+    blind = Dataset("sysu", None, *tested.values(), *tested.values(), protocol="sysu")
+    (section,) = _accuracy(blind, {m: torch.tensor(rows) for m in MODALITIES})
+    assert "Not to be had" in section.text and not section.rows
 
 
 def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):

@@ -13,7 +13,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ecul import Config, Dataset, TwoStreamResNet, evaluate, extract, open_dataset, synthesize, train
+from ecul import (
+    Config,
+    Dataset,
+    TwoStreamResNet,
+    checkpoint,
+    evaluate,
+    extract,
+    open_dataset,
+    synthesize,
+    train,
+)
 from ecul.checkpoint import run_directory
 from ecul.model import Backbone
 from ecul.piles import load_piles
@@ -218,7 +228,7 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
     assert same(loaded, run.model) and loaded.input_size == run.model.input_size
     rows = extract(loaded, dataset.test_visible, "visible", progress=False)
     assert torch.equal(rows, extract(run.model, dataset.test_visible, "visible", progress=False))
-    with pytest.raises(ValueError, match="holds Backbone.*ecul.model.Backbone.from_pretrained"):
+    with pytest.raises(ValueError, match="holds Backbone.*ecul.model.Backbone loads it"):
         TwoStreamResNet.from_pretrained(tmp_path / "own")
     wide = Pooled()
     wide.stem = torch.nn.Conv2d(3, 9, 5, 4)
@@ -230,6 +240,44 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
         extract(loaded, "photos", "visible")
 
 
+def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
+    with pytest.raises(ValueError, match=r"input_size is \(32, 16\), config.size is \(64, 32\)"):
+        train(dataset, tiny(), model=TwoStreamResNet(10, 8, False, (32, 16)))
+    with pytest.raises(ValueError, match="load your own model's before"):
+        train(dataset, tiny(weights="resnet.pth"), model=Pooled())
+    pooled = Pooled()
+    pooled.embed = pooled.forward
+    with pytest.raises(TypeError, match="without input_size"):
+        train(dataset, tiny(), model=pooled)
+
+
+def test_a_finish_that_was_killed_is_made_again(dataset, tmp_path, monkeypatch):
+    config = tiny(keep="score", epochs_cross=3)
+    whole = train(dataset, config, output=tmp_path / "whole")
+    calls, write = [], checkpoint.write_tensors
+
+    def killed(path, *rest):
+        calls.append(path.name)
+        if calls.count("resume.safetensors") > config.epochs:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, config, output=tmp_path / "run")
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
+    assert same(train(dataset, config, output=tmp_path / "run", resume=True).model, whole.model)
+
+
+@pytest.mark.parametrize("name", ["resume.json", "resume.safetensors"])
+def test_a_damaged_run_is_named(name, dataset, tmp_path):
+    train(dataset, tiny(epochs_intra=1, epochs_cross=0), output=tmp_path / "run")
+    for content in (b"{}", (tmp_path / "run" / name).read_bytes()[:200], b""):
+        (tmp_path / "run" / name).write_bytes(content)
+        with pytest.raises(ValueError, match="run: resume.json or resume.safetensors is damaged"):
+            train(dataset, tiny(epochs_intra=1, epochs_cross=0), output=tmp_path / "run", resume=True)
+
+
 def test_epochs_are_told_where_nobody_has_set_up_logging(dataset, monkeypatch, capsys):
     monkeypatch.setattr(logging.getLogger("ecul"), "propagate", False)
     run = train(dataset, tiny())
@@ -237,6 +285,9 @@ def test_epochs_are_told_where_nobody_has_set_up_logging(dataset, monkeypatch, c
     assert len(lines) == 3 and lines[0].startswith("epoch   1 stage 1")
     assert not logging.getLogger("ecul").handlers
     assert repr(run) == "Run(TwoStreamResNet, 3 epochs, no directory)"
+    monkeypatch.setattr(logging.getLogger("ecul"), "level", logging.ERROR)
+    train(dataset, tiny())
+    assert "epoch" not in capsys.readouterr().err
 
 
 def test_checkpointing_changes_memory_and_nothing_else(dataset):
