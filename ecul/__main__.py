@@ -43,7 +43,7 @@ def train(args):
 
     dataset = _open(args)
     preset = args.preset or dataset.protocol or "sysu"
-    config = Config.preset(preset, method=args.method, **dict(args.set))
+    config = Config.preset(preset, **{"method": args.method, **dict(args.set)})
     run = train(dataset, config, output=args.output, resume=args.resume, device=args.device)
     if parallel.rank() == 0:
         print(f"finished {len(run.history)} epochs; the model is {Path(run.output) / 'model.safetensors'}")
@@ -96,22 +96,17 @@ def search(args):
     try:
         if args.output:
             draw_ranking(args.output, ranking, model.input_size)
+            drawn = min(24, len(ranking.rows))
+            print(f"{args.output}: {drawn} of {len(ranking.rows)} queries are drawn", file=sys.stderr)
     finally:
-        print(ranking.table())
+        print(json.dumps(ranking.to_dict(), indent=2) if args.json else ranking.table())
 
 
 def report(args):
     """Draw a run: curves, ranked lists, clusters and matches as PNGs and as one HTML page that has all."""
-    from .report import read_run, report
+    from .report import read_run, reopen, report
 
-    known = read_run(args.run_directory).dataset
-    name, root = args.dataset or known["dataset"], args.root or known.get("root")
-    if root is None or not (args.root or Path(root).is_dir()):
-        where = "held in memory" if root is None else f"no longer at {root}"
-        print(f"the images are {where}: curves and settings alone; --root names a folder", file=sys.stderr)
-        root = None
-    options = {**(known["options"] if name == known["dataset"] else {}), **dict(args.option)}
-    dataset = _dataset(name, root, options) if root is not None else None
+    dataset = reopen(read_run(args.run_directory), args.dataset, args.root, args.option)
     print(report(args.run_directory, dataset, queries=args.queries, top=args.top, device=_device(args)))
 
 
@@ -275,7 +270,8 @@ def _add_own_images(command):
     p.add_argument("--query-modality", required=True, choices=MODALITIES, help="of the queries")
     p.add_argument("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery")
     p.add_argument("--top", type=int, default=10, help="answers to each query (default: 10)")
-    p.add_argument("-o", "--output", help="a .png to draw the first 24 queries and their answers in")
+    p.add_argument("-o", "--output", help="a .png to draw the first 24 queries and 20 answers in")
+    p.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _add_checkpoints(command):
@@ -349,7 +345,7 @@ def _pair(text):
     try:
         return name.replace("-", "_"), json.loads(value)
     except json.JSONDecodeError:
-        return name.replace("-", "_"), {"None": None, "True": True, "False": False}.get(value, value)
+        return name.replace("-", "_"), {"none": None, "true": True, "false": False}.get(value.lower(), value)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,9 @@ def _look_at_files(pile: Images, name: str, report: Report) -> None:
     if missing:
         report.errors.append(f"{label}: {len(missing)} images are missing: {_first(missing)}")
     if empty:
-        report.errors.append(f"{label}: {len(empty)} images are empty files: {_first(empty)}")
+        report.errors.append(
+            f"{label}: {len(empty)} images are empty files{pile.source.advice}: {_first(empty)}"
+        )
     report.missing += missing
     report.unreadable += empty
 

@@ -76,7 +76,7 @@ class Config:
 
     method: str = "united"
 
-    # network (METHOD: two-stream ResNet)
+    # network: the two-stream ResNet
     depth: int = field(default=50, metadata={"choices": (10, 18, 34, 50, 101)})
     width: int = 64
     non_local: bool = False
@@ -219,7 +219,7 @@ class Config:
     def preset(cls, dataset, method="united", **overrides):
         """The settings of `dataset` ("sysu", "regdb", "llcm", "demo") with `method`, then `overrides`.
 
-        Source: the papers' implementation details (METHOD sections 1-6). "demo" is our own small recipe
+        Source: the papers' implementation details . "demo" is our own small recipe
         for the synthetic world on two CPU cores.
         """
         for name, value, known in (("dataset", dataset, DATASETS), ("method", method, METHODS)):
@@ -255,5 +255,7 @@ def _listed(names):
 
 def nearest(value, names):
     """A hint for an error message: the name most like this value, or nothing."""
-    close = difflib.get_close_matches(str(value), [str(n) for n in names], n=1, cutoff=0.5)
+    known = [str(n) for n in names]
+    longer = [n for n in known if str(value) and n.startswith(str(value))]
+    close = longer or difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -63,6 +63,10 @@ class Images:
                 f"{modality}: expected uint8 images, N x H x W x 3 or N x H x W, "
                 f"not {pixels.dtype} {' x '.join(map(str, pixels.shape))}"
             )
+        if pixels.ndim == 3 and pixels.shape[2] == 3:
+            raise ValueError(
+                f"{modality}: got one image of {pixels.shape}; for a pile of one give images[None]"
+            )
         names = [f"{modality}/{row:06d}" for row in range(len(pixels))]
         return cls._of(modality, names, camids, pids, Arrays(pixels))
 
@@ -263,6 +267,11 @@ def open_dataset(name: str, root, **options) -> Dataset:
         raise ValueError(f"root: {str(root)!r} is not a folder")
     if name == "folders":
         folders = {m: root / options.get(m, m) for m in MODALITIES}
+        if absent := [str(folder) for folder in folders.values() if not folder.is_dir()]:
+            raise ValueError(
+                f"root: {str(root)!r} should hold the folders visible and infrared, unless the options of "
+                f"these names say otherwise; there is no {' nor '.join(absent)}"
+            )
         return Dataset.from_folders(**{**options, **folders})
     return _open_published(name, root, **options)
 

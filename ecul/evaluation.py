@@ -1,4 +1,4 @@
-"""Retrieval across modalities as published: SYSU-MM01, RegDB, LLCM (METHOD §7).
+"""Retrieval across modalities as published: SYSU-MM01, RegDB, LLCM.
 
 `evaluate` extracts the test images once, draws the galleries of every trial and averages; what a figure
 depends on (protocol, mode, draw, re-ranking) is named beside it. `eval_sysu`, `eval_regdb` and `eval_llcm`

@@ -1,6 +1,7 @@
 """From images to unit feature rows."""
 
 import os
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,7 +23,7 @@ def extract(model, images, modality, *, batch_size=256, flip=True, progress=True
     a uint8 tensor (N, 3, H, W). flip=False skips the mirror image. Returns (N, num_features) float32 unit
     rows on the CPU. Errors: ValueError for an unknown modality, images of another kind, or files that cannot
     be read, naming them all; TypeError for a path in the place of the model or of the list.
-    Source: METHOD section 6.
+    Source: the test feature of ECUL's and MBCCM's published code.
     """
     require_model(model)
     pixels = as_pixels(images, modality, model.input_size, progress)
@@ -70,6 +71,9 @@ def as_pixels(images, modality, size, progress=True):
     if isinstance(images, np.ndarray):
         images = Images.from_array(images, modality)
     elif not isinstance(images, Images):
+        if not isinstance(images, Iterable):
+            kinds = "an Images, a list of paths, or a uint8 array or tensor"
+            raise TypeError(f"images must be {kinds}, got {type(images).__name__}")
         images = list(images)
         if other := [type(image).__name__ for image in images if not isinstance(image, str | os.PathLike)]:
             raise TypeError(f"images: a list must hold paths, not {other[0]}; stack arrays into one")

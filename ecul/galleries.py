@@ -1,4 +1,4 @@
-"""Which gallery images are drawn in each trial (METHOD §7).
+"""Which gallery images are drawn in each trial.
 
 A folder is what the drawing scripts see as one: the images of one identity and camera.
 """

@@ -67,6 +67,8 @@ def import_checkpoint(path, input_size=(288, 144)):
             unused.setdefault(reason, []).append(name)
         else:
             unknown.append(name)
+    if "visible.conv1.weight" in state:
+        raise ValueError(f"{path} is a model of this library already; use its directory as it is")
     if unknown:
         raise ValueError(
             f"{path}: {len(unknown)} of {len(state)} names belong to no known layout, "

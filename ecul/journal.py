@@ -6,6 +6,10 @@ import torch
 from . import MODALITIES
 from .scores import adjusted_rand, mutual_rate, separation
 
+LEGEND = (
+    "clusters and outliers: visible/infrared, then of both together; score: separation of the clusters, "
+    "without identities; loss: the sum of the stage's terms, of which stage 2 has more"
+)
 PARTS = ("extract", "labels", "train")  # of an epoch's seconds
 
 

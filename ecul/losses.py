@@ -19,7 +19,7 @@ def contrastive_loss(x, bank, bank_labels, labels, temp=0.05):
     loss. With a row per image it is the instance-level loss. The bank gets no gradient.
     x: (B, D) unit rows; bank: (C, D) unit rows; bank_labels: (C,) int64; labels: (B,) int64, -1 = no loss.
     Returns a scalar float32; 0 when no sample is labelled.
-    Source: ECUL, cluster-level and instance-level contrast; METHOD section 4.
+    Source: ECUL, cluster-level and instance-level contrast.
     """
     loss = memory_contrast(x, bank, bank_labels, labels, temp)
     return loss.sum() / (labels != -1).sum().clamp(min=1)

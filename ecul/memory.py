@@ -51,7 +51,7 @@ class _Memory(nn.Module):
     def update(self, x, labels, generator=None):
         """Move the rows `labels` (int64 (B,), -1 = none) towards x: (B, D), normalised here, by the rule.
 
-        `generator` draws the member for the rule "instance". Source: METHOD section 3.
+        `generator` draws the member for the rule "instance". Source: ECUL and MBCCM.
         """
         x = F.normalize(x.detach().float(), dim=1)
         momentum_update_(self.features, x, labels, self.momentum, self.rule, generator=generator)
@@ -70,7 +70,7 @@ class ClusterMemory(_Memory):
     "instance", "mean" or "hard"; momentum is the part kept of the old row. Set `.features` (C, D) to the
     starting rows, or use `from_clusters`. `update(x, labels)` after the optimiser's step moves the rows.
     Errors: ValueError for sizes, momentum, temp or rule out of range.
-    Source: METHOD section 3; ECUL and MBCCM, cluster memories.
+    Source: ECUL and MBCCM, cluster memories.
     """
 
     def __init__(self, num_features, num_samples, temp=0.05, momentum=0.1, rule="sequential"):

@@ -140,7 +140,7 @@ class TwoStreamResNet(Pretrained):
     depth: 10 or 18 (small machines), 34, 50 (as published), 101; width: channels of the first stage, 64 as
     published; non_local: two non-local blocks in layer2 and three in layer3; input_size: (H, W) in pixels,
     which `extract` resizes to. Errors: ValueError for another depth.
-    Source: ECUL and MBCCM, METHOD section 5.
+    Source: ECUL and MBCCM, implementation details; their published code.
     """
 
     def __init__(self, depth=50, width=64, non_local=False, input_size=(288, 144)):

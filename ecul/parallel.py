@@ -17,7 +17,10 @@ from torch import distributed as dist
 def choose_device(device=None):
     """The device asked for, by default the GPU when there is one; a ValueError for a GPU that is absent."""
     found = torch.cuda.is_available()
-    device = torch.device(device or ("cuda" if found else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if found else "cpu"))
+    except RuntimeError as e:
+        raise ValueError(f"device: expected cpu, cuda or cuda:0, cuda:1 ..., got {device!r}") from e
     if device.type == "cuda" and not found:
         raise ValueError(f"device: {device} was asked for, but torch finds no CUDA GPU here; use cpu")
     return device

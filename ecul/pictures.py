@@ -1,6 +1,9 @@
 """Pictures of a run and of a search, drawn without a display; matplotlib is imported on first use."""
 
 import io
+import itertools
+import logging
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +14,12 @@ from scipy.optimize import linear_sum_assignment
 from .decode import read_image, resize
 from .files import prepare_output, write_file
 
+log = logging.getLogger("ecul")
 GOOD, BAD, PLAIN, ASKED = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"
 MODALITY = {"visible": "#2c7fb8", "infrared": "#d95f0e", "joint": "#756bb1"}
 DASHES = {BAD: (0, (2.5, 1.5))}  # green and red differ in more than colour
-HEIGHT, GAP, CAPTION, LABEL = 112, 12, 42, 190  # of a sheet, in hundredths of an inch
+HEIGHT, GAP, CAPTION, LABEL = 112, 12, 50, 190  # of a sheet, in hundredths of an inch
+MOST = 500  # images of a sheet
 FINE = 2  # pixels of an image in a hundredth of an inch
 OTHER = ("#444444", "#1b9e77", "#e7298a", "#a6761d")
 LINES = {"cluster": "-", "instance": "--", "agnostic": ":"}
@@ -54,8 +59,16 @@ def _figure(width, height):
 
 def _save(figure, path):
     """Write the figure as a PNG, whole or not at all."""
+    from PIL import Image
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.canvas.draw()
+    if any("Glyph" in str(warning.message) for warning in caught):
+        log.warning("%s: no font here has every letter of the names (Noto Sans CJK has most)", path)
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # a third smaller without transparency
+    Image.fromarray(np.ascontiguousarray(pixels)).save(content, "PNG", optimize=True)
     write_file(prepare_output(path, ".png"), content.getvalue())
 
 
@@ -73,10 +86,11 @@ def draw_sheet(path, rows, lead=0):
 
     rows: list of (label, list of `Cell`); the label, a few short lines, stands left of its row, its first
     line in bold. lead: how many first cells of each row are set apart, as a query is from its answers.
-    Errors: ValueError for no rows; ImportError that says what to install.
+    Errors: ValueError for no rows, or more than `MOST` images; ImportError that says what to install.
     """
-    if not rows:
-        raise ValueError("rows: nothing to draw")
+    count = sum(len(cells) for _, cells in rows)
+    if not 0 < count <= MOST:
+        raise ValueError(f"a picture holds 1 to {MOST} images, got {count}; ask for fewer queries or answers")
     from PIL import Image
 
     height, width = next(cell.image.shape[:2] for _, cells in rows for cell in cells)
@@ -98,7 +112,8 @@ def draw_sheet(path, rows, lead=0):
                 left + wide / 2, top + HEIGHT + 6, cell.caption, fontsize=6, ha="center", va="top",
                 color=ASKED, linespacing=1.3, fontfamily=_fonts(), parse_math=False,
             )  # fmt: skip
-    axes.imshow(canvas, extent=(0, total, len(rows) * step + GAP, 0), interpolation="none")
+    figure.figimage(canvas, origin="upper", zorder=-1)
+    axes.set(xlim=(0, total), ylim=(len(rows) * step + GAP, 0))
     axes.axis("off")
     _save(figure, path)
 
@@ -123,20 +138,19 @@ def _frame(left, top, width, color):
     )  # fmt: skip
 
 
-def draw_ranking(path, ranking, size=(288, 144), most=24):
-    """Write a `Ranking`'s queries and answers as a PNG; at most the first `most` queries.
+def draw_ranking(path, ranking, size=(288, 144), queries=24, answers=20):
+    """Write a `Ranking` as a PNG: its first `queries` queries with the first `answers` answers to each.
 
     Errors: those of `prepare_picture`; ValueError for an image that can be read no more.
     """
-    rows = []
-    for asked, found, scores in zip(ranking.query.paths, ranking.rows, ranking.scores, strict=True):
+    rows, held = [], zip(ranking.query.paths, ranking.rows, ranking.scores, strict=True)
+    for asked, found, scores in itertools.islice(held, queries):
+        found, scores = found[:answers], scores[:answers]
         cells = [Cell(read_image(asked, size), "query", ASKED)]
         for rank, (row, score) in enumerate(zip(found.tolist(), scores.tolist(), strict=True), 1):
             answer = ranking.gallery.paths[row]
             cells.append(Cell(read_image(answer, size), f"{rank}\n{score:.3f}\n{short_name(answer)}"))
         rows.append((short_path(asked), cells))
-        if len(rows) == most:
-            break
     draw_sheet(path, rows, lead=1)
 
 
@@ -147,8 +161,9 @@ def short_path(path):
 
 
 def short_name(path):
-    """The end of a file's name, without its suffix, that fits below an image."""
-    return _end(Path(str(path).replace("\\", "/")).stem, 11)
+    """A file's name without its suffix, in one line or two that fit below an image."""
+    name = Path(str(path).replace("\\", "/")).stem
+    return name if len(name) <= 11 else f"{name[:11]}\n{_end(name[11:], 11)}"
 
 
 def _end(text, width):
@@ -210,7 +225,8 @@ def _dress(axes, title, unit, second):
     axes.grid(alpha=0.25)
     values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
     low, high = np.nanmin([0, *values]), np.nanmax([0, *values])
-    axes.set_ylim(low, high + 0.13 * (high - low or 1))  # room for the word above the lines
+    high = high if high > low else low + 1
+    axes.set_ylim(low, high + 0.13 * (high - low))  # room for the word above the lines
     if second is not None:
         axes.axvline(second, color=PLAIN, linestyle=(0, (2, 2)), linewidth=1)
         head = axes.get_xaxis_transform()

@@ -36,7 +36,14 @@ def load_piles(dataset, size, device):
     """Both modalities' piles; pixels lie on the device when they fill at most a quarter of free memory."""
     if parallel.rank() > 0:  # the first process packs the images, the others read its pack
         parallel.wait()
-    pixels = {m: getattr(dataset, m).load(size) for m in MODALITIES}
+    pixels, problems = {}, []
+    for m in MODALITIES:
+        try:
+            pixels[m] = getattr(dataset, m).load(size)
+        except ValueError as error:
+            problems.append(f"{m}: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
     if parallel.rank() == 0:
         parallel.wait()
     needed = sum(p.numel() for p in pixels.values())

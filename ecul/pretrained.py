@@ -49,9 +49,11 @@ class Pretrained(nn.Module):
             raise ValueError(f"{file} cannot be read as safetensors: {e}") from e
         found = metadata.get("architecture")
         if found != cls.__name__:
-            held = f"{file} holds {found or 'a network of somebody else'}, not {cls.__name__}"
-            home = f"ecul.model.{found}" if found in ("TwoStreamResNet", "Backbone") else "its own class"
-            raise ValueError(f"{held}; in Python {home} loads it")
+            known = found in ("TwoStreamResNet", "Backbone")
+            hint = (
+                f"in Python ecul.model.{found} loads it" if known else "give a model that this library wrote"
+            )
+            raise ValueError(f"{file} holds {found or 'no named network'}, not {cls.__name__}; {hint}")
         return file, metadata
 
     def load(self, state, path, own=()):

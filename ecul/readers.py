@@ -1,4 +1,4 @@
-"""The raw layouts of the field's data sets, read as they are downloaded (METHOD §7).
+"""The raw layouts of the field's data sets, read as they are downloaded.
 
 Each reader walks a folder once and returns its piles by the name of their field in `Dataset`, plus the
 paths it found and did not expect. It raises ValueError only for a structure it cannot read; whether the
@@ -255,7 +255,8 @@ def _read_named(root: Path, folders: list[str], extra: list[str]) -> Listing:
 def read_folder(folder: Path, cameras: bool = False) -> tuple[Listing, list[str]]:
     """Every image below a folder, and all other files; with `cameras`, each sub-folder is one, by name."""
     if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is not a folder of images")
+        kind = "is not a folder of images" if folder.exists() else "does not exist"
+        raise ValueError(f"{str(folder)!r} {kind}")
     images, extra, inner = list_folder(folder, folder)
     if cameras and images:
         raise ValueError(f"{str(folder)!r}: with a sub-folder a camera, {images[0]!r} belongs to no camera")

@@ -1,6 +1,8 @@
 """A run at a glance: PNGs, and one HTML page that holds them all and can be sent to anyone."""
 
 import json
+import logging
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import torch
 
 from . import MODALITIES, pictures
 from .config import Config
-from .data import Images
+from .data import Images, open_dataset
 from .evaluation import evaluate
 from .features import embed_pixels
 from .files import write_file
@@ -21,6 +23,13 @@ from .parallel import choose_device
 from .pictures import Cell
 from .piles import identity
 from .stages import assign_labels, usable
+
+log = logging.getLogger("ecul")
+CURVES = (
+    "Each loss is the mean of its epoch; stage 2 adds terms. Scores rate the weights without identities: "
+    "separation of the clusters, mutual nearest neighbours across modalities, stability of the labels since "
+    "the epoch before."
+)
 
 
 @dataclass(frozen=True)
@@ -66,23 +75,24 @@ def read_run(directory):
 def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, progress=True):
     """Write `report/` in a run directory: PNGs and `index.html`, which has them inside. Returns its path.
 
-    run: the directory that `train` wrote. dataset: the `Dataset` it was trained on; without it there are
-    curves and settings alone. Its identities, where known, colour frames and give the accuracy of the test
-    images, and are read for nothing else. model: the trained model where it is not a `TwoStreamResNet`, for
-    instance `Backbone.from_pretrained(run, network)`. queries, top: size of the ranked lists.
-    device: by default the GPU when there is one. Errors: ValueError for a directory that is no run, another
-    data set, or a model that cannot be read; ImportError without matplotlib. Source: METHOD sections 1 and 2
-    for what the pictures of clusters and matches show.
+    run: the directory that `train` wrote. dataset: the `Dataset` it was trained on, by default opened where
+    it lay; where it is no more there are curves and settings alone. Its identities, where known, colour
+    frames and give the accuracy of the test images, and are read for nothing else. model: the trained model
+    where it is not a `TwoStreamResNet`, for instance `Backbone.from_pretrained(run, network)`. queries, top:
+    size of the ranked lists. device: by default the GPU when there is one. Errors: ValueError for a directory
+    that is no run, another data set, or a model that cannot be read; ImportError without matplotlib.
+    Source: ECUL for the clusters that are shown, MBCCM for the matches.
     """
     if min(queries, top) < 1:
         raise ValueError(f"queries and top must be at least 1, got {queries} and {top}")
     saved = read_run(run)
+    dataset = dataset if dataset is not None else reopen(saved)
     if dataset is not None:
         _require_same(saved, dataset)
     folder = saved.directory / "report"
     folder.mkdir(exist_ok=True)
     pictures.draw_curves(folder / "curves.png", saved.history)
-    sections = [Section("Curves", picture=folder / "curves.png")]
+    sections = [Section("Curves", CURVES, folder / "curves.png")]
     if dataset is not None:
         model = (model or TwoStreamResNet.from_pretrained(saved.directory)).to(choose_device(device))
         piles = {m: _embed(model, getattr(dataset, m), progress) for m in MODALITIES}
@@ -96,6 +106,26 @@ def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, pro
         ]
     write_file(folder / "index.html", _html(saved, dataset, sections).encode("utf-8", "replace"))
     return folder / "index.html"
+
+
+def reopen(saved, name=None, root=None, options=()):
+    """The data set of a run, from where it lay or from `root`; None, with a warning, where it is no more.
+
+    name, options: other ones than the run's. Errors: those of `open_dataset`; ValueError where the images are
+    gone and an earlier report shows them, which would be lost.
+    """
+    known = saved.dataset
+    name = name or known["dataset"]
+    if root is None and (known["root"] is None or not Path(known["root"]).is_dir()):
+        where = "were in memory" if known["root"] is None else f"are no longer at {known['root']}"
+        if (saved.directory / "report" / "ranked.png").exists():
+            raise ValueError(
+                f"the images {where}, and the report that is there shows them; --root names a folder"
+            )
+        log.warning("the images %s: curves and settings alone; --root names a folder", where)
+        return None
+    kept = known["options"] if name == known["dataset"] else {}
+    return open_dataset(name, root or known["root"], **{**kept, **dict(options)})
 
 
 def _accuracy(dataset, features):
@@ -152,7 +182,8 @@ def _ranked_section(folder, piles, protocol, queries, top, held_out):
         f"{len(gallery.images)} visible {'test' if held_out else 'training'} images, best first."
     )
     text += " Green ✓: the same person; red ✗: another." if known else " Identities are not known."
-    text += " Below each: rank, cosine similarity, camera, file."
+    cameras = ", camera" if gallery.images.camids.any() else ""
+    text += f" Below each: rank, cosine similarity{cameras}, file."
     return Section("Ranked lists", text, folder / "ranked.png")
 
 
@@ -204,9 +235,10 @@ def _mosaic_section(folder, piles, labels, each=3, most=12):
     ]
     pictures.draw_sheet(folder / "clusters.png", rows)
     text = (
-        f"{len(sizes)} {kind} clusters of the training images, {int((members < 0).sum())} outliers. Blue "
-        "frame: visible, orange: infrared. Margin: how much more similar the members are to their own "
-        "centre than to the nearest other one, on average; it is smallest for the least certain ones."
+        f"{len(sizes)} {kind} clusters of the training images, {int((members < 0).sum())} outliers, by the "
+        "features of the final weights. Blue frame: visible, orange: infrared. Margin: how much more similar "
+        "the members are to their own centre than to the nearest other one, on average; it is smallest for "
+        "the least certain ones."
     )
     return Section("Clusters", text, folder / "clusters.png")
 
@@ -235,7 +267,8 @@ def _mosaic_row(name, cluster, piles, members, margin, most):
         Cell(piles[m].thumbnail(row), _camera(piles[m].images, row), pictures.MODALITY[m]) for m, row in shown
     ]
     sides = [sum(m == side for m, _ in places) for side in MODALITIES]
-    label = f"{name}\n{sides[0]} visible, {sides[1]} infrared\nmargin {margin:.3f}"
+    label = "\n".join(textwrap.wrap(name, 24))
+    label += f"\n{sides[0]} visible, {sides[1]} infrared\nmargin {margin:.3f}"
     if all(piles[m].images.pids is not None for m in MODALITIES):
         people = np.unique([piles[m].images.pids[row] for m, row in places], return_counts=True)[1]
         label += f"\npurity {people.max() / len(places):.0%}, persons {len(people)}"
@@ -245,7 +278,7 @@ def _mosaic_row(name, cluster, piles, members, margin, most):
 def _match_section(folder, piles, labels, rule):
     centers = [cluster_means(piles[m].features, labels.own[m]).numpy() for m in MODALITIES]
     match = match_clusters(centers[0], centers[1], rule)
-    same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities."
+    same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities, many to many."
     if all(piles[m].images.pids is not None for m in MODALITIES):
         visible, infrared = (commonest(labels.own[m].numpy(), piles[m].images.pids) for m in MODALITIES)
         same = infrared[:, None] == visible[None, :]
@@ -275,7 +308,7 @@ def _html(saved, dataset, sections):
     )
     settled = [
         Section("Data", rows=_data_rows(saved, dataset)),
-        Section("Last epoch", rows=plain_rows(last)),
+        Section("Last epoch", rows=plain_rows({**last, "epoch": last["epoch"] + 1})),
         Section("Settings", rows=plain_rows(saved.config.to_dict())),
     ]
     return page(title, subtitle, [*sections, *settled])

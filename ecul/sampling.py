@@ -5,7 +5,7 @@ A batch is a pair of index arrays (visible, infrared). The corner cases are the 
 - fewer images than K in a cluster: drawn with replacement, a cluster of one image repeats it;
 - cameras: after a random anchor, the other K - 1 images come from other cameras when there are any.
 
-ECUL and MBCCM, section "implementation details"; METHOD section 6.
+ECUL and MBCCM, section "implementation details".
 """
 
 import numpy as np

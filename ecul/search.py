@@ -38,15 +38,24 @@ class Ranking:
     rows: torch.Tensor
     scores: torch.Tensor
 
+    def to_dict(self) -> dict:
+        """Query path -> list of {"score", "path"}, best first."""
+        return {
+            path: [
+                {"score": score, "path": self.gallery.paths[row]}
+                for row, score in zip(rows, scores, strict=True)
+            ]
+            for path, rows, scores in zip(
+                self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True
+            )
+        }
+
     def table(self) -> str:
         """A block of text for each query: rank, score and path of every answer."""
         lines = []
-        for path, rows, scores in zip(
-            self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True
-        ):
-            lines.append(f"{path}")
-            for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
-                lines.append(f"{rank:4d}  {score:6.3f}  {self.gallery.paths[row]}")
+        for path, answers in self.to_dict().items():
+            lines.append(path)
+            lines += [f"{rank:4d}  {a['score']:6.3f}  {a['path']}" for rank, a in enumerate(answers, 1)]
         return "\n".join(lines)
 
 
@@ -115,8 +124,8 @@ def search(model, query, gallery, query_modality, gallery_modality, *, top=10, *
     to the gallery's size. options: those of `extract_folder`. Errors: those of `extract_folder`; ValueError
     for top below 1.
     """
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top}")
+    if not isinstance(top, int) or top < 1:
+        raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
     check_modality(gallery_modality)
     _paths(gallery)
     asked = extract_folder(model, query, query_modality, **options)

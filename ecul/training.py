@@ -25,7 +25,7 @@ from .config import Config
 from .console import speaking
 from .data import Dataset
 from .features import embed_pixels, require_model
-from .journal import describe, label_scores, monitors
+from .journal import LEGEND, describe, label_scores, monitors
 from .losses import agreement_loss
 from .model import Backbone, TwoStreamResNet
 from .piles import augmented, identity, load_piles, origin
@@ -75,16 +75,22 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
     Errors, all before any work: an incomplete data set, an output directory that cannot be used or holds
     another run, weights of another architecture. An epoch without two clusters a modality is skipped with a
     warning; a loss that is not finite ends the run with a RuntimeError that names the last good checkpoint.
-    Source: ECUL and MBCCM, METHOD sections 3 to 6.
+    Source: ECUL and MBCCM.
     """
     config = config or Config()
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"on_epoch must be a function of a row, got {on_epoch!r}")
     _check(dataset, config)
     device = parallel.start(device)
     with run_directory(output, hold=parallel.rank() == 0) as directory:
         goes_on = directory is not None and (directory / "resume.safetensors").exists()
+        if resume:
+            log.info(
+                "%s", f"going on in {directory}" if goes_on else f"no run in {output} yet: starting anew"
+            )
         if goes_on and not resume:
             raise ValueError(
-                f"output: {directory} holds a run already; pass resume=True or another directory"
+                f"output: {directory} holds a run; resume it (--resume, resume=True) or choose another"
             )
         if model is None and not goes_on:
             _warn_of_start(config, device)
@@ -98,6 +104,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
         if config.epochs == 0 and directory is not None and parallel.rank() == 0:
             save_run(directory, state, config, data, source)
         piles = load_piles(dataset, config.size, device)
+        log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, piles, config, epoch, directory)
             if parallel.rank() == 0:
@@ -335,6 +342,8 @@ def _check(dataset, config):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     report = dataset.check()
+    if report.unreadable:  # then all of them are named at once
+        report = dataset.check(decode=True)
     if not report.ok:
         raise ValueError(f"the data set is not what it should be:\n{report}")
     for warning in report.warnings:

@@ -1,4 +1,4 @@
-"""Augmentation: distributions against METHOD section 6, and independence between images."""
+"""Augmentation: distributions against the published code's, and independence between images."""
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -95,6 +96,8 @@ def test_every_command_is_there_and_every_option_has_help():
 
 
 def test_errors_are_one_line_and_code_two(capsys, tmp_path):
+    assert main(["export", str(tmp_path), "--modality", "visible", "-o", "x.onnx", "--device", "gpu"]) == 2
+    assert "no model file" in capsys.readouterr().err
     assert main(["evaluate", "sysu", str(tmp_path / "absent"), "--model", "x"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("ecul evaluate: ") and error.count("\n") == 1 and "Traceback" not in error
@@ -157,6 +160,9 @@ def test_search_ranks_as_a_plain_sort_does(photos, model, saved, tmp_path, capsy
     expected = sorted(zip(scores[0].tolist(), names, strict=True), reverse=True)[:4]
     assert [line[2] for line in lines[1:]] == [name for _, name in expected]
     assert np.allclose([float(line[1]) for line in lines[1:]], [s for s, _ in expected], atol=6e-4)
+    assert main([*command, "--json"]) == 0
+    (answers,) = json.loads(capsys.readouterr().out).values()
+    assert [answer["path"] for answer in answers] == [name for _, name in expected]
     assert lines[0] == [query] and [line[0] for line in lines[1:]] == ["1", "2", "3", "4"]
     assert np.asarray(Image.open(tmp_path / "found.png")).std() > 5
 
@@ -167,7 +173,7 @@ def test_search_over_small_galleries_and_its_refusals(photos, model):
         return search(model, photos / "b", photos / "a", "infrared", "visible", **options)
 
     assert found(top=50).rows.shape == (2, 3)
-    with pytest.raises(ValueError, match="top must be at least 1"):
+    with pytest.raises(ValueError, match="top must be a whole number of at least 1"):
         found(top=0)
     for modalities in (("thermal", "visible"), ("visible", "thermal")):
         with pytest.raises(ValueError, match="modality"):
@@ -241,7 +247,7 @@ def test_the_module_runs_as_a_program():
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
 
 
-def test_two_folders_train_and_are_reported_from_the_shell(photos, tmp_path, capsys, monkeypatch):
+def test_two_folders_train_and_are_reported_from_the_shell(photos, tmp_path, capsys, caplog, monkeypatch):
     rng = np.random.default_rng(1)
     for modality in MODALITIES:
         (tmp_path / "own" / modality).mkdir(parents=True)
@@ -258,8 +264,11 @@ def test_two_folders_train_and_are_reported_from_the_shell(photos, tmp_path, cap
     assert main(["report", str(tmp_path / "run"), "--queries", "1", "--top", "2"]) == 0
     assert (tmp_path / "run" / "report" / "ranked.png").is_file()
     (tmp_path / "own").rename(tmp_path / "moved")
+    assert main(["report", str(tmp_path / "run"), "--queries", "1"]) == 2
+    assert "the report that is there shows them" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run" / "report")
     assert main(["report", str(tmp_path / "run"), "--queries", "1"]) == 0
-    assert "no longer at" in capsys.readouterr().err
+    assert "no longer at" in caplog.text and not (tmp_path / "run" / "report" / "ranked.png").exists()
     again = ["report", str(tmp_path / "run"), "--queries", "1", "--root", str(tmp_path / "moved")]
     assert main(again) == 0
     again[-1] = str(tmp_path / "nowhere")
@@ -271,6 +280,7 @@ def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, 
     search_it = ["search", saved, "--query", str(photos), "--gallery", str(photos), *modalities]
     assert main([*search_it, "-o", str(tmp_path / "new" / "folder" / "found.png")]) == 0
     assert (tmp_path / "new" / "folder" / "found.png").is_file()
+    assert "found.png: 6 of 6 queries are drawn" in capsys.readouterr().err
     monkeypatch.setattr(sys.modules["ecul.search"], "extract_folder", None)
     for wrong in ("found.jpg", "new"):
         assert main([*search_it, "-o", str(tmp_path / wrong)]) == 2
@@ -310,7 +320,7 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out == f"{ecul.__version__}\n"
 
 
-SHAPES, ERRORS, SOURCE = r"\([A-Z][\w+ ]*,", r"Errors?\b|Raises", r"Source|arXiv|METHOD"
+SHAPES, ERRORS, SOURCE = r"\([A-Z][\w+ ]*,", r"Errors?\b|Raises", r"Source|arXiv"
 DOCUMENTED = [
     (ecul.train, ERRORS, SOURCE),
     (ecul.evaluate, ERRORS),

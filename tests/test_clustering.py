@@ -1,4 +1,4 @@
-"""EMCC against a brute-force float64 oracle: dense matrices and Python loops, straight from METHOD."""
+"""EMCC against a brute-force float64 oracle: dense matrices and Python loops, straight from the paper."""
 
 import json
 import os

@@ -261,7 +261,7 @@ def test_from_folders_with_and_without_cameras(tmp_path):
     with pytest.raises(ValueError, match="'loose.png' belongs to no camera"):
         Dataset.from_folders(visible=day, infrared=night, cameras=True)
     (tmp_path / "empty").mkdir()
-    for folder, problem in (("empty", "no image that Pillow reads"), ("none", "not a folder")):
+    for folder, problem in (("empty", "no image that Pillow reads"), ("none", "does not exist")):
         with pytest.raises(ValueError, match=problem):
             Dataset.from_folders(visible=tmp_path / folder, infrared=night)
 
@@ -277,7 +277,7 @@ def test_folders_open_by_name_and_open_again_by_their_options(tmp_path):
     np.testing.assert_array_equal(again.infrared.camids, given.infrared.camids)
     away = Dataset.from_folders(visible=day / "gate", infrared=night)
     assert away.options["infrared"] == str(night) and open_dataset("folders", away.root, **away.options)
-    with pytest.raises(ValueError, match="visible' is not a folder of images"):
+    with pytest.raises(ValueError, match="should hold the folders visible and infrared"):
         open_dataset("folders", tmp_path)
     for inside in (day, day / "gate", tmp_path):
         with pytest.raises(ValueError, match="expected two folders apart"):

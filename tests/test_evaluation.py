@@ -21,7 +21,7 @@ from ecul.rerank import k_reciprocal_distances
 
 
 def oracle(distmat, q_pids, g_pids, q_camids, g_camids, rule, max_rank=20):
-    """METHOD §7, one query after the other; of equal distances the lower index first."""
+    """The protocol, one query after the other; of equal distances the lower index first."""
     curves, precisions, penalties = [], [], []
     for q in range(len(q_pids)):
         ranking = sorted(range(len(g_pids)), key=lambda g: (distmat[q][g], g))

@@ -1,4 +1,4 @@
-"""Cluster matching and instance selection against loops written from METHOD section 2 and 4."""
+"""Cluster matching and instance selection against loops written from the papers."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def best_assignment(cost):
 
 
 def oracle(visible, infrared):
-    """METHOD section 2, step by step, for a few clusters a side."""
+    """Bilateral matching, step by step, for a few clusters a side."""
     distance = 2 - 2 * infrared @ visible.T
     b, a = distance.shape
     small = distance if b <= a else distance.T

@@ -1,4 +1,4 @@
-"""Losses, memories and TSMem against loops written from METHOD sections 3 and 4."""
+"""Losses, memories and TSMem against loops written from the papers."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_an_outlier_row_is_nobodys_positive():
 
 
 def updated_oracle(bank, x, labels, momentum, rule):
-    """METHOD section 3's rules that draw nothing, row by row."""
+    """The rules that draw nothing, row by row."""
     bank = [torch.tensor(r, dtype=torch.float64) for r in bank.tolist()]
     x = [torch.tensor(f, dtype=torch.float64) for f in x.tolist()]
     for y in sorted(set(labels) - {-1}):

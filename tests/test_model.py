@@ -126,7 +126,7 @@ def test_save_and_load_give_the_same_embeddings(tmp_path):
 
 def test_loading_something_else_is_a_clear_error(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="a network of somebody else"):
+    with pytest.raises(ValueError, match="no named network, not TwoStreamResNet; give a model"):
         TwoStreamResNet.from_pretrained(tmp_path)
     (tmp_path / "text.safetensors").write_text("text")
     with pytest.raises(ValueError, match="text.safetensors cannot be read"):

@@ -77,12 +77,14 @@ def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
     assert "united on sysu" in text and "k1_joint" in text and "2 of 2 epochs done, stage 2" in text
 
 
-def test_without_the_data_there_are_curves_and_settings(run, tmp_path):
+def test_without_the_data_there_are_curves_and_settings(run, dataset, tmp_path, caplog):
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("resume.json", "log.jsonl"):
-        (copy / name).write_bytes((run.output / name).read_bytes())
+        text = (run.output / name).read_text()
+        (copy / name).write_text(text.replace(str(dataset.root), "/moved"))
     page = report(copy)
+    assert "no longer at /moved" in caplog.text
     assert [f.name for f in page.parent.glob("*.png")] == ["curves.png"]
     assert f"<td>{read_run(copy).dataset['visible_images']}</td>" in page.read_text()
 
@@ -126,7 +128,7 @@ def test_frames_have_their_colours_and_images_their_places(tmp_path):
     assert color_at(tmp_path / "sheet.png", second - 1, middle) == GOOD
     assert color_at(tmp_path / "sheet.png", second + wide + GAP - 1, middle) == BAD
     assert color_at(tmp_path / "sheet.png", LABEL + wide + GAP + GAP // 2, middle) == "#ffffff"
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="1 to 500 images, got 0"):
         draw_sheet(tmp_path / "sheet.png", [])
 
 
@@ -258,6 +260,19 @@ def test_accuracy_rows_say_their_direction_and_a_failure_leaves_the_rest(run, da
     blind = Dataset("sysu", None, *tested.values(), *tested.values(), protocol="sysu")
     (section,) = _accuracy(blind, {m: torch.tensor(rows) for m in MODALITIES})
     assert "Not to be had" in section.text and not section.rows
+
+
+def test_the_images_are_found_where_they_lay(run, dataset):
+    text = report(run.output, queries=1, top=1, progress=False).read_text()
+    assert "Ranked lists" in text and "Accuracy on the test images" in text
+    assert f"<tr><th>epoch</th><td>{len(run.history)}</td></tr>" in text
+
+
+def test_a_sheet_holds_so_many_images_and_no_more(tmp_path):
+    cell = Cell(np.zeros((4, 2, 3), np.uint8), "1")
+    for rows in ([], [("a", [cell] * 251)] * 2):
+        with pytest.raises(ValueError, match="holds 1 to 500 images"):
+            draw_sheet(tmp_path / "sheet.png", rows)
 
 
 def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):

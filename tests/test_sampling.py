@@ -1,4 +1,4 @@
-"""Batches: P x K images, cameras spread, matched positions, and every corner case of METHOD section 6."""
+"""Batches: P x K images, cameras spread, matched positions, and every corner case."""
 
 import numpy as np
 from hypothesis import given

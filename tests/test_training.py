@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -134,7 +135,7 @@ training.train(open_dataset("sysu", {str(world)!r}), config, output={str(tmp_pat
 
 def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dataset, tmp_path):
     train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
-    with pytest.raises(ValueError, match="holds a run already; pass resume=True"):
+    with pytest.raises(ValueError, match="holds a run; resume it"):
         train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
     with pytest.raises(ValueError, match="epochs_cross: 0 then, 2 now"):
         train(dataset, tiny(), output=tmp_path / "run", resume=True)
@@ -238,6 +239,10 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
         extract("runs/own", dataset.test_visible, "visible")
     with pytest.raises(TypeError, match="got the one path 'photos'"):
         extract(loaded, "photos", "visible")
+    with pytest.raises(TypeError, match="images must be .*, got Dataset"):
+        extract(loaded, dataset, "visible")
+    with pytest.raises(ValueError, match="got one image of .*give images.None"):
+        extract(loaded, np.zeros((64, 32, 3), np.uint8), "visible")
 
 
 def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
@@ -245,6 +250,8 @@ def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
         train(dataset, tiny(), model=TwoStreamResNet(10, 8, False, (32, 16)))
     with pytest.raises(ValueError, match="load your own model's before"):
         train(dataset, tiny(weights="resnet.pth"), model=Pooled())
+    with pytest.raises(TypeError, match="on_epoch must be a function"):
+        train(dataset, tiny(), on_epoch="log")
     pooled = Pooled()
     pooled.embed = pooled.forward
     with pytest.raises(TypeError, match="without input_size"):
@@ -276,6 +283,20 @@ def test_a_damaged_run_is_named(name, dataset, tmp_path):
         (tmp_path / "run" / name).write_bytes(content)
         with pytest.raises(ValueError, match="run: resume.json or resume.safetensors is damaged"):
             train(dataset, tiny(epochs_intra=1, epochs_cross=0), output=tmp_path / "run", resume=True)
+
+
+def test_unreadable_images_of_both_modalities_are_named_at_once(tmp_path):
+    for modality in ("visible", "infrared"):
+        for i in range(3):
+            layouts.picture(tmp_path / modality / f"{i}.png")
+        (tmp_path / modality / "broken.png").write_bytes(b"x")
+    for empty in (False, True):
+        if empty:
+            (tmp_path / "visible" / "empty.png").write_bytes(b"")
+        named = r"visible.broken.png(.|\n)*infrared.broken.png"
+        with pytest.raises(ValueError, match=named) as error:
+            train(open_dataset("folders", tmp_path), tiny())
+        assert "skip_unreadable" in str(error.value) and ("empty.png" in str(error.value)) == empty
 
 
 def test_epochs_are_told_where_nobody_has_set_up_logging(dataset, monkeypatch, capsys):
