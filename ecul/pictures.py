@@ -18,7 +18,7 @@ log = logging.getLogger("ecul")
 GOOD, BAD, PLAIN, ASKED = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"
 MODALITY = {"visible": "#2c7fb8", "infrared": "#d95f0e", "joint": "#756bb1"}
 DASHES = {BAD: (0, (2.5, 1.5))}  # green and red differ in more than colour
-HEIGHT, GAP, CAPTION, LABEL = 112, 12, 50, 190  # of a sheet, in hundredths of an inch
+HEIGHT, GAP, LINE, LABEL = 112, 12, 11, 190  # of a sheet, in hundredths of an inch
 MOST = 500  # images of a sheet
 FINE = 2  # pixels of an image in a hundredth of an inch
 OTHER = ("#444444", "#1b9e77", "#e7298a", "#a6761d")
@@ -52,13 +52,13 @@ def _matplotlib():
 
 def _figure(width, height):
     figure_class, canvas_class = _matplotlib()
-    figure = figure_class((width, height), dpi=100 * FINE, facecolor="white")
+    figure = figure_class((width, height), dpi=100 * FINE, facecolor="none")
     canvas_class(figure)
     return figure
 
 
-def _save(figure, path):
-    """Write the figure as a PNG, whole or not at all."""
+def _save(figure, path, below=None):
+    """Write the figure as a PNG, whole or not at all; below: uint8 (H, W, 3) of its size instead of white."""
     from PIL import Image
 
     with warnings.catch_warnings(record=True) as caught:
@@ -67,8 +67,10 @@ def _save(figure, path):
     if any("Glyph" in str(warning.message) for warning in caught):
         log.warning("%s: no font here has every letter of the names (Noto Sans CJK has most)", path)
     content = io.BytesIO()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # a third smaller without transparency
-    Image.fromarray(np.ascontiguousarray(pixels)).save(content, "PNG", optimize=True)
+    drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba()))
+    sheet = Image.new("RGB", drawn.size, "white") if below is None else Image.fromarray(below)
+    sheet.paste(drawn, mask=drawn)
+    sheet.save(content, "PNG", optimize=True)
     write_file(prepare_output(path, ".png"), content.getvalue())
 
 
@@ -96,7 +98,8 @@ def draw_sheet(path, rows, lead=0):
     height, width = next(cell.image.shape[:2] for _, cells in rows for cell in cells)
     wide = max(40, round(HEIGHT * width / height))
     most = max(len(cells) for _, cells in rows)
-    step, total = HEIGHT + CAPTION + GAP, LABEL + most * (wide + GAP) + 2 * GAP * bool(lead) + GAP
+    lines = max(cell.caption.count("\n") + bool(cell.caption) for _, cells in rows for cell in cells)
+    step, total = HEIGHT + LINE * lines + 2 * GAP, LABEL + most * (wide + GAP) + 2 * GAP * bool(lead) + GAP
     figure = _figure(total / 100, (len(rows) * step + GAP) / 100)
     axes = figure.add_axes((0, 0, 1, 1))
     canvas = np.full((FINE * (len(rows) * step + GAP), FINE * total, 3), 255, np.uint8)
@@ -112,10 +115,9 @@ def draw_sheet(path, rows, lead=0):
                 left + wide / 2, top + HEIGHT + 6, cell.caption, fontsize=6, ha="center", va="top",
                 color=ASKED, linespacing=1.3, fontfamily=_fonts(), parse_math=False,
             )  # fmt: skip
-    figure.figimage(canvas, origin="upper", zorder=-1)
     axes.set(xlim=(0, total), ylim=(len(rows) * step + GAP, 0))
     axes.axis("off")
-    _save(figure, path)
+    _save(figure, path, canvas)
 
 
 def _label(axes, lines, middle):
