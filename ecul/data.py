@@ -226,7 +226,8 @@ class Dataset:
         root = folders["visible"].parent
         given = {m: str(f.relative_to(root) if f.is_relative_to(root) else f) for m, f in folders.items()}
         options = {**given, **_packing(pack), "cameras": cameras, "skip_unreadable": skip_unreadable}
-        return cls("folders", str(root), **piles, extra=tuple(extra), options=options)
+        visible, infrared = (piles[m] for m in MODALITIES)
+        return cls("folders", str(root), visible, infrared, extra=tuple(extra), options=options)
 
 
 _OPTIONS = {
@@ -253,10 +254,10 @@ def open_dataset(name: str, root, **options) -> Dataset:
     Raises ValueError naming what is missing and what the layout should be, or an option that is none.
     """
     if name not in _OPTIONS:
-        known = ", ".join(_OPTIONS)
-        raise ValueError(f"name: expected one of {known}, not {name!r}{nearest(name, _OPTIONS)}")
+        listed = ", ".join(_OPTIONS)
+        raise ValueError(f"name: expected one of {listed}, not {name!r}{nearest(name, _OPTIONS)}")
+    known = _OPTIONS[name]
     for option, value in options.items():
-        known = _OPTIONS[name]
         if option not in known:
             hint = nearest(option, known)
             raise ValueError(f"{option}: no option of {name!r}{hint}; its options are {', '.join(known)}")

@@ -72,7 +72,8 @@ def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size
     check_modality(modality)
     require_model(model)
     paths = _paths(folder)
-    kept, problems, rows = [], {}, []
+    kept, rows = [], []
+    problems: dict[str, ValueError] = {}
     for start in range(0, len(paths), CHUNK):
         chunk = paths[start : start + CHUNK]
         decoded = zip(chunk, read_images(chunk, model.input_size, progress, "reading"), strict=True)
