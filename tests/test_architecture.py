@@ -32,7 +32,7 @@ FLOORS = {
     **dict.fromkeys(
         ("clustering", "matching", "memory", "losses", "sampling", "scores", "stages", "journal"), 2
     ),
-    **dict.fromkeys(("features", "evaluation", "checkpoint", "piles"), 3),
+    **dict.fromkeys(("features", "evaluation", "checkpoint", "piles", "building"), 3),
     **dict.fromkeys(("search", "importers", "export"), 3),
     "training": 4,
     **dict.fromkeys(("report", "pictures", "page", "__main__"), 5),

@@ -25,10 +25,11 @@ from ecul import (
     synthesize,
     train,
 )
+from ecul.building import build_model, build_optimizer
 from ecul.checkpoint import run_directory
 from ecul.model import Backbone
 from ecul.piles import load_piles
-from ecul.training import State, build_model, build_optimizer, learn, run_epoch
+from ecul.training import State, learn, run_epoch
 
 TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}
 TINY |= {"tsmem_switch": 1, "k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6}

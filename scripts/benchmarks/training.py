@@ -22,23 +22,8 @@ from ecul.augment import ERASED, MEAN, STD
 from ecul.journal import PARTS
 from ecul.memory import cluster_means
 from ecul.stages import Labels, make_batches, make_terms
-from ecul.training import (
-    State,
-    build_model,
-    build_optimizer,
-    learn,
-    load_piles,
-    run_epoch,
-    trainable,
-    uses_bf16,
-)  # fmt: skip
-
-
-def rows(device, quick):
-    """Rows for the table: `ours` and `published` in `unit`, the median of n; peak memory in bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        for work, overrides, steps in _sizes(device, quick):
-            yield _step(Path(folder), work, Config.preset("demo", **overrides), device, steps)
+from ecul.building import build_model, build_optimizer, trainable, uses_bf16
+from ecul.training import State, learn, load_piles, run_epoch, )  # fmt: skip, , , def rows(device, quick):, """Rows for the table: `ours` and `published` in `unit`, the median of n; peak memory in bytes.""", with tempfile.TemporaryDirectory() as folder:, for work, overrides, steps in _sizes(device, quick):
         root = synthesize(Path(folder) / "world", identities=16 if quick else 96, progress=False)
         demo = Config.preset("demo", **({"iterations": 2} if quick else {}))
         yield from _epochs("demo recipe", open_dataset("sysu", root), demo, device)

@@ -1,0 +1,79 @@
+"""What learns: the network of a run, its optimiser and its learning rate."""
+
+import logging
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from . import parallel
+from .features import require_model
+from .model import Backbone, TwoStreamResNet
+
+log = logging.getLogger("ecul")
+
+
+def build_model(config, device, model=None):
+    """The network of this configuration, initialised from its seed alone, or one's own."""
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = TwoStreamResNet(config.depth, config.width, config.non_local, config.size)
+        if config.weights is not None:
+            model.load_backbone(config.weights)
+        model.checkpointing = config.checkpointing
+    else:
+        model = _own_model(model, config)
+    if parallel.size() > 1 and device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def _own_model(model, config):
+    """One's own network, wrapped unless it has `embed`; settings that would not reach it are refused."""
+    if config.weights is not None:
+        raise ValueError("weights are for the network that train builds; load your own model's before")
+    if not hasattr(model, "embed"):
+        return Backbone(model, config.size)
+    require_model(model)
+    size = tuple(model.input_size)
+    if size != config.size:
+        raise ValueError(f"model: its input_size is {size}, config.size is {config.size}; make them equal")
+    return model
+
+
+def trainable(model, config):
+    """The model as the batches see it: in parallel over processes, compiled if asked for."""
+    forward = model
+    if parallel.size() > 1:  # joint batches may hold one modality alone, and leave the other's stem unused
+        forward = DistributedDataParallel(model, find_unused_parameters=config.pairs == "joint")
+    return torch.compile(forward) if config.compile else forward
+
+
+def build_optimizer(model, config):
+    """Adam over every parameter that learns."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def set_lr(optimizer, config, epoch):
+    """Step decay: the rate is multiplied by lr_gamma at each milestone reached."""
+    lr = config.lr * config.lr_gamma ** sum(epoch >= m for m in config.lr_milestones)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def uses_bf16(config, device):
+    """Whether the forward pass runs under bf16 autocast: asked for, or "auto" on a GPU that has it."""
+    if config.precision == "auto":
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return config.precision == "bf16"
+
+
+def warn_of_start(config, device):
+    """What a newcomer had better know before a published network begins to learn."""
+    if config.depth < 50:
+        return
+    if config.weights is None:
+        log.warning("weights is None: the network starts from random weights, not ImageNet's as published")
+    if device.type == "cpu":
+        log.warning("a ResNet-%d takes hours an epoch on a CPU; preset 'demo' takes seconds", config.depth)
