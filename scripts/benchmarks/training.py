@@ -19,11 +19,19 @@ from benchmarks.clustering import peak_memory, reset_peak_memory, seconds
 from benchmarks.table import table_row
 from ecul import MODALITIES, Config, Dataset, open_dataset, synthesize
 from ecul.augment import ERASED, MEAN, STD
+from ecul.building import build_model, build_optimizer, trainable, uses_bf16
 from ecul.journal import PARTS
 from ecul.memory import cluster_means
+from ecul.piles import load_piles
 from ecul.stages import Labels, make_batches, make_terms
-from ecul.building import build_model, build_optimizer, trainable, uses_bf16
-from ecul.training import State, learn, load_piles, run_epoch, )  # fmt: skip, , , def rows(device, quick):, """Rows for the table: `ours` and `published` in `unit`, the median of n; peak memory in bytes.""", with tempfile.TemporaryDirectory() as folder:, for work, overrides, steps in _sizes(device, quick):
+from ecul.training import State, learn, run_epoch
+
+
+def rows(device, quick):
+    """Rows for the table: `ours` and `published` in `unit`, the median of n; peak memory in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for work, overrides, steps in _sizes(device, quick):
+            yield _step(Path(folder), work, Config.preset("demo", **overrides), device, steps)
         root = synthesize(Path(folder) / "world", identities=16 if quick else 96, progress=False)
         demo = Config.preset("demo", **({"iterations": 2} if quick else {}))
         yield from _epochs("demo recipe", open_dataset("sysu", root), demo, device)
