@@ -95,8 +95,7 @@ def search(args):
     _list_unreadable(ranking.query, ranking.gallery)
     try:
         if args.output:
-            draw_ranking(args.output, ranking, model.input_size)
-            drawn = min(24, len(ranking.rows))
+            drawn = draw_ranking(args.output, ranking, model.input_size)
             print(f"{args.output}: {drawn} of {len(ranking.rows)} queries are drawn", file=sys.stderr)
     finally:
         print(json.dumps(ranking.to_dict(), indent=2) if args.json else ranking.table())
@@ -106,7 +105,8 @@ def report(args):
     """Draw a run: curves, ranked lists, clusters and matches as PNGs and as one HTML page that has all."""
     from .report import read_run, reopen, report
 
-    dataset = reopen(read_run(args.run_directory), args.dataset, args.root, args.option)
+    given = (args.dataset, args.root, args.option)
+    dataset = reopen(read_run(args.run_directory), *given) if any(given) else None
     print(report(args.run_directory, dataset, queries=args.queries, top=args.top, device=_device(args)))
 
 
