@@ -143,7 +143,8 @@ def _frame(left, top, width, color):
 def draw_ranking(path, ranking, size=(288, 144), queries=24, answers=20):
     """Write a `Ranking` as a PNG: its first `queries` queries with the first `answers` answers to each.
 
-    Returns how many queries it shows. Errors: those of `prepare_picture`; ValueError for an image that can be read no more.
+    Returns how many queries it shows. Errors: those of `prepare_picture`; ValueError for an image that can be
+    read no more.
     """
     rows, held = [], zip(ranking.query.paths, ranking.rows, ranking.scores, strict=True)
     for asked, found, scores in itertools.islice(held, queries):
