@@ -83,10 +83,8 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
     device = parallel.start(device)
     with run_directory(output, hold=parallel.rank() == 0) as directory:
         goes_on = directory is not None and (directory / "resume.safetensors").exists()
-        if resume:
-            log.info(
-                "%s", f"going on in {directory}" if goes_on else f"no run in {output} yet: starting anew"
-            )
+        if resume and not goes_on:
+            log.info("there is no run in %s yet: starting anew", output)
         if goes_on and not resume:
             raise ValueError(
                 f"output: {directory} holds a run; resume it (--resume, resume=True) or choose another"
@@ -99,6 +97,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
         parallel.require_same(data["names_and_cameras"], "the data set's images and cameras")
         if goes_on:
             load_run(directory, state, config, data)
+            log.info("going on after epoch %d of %d", len(state.history), config.epochs)
         parallel.wait()
         if config.epochs == 0 and directory is not None and parallel.rank() == 0:
             save_run(directory, state, config, data, source)
