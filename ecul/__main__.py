@@ -149,20 +149,19 @@ def synthesize(args):
 
 def demo(args):
     """Render the synthetic world, check it, train without labels, evaluate: the whole way in minutes."""
+    from .building import build_model
     from .data import open_dataset
     from .evaluation import evaluate
     from .synthetic import synthesize
-    from .training import build_model, train
+    from .training import train
 
-    output = Path(args.output)
+    output, device = Path(args.output), _device(args)
     root = synthesize(output / f"world-{args.seed}", seed=args.seed)
     dataset = open_dataset("sysu", root)
     print(dataset.check(decode=True))
     config = Config.preset("demo", method=args.method, seed=args.seed)
-    before = evaluate(build_model(config, _device(args)), dataset)
-    run = train(
-        dataset, config, output=output / f"{args.method}-{args.seed}", resume=True, device=args.device
-    )
+    before = evaluate(build_model(config, device), dataset)
+    run = train(dataset, config, output=output / f"{args.method}-{args.seed}", resume=True, device=device)
     after = evaluate(run.model, dataset)
     print(f"\nsynthetic world, held-out identities, before training\n{before.table()}")
     print(f"\nafter {len(run.history)} epochs without labels ({args.method})\n{after.table()}")

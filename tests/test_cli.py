@@ -96,8 +96,10 @@ def test_every_command_is_there_and_every_option_has_help():
 
 
 def test_errors_are_one_line_and_code_two(capsys, tmp_path):
-    assert main(["export", str(tmp_path), "--modality", "visible", "-o", "x.onnx", "--device", "gpu"]) == 2
-    assert "no model file" in capsys.readouterr().err
+    demo = ["demo", "-o", str(tmp_path / "demo"), "--device", "gpu"]
+    assert (
+        main(demo) == 2 and "expected cpu, cuda or cuda:0, cuda:1 ..., got 'gpu'" in capsys.readouterr().err
+    )
     assert main(["evaluate", "sysu", str(tmp_path / "absent"), "--model", "x"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("ecul evaluate: ") and error.count("\n") == 1 and "Traceback" not in error
@@ -105,6 +107,16 @@ def test_errors_are_one_line_and_code_two(capsys, tmp_path):
         main(["--traceback", "evaluate", "sysu", str(tmp_path / "absent"), "--model", "x"])
     with pytest.raises(SystemExit):
         main(["train", "sysu", "x", "-o", "y", "--set", "no-value"])
+
+
+def test_method_is_a_setting_like_others(world, tmp_path):
+    settings = [part for k, v in {**TINY, "method": "mbccm"}.items() for part in ("--set", f"{k}={v}")]
+    out = str(tmp_path / "run")
+    assert (
+        main(["train", "sysu", str(world), "-o", out, "--preset", "demo", "--set", "weights=none", *settings])
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "mbccm"
 
 
 def test_from_a_world_to_a_report(tmp_path, capsys):

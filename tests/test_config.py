@@ -43,6 +43,7 @@ def test_overrides_win_and_the_config_is_frozen():
     ("fields", "message"),
     [
         ({"itterations": 3}, "no field 'itterations' .did you mean 'iterations'"),
+        ({"epoch": 3}, "no field 'epoch' .did you mean 'epochs_intra'"),
         ({"method": "ecull"}, "method must be one of .*did you mean 'ecul'"),
         ({"depth": 51}, "depth must be one of"),
         ({"update_rule": "tsmen"}, "did you mean 'tsmem'"),
