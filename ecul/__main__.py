@@ -1,6 +1,7 @@
 """The command line: `ecul COMMAND --help`. Each command is a thin caller of the Python functions."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ NAMES = "sysu, regdb, llcm, market, or folders (of one's own: root/visible and r
 def main(argv=None):
     """Run one command; returns the exit code. Errors meant for people are one line, without a traceback."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8
     try:
         with speaking():
             code = args.run(args) or 0
@@ -26,10 +29,10 @@ def main(argv=None):
     except BrokenPipeError:  # whoever read the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as e:
         if args.traceback:
             raise
-        print(f"ecul {args.command}: {e}", file=sys.stderr)
+        print(f"ecul {args.command}: {e or type(e).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"ecul {args.command}: interrupted", file=sys.stderr)
@@ -103,11 +106,10 @@ def search(args):
 
 def report(args):
     """Draw a run: curves, ranked lists, clusters and matches as PNGs and as one HTML page that has all."""
-    from .report import read_run, reopen, report
+    from .report import report
 
-    given = (args.dataset, args.root, args.option)
-    dataset = reopen(read_run(args.run_directory), *given) if any(given) else None
-    print(report(args.run_directory, dataset, queries=args.queries, top=args.top, device=_device(args)))
+    options = {"root": args.root, "options": args.option, "queries": args.queries, "top": args.top}
+    print(report(args.run_directory, **options, device=_device(args)))
 
 
 def import_(args):
@@ -248,7 +250,6 @@ def _add_training(command):
 
     p = _with_device(command(report))
     p.add_argument("run_directory", metavar="RUN", help="the directory that train wrote")
-    p.add_argument("--dataset", help="its name (default: the one the run names)")
     p.add_argument("--root", help="the folder of the data set (default: where it was in training)")
     p.add_argument("--option", type=_pair, action="append", default=[], metavar="NAME=VALUE", help=OPTION)
     p.add_argument("--queries", type=int, default=6, help="ranked lists to draw (default: 6)")

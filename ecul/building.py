@@ -20,9 +20,10 @@ def build_model(config, device, model=None):
             model = TwoStreamResNet(config.depth, config.width, config.non_local, config.size)
         if config.weights is not None:
             model.load_backbone(config.weights)
-        model.checkpointing = config.checkpointing
     else:
         model = _own_model(model, config)
+    if hasattr(model, "checkpointing"):
+        model.checkpointing = config.checkpointing
     if parallel.size() > 1 and device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last)
@@ -32,6 +33,8 @@ def _own_model(model, config):
     """One's own network, wrapped unless it has `embed`; settings that would not reach it are refused."""
     if config.weights is not None:
         raise ValueError("weights are for the network that train builds; load your own model's before")
+    if config.checkpointing and not hasattr(model, "checkpointing"):
+        raise ValueError(f"checkpointing is for TwoStreamResNet, not for {type(model).__name__}")
     if not hasattr(model, "embed"):
         return Backbone(model, config.size)
     require_model(model)

@@ -21,6 +21,8 @@ def read_weights(path):
     try:
         safe = path.suffix == ".safetensors"
         content = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as e:  # a damaged file can raise anything
         code = re.search(r"GLOBAL ([\w.]*\w) ", str(e)) if isinstance(e, UnpicklingError) else None
         reason = f"it holds {code[1]}, which is code" if code else "it is damaged, or no file of weights"

@@ -19,7 +19,7 @@ GOOD, BAD, PLAIN, ASKED = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"
 MODALITY = {"visible": "#2c7fb8", "infrared": "#d95f0e", "joint": "#756bb1"}
 DASHES = {BAD: (0, (2.5, 1.5))}  # green and red differ in more than colour
 HEIGHT, GAP, LINE, LABEL = 112, 12, 11, 190  # of a sheet, in hundredths of an inch
-MOST = 500  # images of a sheet
+MOST = 600  # images of a sheet
 FINE = 2  # pixels of an image in a hundredth of an inch
 OTHER = ("#444444", "#1b9e77", "#e7298a", "#a6761d")
 LINES = {"cluster": "-", "instance": "--", "agnostic": ":"}
@@ -166,11 +166,12 @@ def short_path(path):
 
 def short_name(path):
     """A file's name without its suffix, in one line or two that fit below an image."""
-    name = Path(str(path).replace("\\", "/")).stem
+    name = _end(Path(str(path).replace("\\", "/")).stem, 200)
     return name if len(name) <= 11 else f"{name[:11]}\n{_end(name[11:], 11)}"
 
 
 def _end(text, width):
+    text = text.encode("utf-8", "replace").decode()  # names that are not UTF-8 cannot be drawn
     return text if len(text) <= width else "…" + text[1 - width :]
 
 

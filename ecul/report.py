@@ -63,6 +63,7 @@ def read_run(directory):
         history = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
         about = {"root": saved.get("root"), "options": saved.get("options", {}), **saved["dataset"]}
         config = Config.from_dict(saved["config"])
+        history = [row for row in history if row["stage"] and row["epoch"] + 1]
     except OSError as e:
         raise ValueError(f"{directory} is no run directory ({e.filename}: {e.strerror})") from e
     except (KeyError, TypeError, json.JSONDecodeError) as e:
@@ -72,29 +73,41 @@ def read_run(directory):
     return Saved(directory, config, history, about)
 
 
-def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, progress=True):
+def report(
+    run, dataset=None, *, model=None, root=None, options=(), queries=6, top=10, device=None, progress=True
+):
     """Write `report/` in a run directory: PNGs and `index.html`, which has them inside. Returns its path.
 
     run: the directory that `train` wrote. dataset: the `Dataset` it was trained on, by default opened where
-    it lay; where it is no more there are curves and settings alone. Its identities, where known, colour
-    frames and give the accuracy of the test images, and are read for nothing else. model: the trained model
-    where it is not a `TwoStreamResNet`, for instance `Backbone.from_pretrained(run, network)`. queries, top:
-    size of the ranked lists. device: by default the GPU when there is one. Errors: ValueError for a directory
-    that is no run, another data set, or a model that cannot be read; ImportError without matplotlib.
-    Source: ECUL for the clusters that are shown, MBCCM for the matches.
+    it lay, or in `root`, with its options and these ones; where that cannot be, there are curves and settings
+    alone. Its identities, where known, colour frames and give the accuracy of the test images, and are read
+    for nothing else. model: the trained model where it is not a `TwoStreamResNet`, for instance
+    `Backbone.from_pretrained(run, network)`. queries, top: size of the ranked lists. device: by default the
+    GPU when there is one. Errors: ValueError for a directory that is no run, another data set, a model that
+    cannot be read, too many images to draw, or pictures of an earlier report that could not be drawn again;
+    ImportError without matplotlib. Source: ECUL for the clusters that are shown, MBCCM for the matches.
     """
-    if min(queries, top) < 1:
-        raise ValueError(f"queries and top must be at least 1, got {queries} and {top}")
-    saved = read_run(run)
-    dataset = dataset if dataset is not None else reopen(saved)
-    if dataset is not None:
+    if min(queries, top) < 1 or queries * (top + 1) > pictures.MOST:
+        most = f"at most {pictures.MOST} images in all"
+        raise ValueError(f"queries and top must be at least 1, with {most}, got {queries} and {top}")
+    saved, given = read_run(run), dataset is not None or root is not None
+    try:
+        dataset = dataset if dataset is not None else reopen(saved, root, options)
         _require_same(saved, dataset)
+        model = model or TwoStreamResNet.from_pretrained(saved.directory)
+    except (ValueError, FileNotFoundError) as e:
+        if given:
+            raise
+        if (saved.directory / "report" / "ranked.png").exists():
+            raise ValueError(f"{e}; for curves alone remove the earlier report, which has pictures") from e
+        log.warning("curves and settings alone: %s", e)
+        dataset = None
     folder = saved.directory / "report"
     folder.mkdir(exist_ok=True)
     pictures.draw_curves(folder / "curves.png", saved.history)
     sections = [Section("Curves", CURVES, folder / "curves.png")]
     if dataset is not None:
-        model = (model or TwoStreamResNet.from_pretrained(saved.directory)).to(choose_device(device))
+        model = model.to(choose_device(device))
         piles = {m: _embed(model, getattr(dataset, m), progress) for m in MODALITIES}
         tested = piles
         if dataset.test_visible is not None and dataset.test_infrared is not None:
@@ -108,24 +121,14 @@ def report(run, dataset=None, *, model=None, queries=6, top=10, device=None, pro
     return folder / "index.html"
 
 
-def reopen(saved, name=None, root=None, options=()):
-    """The data set of a run, from where it lay or from `root`; None, with a warning, where it is no more.
-
-    name, options: other ones than the run's. Errors: those of `open_dataset`; ValueError where the images are
-    gone and an earlier report shows them, which would be lost.
-    """
+def reopen(saved, root=None, options=()):
+    """The data set of a run, from where it lay or from `root`. Errors: ValueError where it is no more."""
     known = saved.dataset
-    name = name or known["dataset"]
-    if root is None and (known["root"] is None or not Path(known["root"]).is_dir()):
-        where = "were in memory" if known["root"] is None else f"are no longer at {known['root']}"
-        if (saved.directory / "report" / "ranked.png").exists():
-            raise ValueError(
-                f"the images {where}, and the report that is there shows them; --root names a folder"
-            )
-        log.warning("the images %s: curves and settings alone; --root names a folder", where)
-        return None
-    kept = known["options"] if name == known["dataset"] else {}
-    return open_dataset(name, root or known["root"], **{**kept, **dict(options)})
+    if known["root"] is None:
+        raise ValueError("the images were in memory; in Python, report(run, dataset) takes them")
+    if root is None and not Path(known["root"]).is_dir():
+        raise ValueError(f"the images are no longer at {known['root']}; --root (root=) names their folder")
+    return open_dataset(known["dataset"], root or known["root"], **{**known["options"], **dict(options)})
 
 
 def _accuracy(dataset, features):

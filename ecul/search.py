@@ -125,7 +125,7 @@ def search(model, query, gallery, query_modality, gallery_modality, *, top=10, *
     to the gallery's size. options: those of `extract_folder`. Errors: those of `extract_folder`; ValueError
     for top below 1.
     """
-    if not isinstance(top, int) or top < 1:
+    if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
     check_modality(gallery_modality)
     _paths(gallery)

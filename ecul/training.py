@@ -83,7 +83,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
     device = parallel.start(device)
     with run_directory(output, hold=parallel.rank() == 0) as directory:
         goes_on = directory is not None and (directory / "resume.safetensors").exists()
-        if resume and not goes_on:
+        if resume and directory is not None and not goes_on:
             log.info("there is no run in %s yet: starting anew", output)
         if goes_on and not resume:
             raise ValueError(

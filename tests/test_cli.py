@@ -277,7 +277,7 @@ def test_two_folders_train_and_are_reported_from_the_shell(photos, tmp_path, cap
     assert (tmp_path / "run" / "report" / "ranked.png").is_file()
     (tmp_path / "own").rename(tmp_path / "moved")
     assert main(["report", str(tmp_path / "run"), "--queries", "1"]) == 2
-    assert "the report that is there shows them" in capsys.readouterr().err
+    assert "for curves alone remove the earlier report" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "report")
     assert main(["report", str(tmp_path / "run"), "--queries", "1"]) == 0
     assert "no longer at" in caplog.text and not (tmp_path / "run" / "report" / "ranked.png").exists()

@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
+from ecul.model import Backbone
 from ecul.pictures import (
     BAD,
     GAP,
@@ -25,6 +26,7 @@ from ecul.pictures import (
     _diagonal,
     draw_curves,
     draw_matches,
+    draw_ranking,
     draw_sheet,
 )
 from ecul.report import (
@@ -38,6 +40,7 @@ from ecul.report import (
     read_run,
     report,
 )
+from ecul.search import FolderFeatures, Ranking
 from ecul.stages import Labels
 
 TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
@@ -128,7 +131,7 @@ def test_frames_have_their_colours_and_images_their_places(tmp_path):
     assert color_at(tmp_path / "sheet.png", second - 1, middle) == GOOD
     assert color_at(tmp_path / "sheet.png", second + wide + GAP - 1, middle) == BAD
     assert color_at(tmp_path / "sheet.png", LABEL + wide + GAP + GAP // 2, middle) == "#ffffff"
-    with pytest.raises(ValueError, match="1 to 500 images, got 0"):
+    with pytest.raises(ValueError, match="1 to 600 images, got 0"):
         draw_sheet(tmp_path / "sheet.png", [])
 
 
@@ -270,9 +273,41 @@ def test_the_images_are_found_where_they_lay(run, dataset):
 
 def test_a_sheet_holds_so_many_images_and_no_more(tmp_path):
     cell = Cell(np.zeros((4, 2, 3), np.uint8), "1")
-    for rows in ([], [("a", [cell] * 251)] * 2):
-        with pytest.raises(ValueError, match="holds 1 to 500 images"):
+    for rows in ([], [("a", [cell] * 301)] * 2):
+        with pytest.raises(ValueError, match="holds 1 to 600 images"):
             draw_sheet(tmp_path / "sheet.png", rows)
+
+
+def test_what_search_draws_at_most_fits_a_sheet(tmp_path):
+    Image.new("RGB", (4, 8)).save(tmp_path / "caf\udce9.png")
+    found = FolderFeatures(torch.zeros(30, 2), [str(tmp_path / "caf\udce9.png")] * 30, "visible", [])
+    ranking = Ranking(found, found, torch.arange(25).repeat(30, 1), torch.zeros(30, 25))
+    assert draw_ranking(tmp_path / "found.png", ranking, (8, 4)) == 24
+
+
+def test_too_large_a_report_is_refused_before_any_work(run, dataset):
+    with pytest.raises(ValueError, match="at most 600 images in all, got 30 and 20"):
+        report(run.output, dataset, queries=30, top=20)
+
+
+def test_a_model_that_the_shell_cannot_build_leaves_the_curves(dataset, tmp_path, caplog):
+    class Own(torch.nn.Module):
+        num_features = 3
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x.mean((2, 3)) * self.scale
+
+    train(dataset, Config.preset("demo", **TINY), output=tmp_path / "own", model=Own())
+    report(tmp_path / "own", progress=False)
+    assert "curves and settings alone" in caplog.text and "ecul.model.Backbone loads it" in caplog.text
+    model = Backbone.from_pretrained(tmp_path / "own", Own())
+    assert "Ranked lists" in report(tmp_path / "own", model=model, progress=False).read_text()
+    with pytest.raises(ValueError, match="remove the earlier report"):
+        report(tmp_path / "own", progress=False)
 
 
 def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):

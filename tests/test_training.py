@@ -251,6 +251,8 @@ def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
         train(dataset, tiny(), model=TwoStreamResNet(10, 8, False, (32, 16)))
     with pytest.raises(ValueError, match="load your own model's before"):
         train(dataset, tiny(weights="resnet.pth"), model=Pooled())
+    with pytest.raises(ValueError, match="checkpointing is for TwoStreamResNet, not for Pooled"):
+        train(dataset, tiny(checkpointing=True), model=Pooled())
     with pytest.raises(TypeError, match="on_epoch must be a function"):
         train(dataset, tiny(), on_epoch="log")
     pooled = Pooled()
