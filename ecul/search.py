@@ -131,5 +131,5 @@ def search(model, query, gallery, query_modality, gallery_modality, *, top=10, *
     _paths(gallery)
     asked = extract_folder(model, query, query_modality, **options)
     searched = extract_folder(model, gallery, gallery_modality, **options)
-    scores, rows = topk_similarity(asked.features, searched.features, min(top, len(searched.paths)))
+    scores, rows = topk_similarity(asked.features, searched.features, min(int(top), len(searched.paths)))
     return Ranking(asked, searched, rows, scores)
