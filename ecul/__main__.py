@@ -35,7 +35,8 @@ def main(argv=None):
         print(f"ecul {args.command}: {e or type(e).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"ecul {args.command}: interrupted", file=sys.stderr)
+        hint = "; --resume goes on after the last finished epoch" if args.command == "train" else ""
+        print(f"ecul {args.command}: interrupted{hint}", file=sys.stderr)
         return 130
 
 
