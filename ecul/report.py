@@ -63,10 +63,11 @@ def read_run(directory):
         history = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
         about = {"root": saved.get("root"), "options": saved.get("options", {}), **saved["dataset"]}
         config = Config.from_dict(saved["config"])
-        history = [row for row in history if row["stage"] and row["epoch"] + 1]
+        if not all({"epoch", "stage"} <= row.keys() for row in history):
+            raise KeyError("a row without epoch or stage")
     except OSError as e:
         raise ValueError(f"{directory} is no run directory ({e.filename}: {e.strerror})") from e
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
         raise ValueError(f"{directory}: its resume.json or log.jsonl is damaged ({e!r})") from e
     if not history:
         raise ValueError(f"{directory}: the run has not finished an epoch yet")

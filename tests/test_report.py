@@ -278,6 +278,16 @@ def test_a_sheet_holds_so_many_images_and_no_more(tmp_path):
             draw_sheet(tmp_path / "sheet.png", rows)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"epoch": 1}'])
+@pytest.mark.parametrize("name", ["resume.json", "log.jsonl"])
+def test_a_damaged_run_is_named(name, content, run, tmp_path):
+    for file in ("resume.json", "log.jsonl"):
+        (tmp_path / file).write_bytes((run.output / file).read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="resume.json or log.jsonl is damaged"):
+        read_run(tmp_path)
+
+
 def test_what_search_draws_at_most_fits_a_sheet(tmp_path):
     Image.new("RGB", (4, 8)).save(tmp_path / "caf\udce9.png")
     found = FolderFeatures(torch.zeros(30, 2), [str(tmp_path / "caf\udce9.png")] * 30, "visible", [])
