@@ -18,7 +18,7 @@ def label_scores(features, labels, previous):
 
     stability: adjusted Rand index with the previous epoch's labels; separation: simplified silhouette, mean
     of the modalities; mutual: share of mutual nearest neighbours across modalities. `score` is the one that
-    `keep="score"` selects by: separation, which follows test mAP best in scripts/ablation.
+    `keep="score"` selects by: separation, which follows test mAP in scripts/ablation.
     """
     pairs = [(labels.own[m].cpu(), previous[m].cpu()) for m in MODALITIES] if previous else []
     stability = float(np.mean([adjusted_rand(a, b) for a, b in pairs])) if pairs else float("nan")
