@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import MODALITIES, __version__
 from .config import DATASETS, METHODS, Config
-from .console import speaking
+from .console import listed, speaking
 
 MODEL = "a run directory, a directory of save_pretrained, or a model.safetensors"
 OPTION = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
@@ -121,7 +121,7 @@ def import_(args):
         raise ValueError(f"output: {args.output} holds a run of train; choose another directory")
     model, unused = import_checkpoint(args.file, args.size)
     for reason, names in unused.items():
-        print(f"left out, {reason}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}")
+        print(f"left out, {reason}: {listed(names, 1)}")
     model.save_pretrained(args.output, {"imported_from": Path(args.file).name})
     print(f"a ResNet-{model.settings['depth']} is in {args.output}")
 

@@ -1,8 +1,8 @@
 """Batched augmentation on the device where the images are; every image draws for itself.
 
 The transforms are those of ECUL's and MBCCM's published code (pad-crop, flip, random erasing, channel
-exchange, channel adapt, linear transform), exact in distribution. All functions take and
-return (B, 3, H, W) float32 images; `rand` draws (B,) uniform numbers.
+exchange, channel adapt, linear transform), exact in distribution. All functions take and return
+(B, 3, H, W) float32 images; `rand` draws (B,) uniform numbers.
 """
 
 import functools

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ecul import MODALITIES
+from ecul.console import listed
 from ecul.data import Dataset, Images
 from ecul.decode import read_images
 from ecul.pack import Files
@@ -34,7 +35,6 @@ PUBLISHED = {
         "test_infrared": {"identities": 351, "images": 7_166},
     },
 }
-_SHOWN = 10
 
 
 @dataclass
@@ -109,7 +109,7 @@ def check_dataset(dataset: Dataset, decode: bool = False, progress: bool = True)
         _decode(dataset, report, progress)
     report.extra = list(dataset.extra)
     if report.extra:
-        report.warnings.append(f"{len(report.extra)} unexpected paths: {_first(report.extra)}")
+        report.warnings.append(f"{len(report.extra)} unexpected paths: {listed(report.extra)}")
     return report
 
 
@@ -165,7 +165,7 @@ def _look_at_files(pile: Images, name: str, report: Report) -> None:
     label = name.replace("_", " ")
     if len(set(pile.names)) < len(pile):
         twice = [path for path, times in Counter(pile.names).items() if times > 1]
-        report.errors.append(f"{label}: {len(twice)} images are listed twice: {_first(twice)}")
+        report.errors.append(f"{label}: {len(twice)} images are listed twice: {listed(twice)}")
     if not isinstance(pile.source, Files):
         return
     missing, empty = [], []
@@ -176,10 +176,10 @@ def _look_at_files(pile: Images, name: str, report: Report) -> None:
         except OSError:
             missing.append(str(path))
     if missing:
-        report.errors.append(f"{label}: {len(missing)} images are missing: {_first(missing)}")
+        report.errors.append(f"{label}: {len(missing)} images are missing: {listed(missing)}")
     if empty:
         report.errors.append(
-            f"{label}: {len(empty)} images are empty files{pile.source.advice}: {_first(empty)}"
+            f"{label}: {len(empty)} images are empty files{pile.source.advice}: {listed(empty)}"
         )
     report.missing += missing
     report.unreadable += empty
@@ -193,12 +193,12 @@ def _look_for_overlap(dataset: Dataset, report: Report) -> None:
         if test is None or not isinstance(test.source, Files):
             continue
         if both := sorted({*piles[modality].names} & {*test.names}):
-            report.errors.append(f"{modality}: {len(both)} images to train and to test on: {_first(both)}")
+            report.errors.append(f"{modality}: {len(both)} images to train and to test on: {listed(both)}")
         if dataset.protocol != "sysu":
             continue
         if shared := {*piles[modality].identities()} & {*test.identities()}:
             ids = [f"{pid:04d}" for pid in sorted(shared)]
-            report.errors.append(f"{modality}: {len(ids)} identities to train and to test on: {_first(ids)}")
+            report.errors.append(f"{modality}: {len(ids)} identities to train and to test on: {listed(ids)}")
 
 
 def _decode(dataset: Dataset, report: Report, progress: bool) -> None:
@@ -215,8 +215,3 @@ def _decode(dataset: Dataset, report: Report, progress: bool) -> None:
     for source in files:
         for pack in source.damaged():
             report.errors.append(f"damaged pack, remove it: {str(pack)!r}")
-
-
-def _first(paths: list[str]) -> str:
-    more = f" and {len(paths) - _SHOWN:,} more" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + more

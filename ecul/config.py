@@ -219,8 +219,8 @@ class Config:
     def preset(cls, dataset, method="united", **overrides):
         """The settings of `dataset` ("sysu", "regdb", "llcm", "demo") with `method`, then `overrides`.
 
-        Source: the papers' implementation details . "demo" is our own small recipe
-        for the synthetic world on two CPU cores.
+        Source: the papers' implementation details. "demo" is our own small recipe for the synthetic world on
+        two CPU cores.
         """
         for name, value, known in (("dataset", dataset, DATASETS), ("method", method, METHODS)):
             if value not in known:

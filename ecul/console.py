@@ -1,4 +1,4 @@
-"""What is said on the terminal: the library's log lines, beside progress bars."""
+"""What people read: log lines beside progress bars, and lists of names that stay short."""
 
 import logging
 import os
@@ -6,6 +6,13 @@ import sys
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+
+def listed(names, most=10, between=", "):
+    """The first `most` names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 class _BesideBars(logging.Handler):

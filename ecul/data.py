@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ecul import MODALITIES, readers
+from ecul import MODALITIES, folders, readers
 from ecul.config import nearest
 from ecul.pack import Arrays, Files
 
@@ -212,19 +212,19 @@ class Dataset:
         and name those that cannot be read; otherwise loading them is an error that names them all. pack: as
         in `open_dataset`. Errors: ValueError for a folder without images, or one that lies in the other.
         """
-        folders = {"visible": Path(visible).absolute(), "infrared": Path(infrared).absolute()}
-        readers.require_apart(*folders.values())
+        places = {"visible": Path(visible).absolute(), "infrared": Path(infrared).absolute()}
+        folders.require_apart(*places.values())
         advice = "; skip_unreadable=True leaves such images out"
         piles, extra = {}, []
-        for modality, folder in folders.items():
-            found, others = readers.read_folder(folder, cameras)
+        for modality, folder in places.items():
+            found, others = folders.read_folder(folder, cameras)
             if skip_unreadable:
-                found = readers.only_readable(found, folder)
+                found = folders.only_readable(found, folder)
             source = Files(folder, found.names, f"folders-{modality}", pack, advice)
             piles[modality] = Images._of(modality, found.names, found.camids, None, source)
             extra += [str(folder / other) for other in others]
-        root = folders["visible"].parent
-        given = {m: str(f.relative_to(root) if f.is_relative_to(root) else f) for m, f in folders.items()}
+        root = places["visible"].parent
+        given = {m: str(f.relative_to(root) if f.is_relative_to(root) else f) for m, f in places.items()}
         options = {**given, **_packing(pack), "cameras": cameras, "skip_unreadable": skip_unreadable}
         visible, infrared = (piles[m] for m in MODALITIES)
         return cls("folders", str(root), visible, infrared, extra=tuple(extra), options=options)
@@ -267,13 +267,13 @@ def open_dataset(name: str, root, **options) -> Dataset:
     if not root.is_dir():
         raise ValueError(f"root: {str(root)!r} is not a folder")
     if name == "folders":
-        folders = {m: root / options.get(m, m) for m in MODALITIES}
-        if absent := [str(folder) for folder in folders.values() if not folder.is_dir()]:
+        places = {m: root / options.get(m, m) for m in MODALITIES}
+        if absent := [str(folder) for folder in places.values() if not folder.is_dir()]:
             raise ValueError(
                 f"root: {str(root)!r} should hold the folders visible and infrared, unless the options of "
                 f"these names say otherwise; there is no {' nor '.join(absent)}"
             )
-        return Dataset.from_folders(**{**options, **folders})
+        return Dataset.from_folders(**{**options, **places})
     return _open_published(name, root, **options)
 
 

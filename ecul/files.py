@@ -9,6 +9,8 @@ from pickle import UnpicklingError  # the name of an error, no file of ours is a
 import torch
 from safetensors.torch import load_file, save
 
+from .console import listed
+
 
 def read_weights(path):
     """The content of a weights file: `.safetensors`, or what `torch.save` wrote, read with weights only.
@@ -36,8 +38,7 @@ def require_tensors(state, path):
     """A ValueError naming what in this dict of weights is no tensor."""
     other = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if other:
-        listed = ", ".join(other[:6]) + (" ..." if len(other) > 6 else "")
-        raise ValueError(f"{path}: {listed} are no tensors; expected a state dict")
+        raise ValueError(f"{path}: {listed(other)} are no tensors; expected a state dict")
 
 
 def prepare_output(path, *suffixes):

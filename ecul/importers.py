@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .console import listed
 from .files import read_weights, require_tensors
 from .model import BLOCKS, TwoStreamResNet
 
@@ -72,7 +73,7 @@ def import_checkpoint(path, input_size=(288, 144)):
     if unknown:
         raise ValueError(
             f"{path}: {len(unknown)} of {len(state)} names belong to no known layout, "
-            f"so nothing was imported: {_listed(unknown)}. Known are visible_module.visible.*, "
+            f"so nothing was imported: {listed(unknown)}. Known are visible_module.visible.*, "
             "thermal_module.thermal.*, base_resnet.base.*, NL_*, bottleneck.* and what only training uses"
         )
     settings = _settings(renamed, path)
@@ -159,8 +160,3 @@ def _place_non_local(state, places, path):
             name = f"non_local.{here[number]}.{rest}"
         placed[name] = value
     return placed
-
-
-def _listed(names):
-    names = list(names)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

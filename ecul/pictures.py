@@ -111,10 +111,8 @@ def draw_sheet(path, rows, lead=0):
             thumbnail = resize(Image.fromarray(cell.image), (FINE * HEIGHT, FINE * wide))
             canvas[FINE * top : FINE * (top + HEIGHT), FINE * left : FINE * (left + wide)] = thumbnail
             axes.add_patch(_frame(left, top, wide, cell.color))
-            axes.text(
-                left + wide / 2, top + HEIGHT + 6, cell.caption, fontsize=6, ha="center", va="top",
-                color=ASKED, linespacing=1.3, fontfamily=_fonts(), parse_math=False,
-            )  # fmt: skip
+            place = (left + wide / 2, top + HEIGHT + 6)
+            _write(axes, *place, cell.caption, fontsize=6, ha="center", va="top", linespacing=1.3)
     axes.set(xlim=(0, total), ylim=(len(rows) * step + GAP, 0))
     axes.axis("off")
     _save(figure, path, canvas)
@@ -125,10 +123,13 @@ def _label(axes, lines, middle):
     for k, line in enumerate(lines):
         weight = "normal" if k else "bold"
         y = middle + 15 * (k - (len(lines) - 1) / 2)
-        axes.text(
-            GAP, y, line, fontsize=7.5, va="center", color=ASKED, fontweight=weight, fontfamily=_fonts(),
-            parse_math=False,
-        )  # fmt: skip
+        _write(axes, GAP, y, line, fontsize=7.5, va="center", fontweight=weight)
+
+
+def _write(axes, x, y, text, **style):
+    """Text as it is: names of files in any script, with any sign; what is not UTF-8 as a question mark."""
+    text = text.encode("utf-8", "replace").decode()
+    axes.text(x, y, text, color=ASKED, fontfamily=_fonts(), parse_math=False, **style)
 
 
 def _frame(left, top, width, color):
@@ -166,12 +167,11 @@ def short_path(path):
 
 def short_name(path):
     """A file's name without its suffix, in one line or two that fit below an image."""
-    name = _end(Path(str(path).replace("\\", "/")).stem, 200)
+    name = Path(str(path).replace("\\", "/")).stem
     return name if len(name) <= 11 else f"{name[:11]}\n{_end(name[11:], 11)}"
 
 
 def _end(text, width):
-    text = text.encode("utf-8", "replace").decode()  # names that are not UTF-8 cannot be drawn
     return text if len(text) <= width else "…" + text[1 - width :]
 
 

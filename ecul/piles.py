@@ -71,11 +71,6 @@ def identity(dataset):
     return {"dataset": dataset.name, **counts, "names_and_cameras": digest.hexdigest()[:16]}
 
 
-def origin(dataset):
-    """Where a data set lies and how to open it again, for `ecul report`."""
-    return {"root": dataset.root, "options": dataset.options}
-
-
 def augmented(piles, index, config, generator, device):
     """A batch's views by modality: visible view 1 then view 2 (channel exchange), and infrared."""
     taken = {m: piles[m].take(index[m], device) for m in MODALITIES}

@@ -7,7 +7,14 @@ from torch import nn
 
 from . import __version__
 from .augment import MEAN, STD
+from .console import listed
 from .files import write_json, write_tensors
+
+
+def weights_file(path):
+    """The weights' file of a directory, or the file itself."""
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
 
 
 class Pretrained(nn.Module):
@@ -36,8 +43,7 @@ class Pretrained(nn.Module):
     @classmethod
     def _find(cls, path):
         """The weights file in a directory, or itself, and its metadata; a ValueError for another network."""
-        path = Path(path)
-        file = path / "model.safetensors" if path.is_dir() else path
+        file = weights_file(path)
         if not file.is_file():
             raise FileNotFoundError(
                 f"there is no model file {file}; give a directory that save_pretrained or train wrote"
@@ -73,6 +79,6 @@ class Pretrained(nn.Module):
         if wrong:
             raise ValueError(
                 f"{path} does not fit {self.described()}; keys that differ: {len(wrong)}: "
-                f"{'; '.join(wrong[:6])}{' ...' if len(wrong) > 6 else ''}"
+                f"{listed(wrong, between='; ')}"
             )
         self.load_state_dict({**mine, **state})

@@ -5,7 +5,6 @@ paths it found and did not expect. It raises ValueError only for a structure it 
 counts are the published ones is for `ecul.checks` to say.
 """
 
-import logging
 import os
 import re
 from dataclasses import dataclass, field
@@ -13,9 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ecul import MODALITIES
-from ecul.decode import pillow, read_images, unreadable
-
-log = logging.getLogger("ecul")
+from ecul.decode import pillow
 
 SYSU_VISIBLE, SYSU_INFRARED = (1, 2, 4, 5), (3, 6)
 LLCM_VISIBLE, LLCM_INFRARED = (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 4, 5, 6, 7, 8, 9)
@@ -250,59 +247,3 @@ def _read_named(root: Path, folders: list[str], extra: list[str]) -> Listing:
     for pid, camid, _, name in sorted(found):
         listing.add([name], pid, camid)
     return listing
-
-
-def read_folder(folder: Path, cameras: bool = False) -> tuple[Listing, list[str]]:
-    """Every image below a folder, and all other files; with `cameras`, each sub-folder is one, by name."""
-    if not folder.is_dir():
-        kind = "is not a folder of images" if folder.exists() else "does not exist"
-        raise ValueError(f"{str(folder)!r} {kind}")
-    images, extra, inner = list_folder(folder, folder)
-    if cameras and images:
-        raise ValueError(f"{str(folder)!r}: with a sub-folder a camera, {images[0]!r} belongs to no camera")
-    listing = Listing()
-    listing.add(images, 0, 0)
-    for number, name in enumerate(inner, 1):
-        for below, others in _walk(folder / name, folder, [folder.resolve()]):
-            listing.add(below, 0, number if cameras else 0)
-            extra += others
-    if not listing.names:
-        held = f": {', '.join(extra[:3])}{' ...' if len(extra) > 3 else ''}" if extra else ""
-        raise ValueError(f"{str(folder)!r} holds no image that Pillow reads{held}")
-    return listing, extra
-
-
-def require_apart(visible: Path, infrared: Path) -> None:
-    """A ValueError when one folder is or lies in the other: its images would count in both modalities."""
-    a, b = visible.resolve(), infrared.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise ValueError(
-            f"visible and infrared: expected two folders apart, got {str(visible)!r} and {str(infrared)!r}"
-        )
-
-
-def only_readable(found: Listing, folder: Path) -> Listing:
-    """The images of a folder that can be decoded; a warning names the others."""
-    kept, problems = Listing(), []
-    decoded = read_images([folder / name for name in found.names], (8, 4), True, "decoding")
-    for name, camid, image in zip(found.names, found.camids, decoded, strict=True):
-        if isinstance(image, ValueError):
-            problems.append(image)
-        else:
-            kept.add([name], 0, camid)
-    if not kept.names:
-        raise unreadable(problems, len(found.names))
-    if problems:
-        log.warning("%s", unreadable(problems, len(found.names), " and are left out"))
-    return kept
-
-
-def _walk(folder: Path, root: Path, above: list[Path]):
-    """Images and other files of a folder and of those below it; a link back to one above is not followed."""
-    here = folder.resolve()
-    if here in above:
-        return
-    images, others, inner = list_folder(folder, root)
-    yield images, others
-    for name in inner:
-        yield from _walk(root / name, root, [*above, here])

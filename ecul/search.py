@@ -14,7 +14,8 @@ from .data import check_modality
 from .decode import read_images, unreadable
 from .features import embed_pixels, require_model
 from .files import hash_file, prepare_output, write_tensors
-from .readers import read_folder
+from .folders import read_folder
+from .pretrained import weights_file
 
 CHUNK = 4096  # images decoded before they are embedded and forgotten
 
@@ -69,9 +70,13 @@ def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size
     skip_unreadable: leave such files out and list them in `unreadable`. Errors: ValueError for a folder
     without images, an unknown modality, or, naming all of them, files that cannot be read.
     """
+    return _extract_paths(model, _paths(folder), modality, skip_unreadable, batch_size, progress)
+
+
+def _extract_paths(model, paths, modality, skip_unreadable=False, batch_size=256, progress=True):
+    """`extract_folder` where the images have been found."""
     check_modality(modality)
     require_model(model)
-    paths = _paths(folder)
     kept, rows = [], []
     problems: dict[str, ValueError] = {}
     for start in range(0, len(paths), CHUNK):
@@ -104,8 +109,7 @@ def save_features(path, found, model_path):
     Errors: ValueError for another suffix; FileNotFoundError when there is no model at model_path.
     """
     path = prepare_output(path, ".safetensors")
-    file = Path(model_path)
-    file = file / "model.safetensors" if file.is_dir() else file
+    file = weights_file(model_path)
     metadata = {
         "names": json.dumps(found.paths),
         "unreadable": json.dumps(found.unreadable),
@@ -128,8 +132,8 @@ def search(model, query, gallery, query_modality, gallery_modality, *, top=10, *
     if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
     check_modality(gallery_modality)
-    _paths(gallery)
-    asked = extract_folder(model, query, query_modality, **options)
-    searched = extract_folder(model, gallery, gallery_modality, **options)
+    asks, answers = _paths(query), _paths(gallery)
+    asked = _extract_paths(model, asks, query_modality, **options)
+    searched = _extract_paths(model, answers, gallery_modality, **options)
     scores, rows = topk_similarity(asked.features, searched.features, min(int(top), len(searched.paths)))
     return Ranking(asked, searched, rows, scores)

@@ -22,12 +22,12 @@ from . import MODALITIES, parallel
 from .building import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_of_start
 from .checkpoint import load_run, run_directory, save_run
 from .config import Config
-from .console import speaking
+from .console import listed, speaking
 from .data import Dataset
 from .features import embed_pixels
 from .journal import LEGEND, describe, label_scores, monitors
 from .losses import agreement_loss
-from .piles import augmented, identity, load_piles, origin
+from .piles import augmented, identity, load_piles
 from .stages import assign_labels, make_batches, make_terms, share_labels, usable
 
 log = logging.getLogger("ecul")
@@ -93,7 +93,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
             warn_of_start(config, device)
         model = build_model(config.replace(weights=None) if goes_on else config, device, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
-        data, source = identity(dataset), origin(dataset)
+        data, source = identity(dataset), {"root": dataset.root, "options": dataset.options}
         parallel.require_same(data["names_and_cameras"], "the data set's images and cameras")
         if goes_on:
             load_run(directory, state, config, data)
@@ -259,9 +259,9 @@ def _require_finite(epoch, row, model, directory):
             if directory and epoch
             else "nothing was saved"
         )
-        named = ", ".join(bad[:4]) + (" ..." if len(bad) > 4 else "")
         raise RuntimeError(
-            f"epoch {epoch + 1} diverged: {named} not finite; {kept}. Lower lr, or set precision='fp32'"
+            f"epoch {epoch + 1} diverged: {listed(bad, 4)} not finite; {kept}. "
+            "Lower lr, or set precision='fp32'"
         )
 
 

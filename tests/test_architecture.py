@@ -21,6 +21,7 @@ FLOORS = {
             "readers",
             "pack",
             "decode",
+            "folders",
             "checks",
             "figures",
             "synthetic",

@@ -259,7 +259,7 @@ def test_the_module_runs_as_a_program():
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
 
 
-def test_two_folders_train_and_are_reported_from_the_shell(photos, tmp_path, capsys, caplog, monkeypatch):
+def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, caplog, monkeypatch):
     rng = np.random.default_rng(1)
     for modality in MODALITIES:
         (tmp_path / "own" / modality).mkdir(parents=True)
