@@ -9,7 +9,8 @@ import functools
 
 import torch
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from ecul.common.pretrained import MEAN, STD
+
 ERASED = (0.4914, 0.4822, 0.4465)
 GRAY = (0.2989, 0.5870, 0.1140)
 TRIES = 100  # rectangles drawn at once, of which the first that fits is taken

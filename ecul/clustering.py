@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from .kernels import jaccard_neighbors, topk_similarity
+from ecul.kernels import jaccard_neighbors, topk_similarity
 
 ROWS = 8192  # rows handled at a time by the steps that need more than O(k) room a row
 

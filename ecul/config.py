@@ -9,10 +9,11 @@ papers' public description is silent.
 """
 
 import dataclasses
-import difflib
 import os
 from dataclasses import dataclass, field
 from typing import Any
+
+from ecul.common.names import did_you_mean
 
 # Stage 2 of the three methods: MBCCM has no instance and no joint loss, ECUL no matched pairs. TSMem is
 # ECUL's alone: united moves its memories as MBCCM does, which was better in scripts/ablation.
@@ -142,7 +143,7 @@ class Config:
             choices = f.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(
-                    f"{f.name} must be one of {_listed(choices)}, got {value!r}{nearest(value, choices)}"
+                    f"{f.name} must be one of {_joined(choices)}, got {value!r}{did_you_mean(value, choices)}"
                 )
             if isinstance(value, list):
                 object.__setattr__(self, f.name, tuple(value))
@@ -150,8 +151,8 @@ class Config:
                 object.__setattr__(self, f.name, os.fspath(value))
         if self.method not in METHODS:
             raise ValueError(
-                f"method must be one of {_listed(METHODS)}, got {self.method!r}"
-                f"{nearest(self.method, METHODS)}"
+                f"method must be one of {_joined(METHODS)}, got {self.method!r}"
+                f"{did_you_mean(self.method, METHODS)}"
             )
         self._check_numbers()
 
@@ -225,7 +226,7 @@ class Config:
         for name, value, known in (("dataset", dataset, DATASETS), ("method", method, METHODS)):
             if value not in known:
                 raise ValueError(
-                    f"{name} must be one of {_listed(known)}, got {value!r}{nearest(value, known)}"
+                    f"{name} must be one of {_joined(known)}, got {value!r}{did_you_mean(value, known)}"
                 )
         return cls.from_dict({**METHODS[method], **DATASETS[dataset], "method": method, **overrides})
 
@@ -235,9 +236,8 @@ class Config:
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                raise ValueError(
-                    f"Config has no field {name!r}{nearest(name, names)}; its fields are {_listed(names)}"
-                )
+                hint = did_you_mean(name, names)
+                raise ValueError(f"Config has no field {name!r}{hint}; its fields are {_joined(names)}")
         return cls(**values)
 
     def replace(self, **overrides):
@@ -249,13 +249,5 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
-def _listed(names):
-    return ", ".join(str(n) for n in names)
-
-
-def nearest(value, names):
-    """A hint for an error message: the name most like this value, or nothing."""
-    known = [str(n) for n in names]
-    longer = [n for n in known if str(value) and n.startswith(str(value))]
-    close = longer or difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _joined(names):
+    return ", ".join(map(str, names))

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import __version__
-from .augment import normalize
-from .data import check_modality
-from .features import evaluating, require_model
-from .files import prepare_output, write_file
+from ecul import __version__
+from ecul.augment import normalize
+from ecul.common.files import prepare_output, write_file
+from ecul.data.images import check_modality
+from ecul.features import evaluating, require_model
 
 OPSET = 18
 DYNAMIC = ({0: torch.export.Dim("batch")},)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .augment import normalize
-from .data import Images, check_modality
+from ecul.augment import normalize
+from ecul.data.images import Images, check_modality
 
 
 def extract(model, images, modality, *, batch_size=256, flip=True, progress=True):

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .console import listed
-from .files import read_weights, require_tensors
-from .model import BLOCKS, TwoStreamResNet
+from ecul.common.files import read_weights, require_tensors
+from ecul.common.names import shorten
+from ecul.model import BLOCKS, TwoStreamResNet
 
 CONTAINERS = ("net", "state_dict", "model")
 USED = (
@@ -73,7 +73,7 @@ def import_checkpoint(path, input_size=(288, 144)):
     if unknown:
         raise ValueError(
             f"{path}: {len(unknown)} of {len(state)} names belong to no known layout, "
-            f"so nothing was imported: {listed(unknown)}. Known are visible_module.visible.*, "
+            f"so nothing was imported: {shorten(unknown)}. Known are visible_module.visible.*, "
             "thermal_module.thermal.*, base_resnet.base.*, NL_*, bottleneck.* and what only training uses"
         )
     settings = _settings(renamed, path)

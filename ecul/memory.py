@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ecul.kernels import momentum_update_
-
-from .losses import contrastive_loss
+from ecul.losses import contrastive_loss
 
 RULES = ("sequential", "instance", "mean", "hard")
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import MODALITIES
-from .data import check_modality
-from .files import read_weights, require_tensors
-from .pretrained import Pretrained
+from ecul import MODALITIES
+from ecul.common.files import read_weights, require_tensors
+from ecul.common.pretrained import Pretrained
+from ecul.data.images import check_modality
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ecul.common.files import hash_file, prepare_output, write_tensors
+from ecul.common.pretrained import weights_file
+from ecul.data.decode import read_images, unreadable
+from ecul.data.folders import read_folder
+from ecul.data.images import check_modality
+from ecul.features import embed_pixels, require_model
 from ecul.kernels import topk_similarity
-
-from .data import check_modality
-from .decode import read_images, unreadable
-from .features import embed_pixels, require_model
-from .files import hash_file, prepare_output, write_tensors
-from .folders import read_folder
-from .pretrained import weights_file
 
 CHUNK = 4096  # images decoded before they are embedded and forgotten
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import MODALITIES, parallel
-from .clustering import emcc
-from .matching import match_clusters, select_instances
-from .memory import ClusterMemory, InstanceMemory, cluster_means, random_members, tsmem
-from .sampling import Clusters, independent_batches, joint_batches, matched_batches
+from ecul import MODALITIES
+from ecul.clustering import emcc
+from ecul.common import distributed
+from ecul.matching import match_clusters, select_instances
+from ecul.memory import ClusterMemory, InstanceMemory, cluster_means, random_members, tsmem
+from ecul.sampling import Clusters, independent_batches, joint_batches, matched_batches
 
 VIEWS = {"visible": 2, "infrared": 1}  # views of each image in a batch
 
@@ -95,7 +96,7 @@ def assign_labels(features, cameras, config, cross):
 
 def share_labels(labels, features):
     """Process 0's labels on every process; labels is None on the others."""
-    if parallel.size() == 1:
+    if distributed.size() == 1:
         return labels
     sizes = [len(features[m]) for m in MODALITIES]
     device = features["visible"].device
@@ -103,14 +104,14 @@ def share_labels(labels, features):
     absent = torch.full((sum(sizes),), -2, device=device)
     table = torch.stack([absent if p is None else torch.cat([p[m] for m in MODALITIES]) for p in parts])
     matched = torch.tensor(int(labels is not None and labels.match is not None), device=device)
-    parallel.broadcast(table)
+    distributed.broadcast(table)
     own, joint, selected = (dict(zip(MODALITIES, row.split(sizes), strict=True)) for row in table)
     match = None
-    if int(parallel.broadcast(matched)):
+    if int(distributed.broadcast(matched)):
         match = torch.zeros(_count(own["infrared"]), _count(own["visible"]), dtype=torch.uint8, device=device)
         if labels is not None:
             match.copy_(torch.from_numpy(labels.match))
-        match = parallel.broadcast(match).bool().cpu().numpy()
+        match = distributed.broadcast(match).bool().cpu().numpy()
     has_joint = bool((table[1] > -2).any())
     return Labels(own, joint if has_joint else None, selected if has_joint else None, match)
 

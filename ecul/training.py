@@ -18,17 +18,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import MODALITIES, parallel
-from .building import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_of_start
-from .checkpoint import load_run, run_directory, save_run
-from .config import Config
-from .console import listed, speaking
-from .data import Dataset
-from .features import embed_pixels
-from .journal import LEGEND, describe, label_scores, monitors
-from .losses import agreement_loss
-from .piles import augmented, identity, load_piles
-from .stages import assign_labels, make_batches, make_terms, share_labels, usable
+from ecul import MODALITIES
+from ecul.batches import augmented, identity, load_piles
+from ecul.common import distributed
+from ecul.common.logs import logging_to_stderr
+from ecul.common.names import shorten
+from ecul.config import Config
+from ecul.data.dataset import Dataset
+from ecul.features import embed_pixels
+from ecul.losses import agreement_loss
+from ecul.optim import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_of_start
+from ecul.run.checkpoint import load_run, run_directory, save_run
+from ecul.run.log import LEGEND, describe, label_scores, monitors
+from ecul.stages import assign_labels, make_batches, make_terms, share_labels, usable
 
 log = logging.getLogger("ecul")
 
@@ -59,7 +61,7 @@ class State:
     kept: int | None = None  # the epochs behind the weights, once the best were put back
 
 
-@speaking()
+@logging_to_stderr()
 def train(dataset, config=None, *, output=None, resume=False, device=None, on_epoch=None, model=None):
     """Train a visible-infrared model on unlabelled images.
 
@@ -80,8 +82,8 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch must be a function of a row, got {on_epoch!r}")
     _check(dataset, config)
-    device = parallel.start(device)
-    with run_directory(output, hold=parallel.rank() == 0) as directory:
+    device = distributed.start(device)
+    with run_directory(output, hold=distributed.rank() == 0) as directory:
         goes_on = directory is not None and (directory / "resume.safetensors").exists()
         if resume and directory is not None and not goes_on:
             log.info("there is no run in %s yet: starting anew", output)
@@ -94,18 +96,18 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
         model = build_model(config.replace(weights=None) if goes_on else config, device, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
         data, source = identity(dataset), {"root": dataset.root, "options": dataset.options}
-        parallel.require_same(data["names_and_cameras"], "the data set's images and cameras")
+        distributed.require_same(data["names_and_cameras"], "the data set's images and cameras")
         if goes_on:
             load_run(directory, state, config, data)
             log.info("going on after epoch %d of %d", len(state.history), config.epochs)
-        parallel.wait()
-        if config.epochs == 0 and directory is not None and parallel.rank() == 0:
+        distributed.wait()
+        if config.epochs == 0 and directory is not None and distributed.rank() == 0:
             save_run(directory, state, config, data, source)
         piles = load_piles(dataset, config.size, device)
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, piles, config, epoch, directory)
-            if parallel.rank() == 0:
+            if distributed.rank() == 0:
                 log.info(describe(row))
                 if directory is not None:
                     save_run(directory, state, config, data, source)
@@ -115,7 +117,7 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
             _finish_with_best(state, piles, config, data, directory, source)
         if state.history and all(row.get("skipped") for row in state.history):
             log.warning("every epoch was skipped: this model has learned nothing")
-        parallel.wait()
+        distributed.wait()
         return Run(model.eval(), state.history, directory)
 
 
@@ -139,7 +141,7 @@ def run_epoch(state, piles, config, epoch):
     cameras = {m: piles[m].cameras for m in MODALITIES}
     terms = make_terms(features, labels, config, epoch, generators["cpu"])
     for term in terms:
-        parallel.broadcast(term.memory.features)
+        distributed.broadcast(term.memory.features)
     batches = make_batches(labels, cameras, config, rng)
     row |= learn(state.forward, state.optimizer, piles, terms, batches, config, generators)
     ended = time.perf_counter()
@@ -153,10 +155,10 @@ def look(state, piles, config, epoch):
     row = {"epoch": epoch, "stage": 2 if cross else 1, "lr": state.optimizer.param_groups[0]["lr"]}
     began = time.perf_counter()
     features = {m: extract_shared(state.model, piles[m].pixels, m, config) for m in MODALITIES}
-    parallel.finish(features["visible"].device)
+    distributed.finish(features["visible"].device)
     extracted = time.perf_counter()
     cameras = {m: piles[m].cameras for m in MODALITIES}
-    labels = assign_labels(features, cameras, config, cross) if parallel.rank() == 0 else None
+    labels = assign_labels(features, cameras, config, cross) if distributed.rank() == 0 else None
     labels = share_labels(labels, features)
     row |= {"seconds_extract": extracted - began, "seconds_labels": time.perf_counter() - extracted}
     row |= labels.counts() | label_scores(features, labels, state.labels) | monitors(labels, piles)
@@ -169,10 +171,10 @@ def look(state, piles, config, epoch):
 
 def extract_shared(model, pixels, modality, config):
     """Every image's features on every process, each process embedding its share."""
-    own = pixels[parallel.share(len(pixels))]
+    own = pixels[distributed.share(len(pixels))]
     autocast = uses_bf16(config, next(model.parameters()).device)
     rows = embed_pixels(model, own, modality, config.batch_extract, progress=not _quiet(), autocast=autocast)
-    return parallel.gather(rows, len(pixels))
+    return distributed.gather(rows, len(pixels))
 
 
 def learn(forward, optimizer, piles, terms, batches, config, generators):
@@ -192,7 +194,7 @@ def learn(forward, optimizer, piles, terms, batches, config, generators):
         losses |= consistency(terms, features, config)
         optimizer.zero_grad(set_to_none=True)
         total = torch.stack(list(losses.values())).sum()
-        (total * parallel.size()).backward()  # gradients are averaged over processes
+        (total * distributed.size()).backward()  # gradients are averaged over processes
         optimizer.step()
         for term in terms:
             term.update(features, index, generators["cpu"])
@@ -200,15 +202,15 @@ def learn(forward, optimizer, piles, terms, batches, config, generators):
             totals[name] = totals.get(name, 0) + loss.detach()
         steps, images = steps + 1, images + sum(map(len, views.values()))
     for buffer in forward.buffers():
-        parallel.broadcast(buffer)
+        distributed.broadcast(buffer)
     return {f"loss_{name}": float(total) / steps for name, total in totals.items()} | {"images": images}
 
 
 def embed_batch(forward, views):
     """The features of a batch's views by modality; each process embeds its share, all get all."""
-    own = {m: views[m][parallel.share(len(views[m]))] for m in MODALITIES}
+    own = {m: views[m][distributed.share(len(views[m]))] for m in MODALITIES}
     embedded = forward(own["visible"], own["infrared"]).float().split([len(own[m]) for m in MODALITIES])
-    return {m: parallel.gather(f, len(views[m])) for m, f in zip(MODALITIES, embedded, strict=True)}
+    return {m: distributed.gather(f, len(views[m])) for m, f in zip(MODALITIES, embedded, strict=True)}
 
 
 def consistency(terms, features, config):
@@ -239,11 +241,12 @@ def _guarded_epoch(state, piles, config, epoch, directory):
             f"epoch {epoch + 1}: the device's memory is too small for this recipe; {advice}"
         ) from error
     except RuntimeError as error:
-        if parallel.size() == 1:
+        if distributed.size() == 1:
             raise
         raise RuntimeError(
-            f"epoch {epoch + 1} failed in process {parallel.rank()} of {parallel.size()}, maybe because "
-            f"another ended: {error}. Start again with resume=True: it goes on from the last finished epoch"
+            f"epoch {epoch + 1} failed in process {distributed.rank()} of {distributed.size()}, maybe "
+            f"because another ended: {error}. Start again with "
+            "resume=True: it goes on from the last finished epoch"
         ) from error
     _require_finite(epoch, row, state.model, directory)
     state.history.append(row)
@@ -260,7 +263,7 @@ def _require_finite(epoch, row, model, directory):
             else "nothing was saved"
         )
         raise RuntimeError(
-            f"epoch {epoch + 1} diverged: {listed(bad, 4)} not finite; {kept}. "
+            f"epoch {epoch + 1} diverged: {shorten(bad, 4)} not finite; {kept}. "
             "Lower lr, or set precision='fp32'"
         )
 
@@ -270,11 +273,11 @@ def _finish_with_best(state, piles, config, data, directory, source):
     row = look(state, piles, config, config.epochs - 1)[2]
     scores = [r["score"] for r in (*state.history[1:], row)]  # of the weights after 1, 2, ... epochs
     state.kept = 1 + scores.index(max(scores))
-    if parallel.rank() == 0:
+    if distributed.rank() == 0:
         kept = (state.kept, config.epochs, max(scores))
         log.info("the weights after %d of %d epochs are kept: score %.3f", *kept)
     state.model.load_state_dict(state.best)
-    if directory is not None and parallel.rank() == 0:
+    if directory is not None and distributed.rank() == 0:
         save_run(directory, state, config, data, source)
 
 
@@ -293,4 +296,4 @@ def _check(dataset, config):
 
 def _quiet():
     """tqdm's `disable`: another process speaks, or (None) stderr is not a terminal."""
-    return True if parallel.rank() else None
+    return True if distributed.rank() else None

@@ -1,8 +1,10 @@
 """The house of DESIGN: floors, lazy public names, no heavy or optional import on the way in."""
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,57 +12,64 @@ import pytest
 import ecul
 
 ROOT = Path(ecul.__file__).resolve().parent
-FLOORS = {
-    "kernels": 0,
-    **dict.fromkeys(
-        (
-            "files",
-            "parallel",
-            "config",
-            "data",
-            "readers",
-            "pack",
-            "decode",
-            "folders",
-            "checks",
-            "figures",
-            "synthetic",
-            "augment",
-        ),
-        1,
-    ),
-    **dict.fromkeys(("model", "pretrained", "metrics", "rerank", "galleries", "console"), 1),
-    **dict.fromkeys(
-        ("clustering", "matching", "memory", "losses", "sampling", "scores", "stages", "journal"), 2
-    ),
-    **dict.fromkeys(("features", "evaluation", "checkpoint", "piles", "building"), 3),
-    **dict.fromkeys(("search", "importers", "export"), 3),
-    "training": 4,
-    **dict.fromkeys(("report", "pictures", "page", "__main__"), 5),
-    "__init__": 5,
-}
-FILES = sorted(ROOT.glob("*.py"))
+LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own layer and those before it
+    {"kernels"},
+    {"common"},
+    {"data", "synthetic"},
+    {"config", "features", "clustering", "matching", "memory", "losses", "sampling", "augment", "model"}
+    | {"stages", "batches", "optim", "search", "export", "importers"},
+    {"evaluation", "run"},
+    {"training"},
+    {"report", "cli", "__main__"},
+)
+LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 
 
-def imported(file):
-    """The project's own files that this file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
+def modules():
+    """Every file of the library by its module's name, the kernels' as installed."""
+    named = {
+        ".".join(file.relative_to(ROOT.parent).with_suffix("").parts): file for file in ROOT.rglob("*.py")
+    }
+    kernels = {f"ecul.kernels.{file.stem}": file for file in (ROOT.parent / "kernels").glob("*.py")}
+    return {name.removesuffix(".__init__"): file for name, file in (named | kernels).items()}
+
+
+MODULES = modules()
+
+
+def imported(name):
+    """The project's own modules that this one imports, anywhere in it."""
+    package = name if MODULES[name].stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.ImportFrom):
-            name = node.module or ""
-            if node.level == 1 or name.split(".")[0] == "ecul":
-                parts = name.split(".") if node.level == 1 else name.split(".")[1:]
-                yield from (
-                    [parts[0]] if parts and parts[0] else [a.name for a in node.names if a.name in FLOORS]
-                )
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield from (m for m in [inner if inner in MODULES else source] if m in MODULES)
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("ecul."))
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_imports_go_down_or_sideways(file):
-    floor = FLOORS[file.stem]
-    for name in imported(file):
-        assert FLOORS[name] <= floor, f"{file.name} (floor {floor}) imports {name} (floor {FLOORS[name]})"
+def room(name):
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"ecul"}))
+def test_imports_go_down_or_sideways(name):
+    for other in set(imported(name)) - {"ecul"}:
+        assert LAYER[room(other)] <= LAYER[room(name)], f"{name} imports {other}, which stands above it"
+
+
+def test_no_file_imports_in_a_circle():
+    graph = {name: set(imported(name)) - {"ecul", name} for name in MODULES}
+    TopologicalSorter(graph).prepare()
+
+
+def test_packages_are_all_shipped():
+    listed = re.findall(r'"(ecul[.\w]*)",', (ROOT.parent / "pyproject.toml").read_text())
+    found = {name for name, file in MODULES.items() if file.stem == "__init__"}
+    assert set(listed) == found
 
 
 def test_kernels_import_nothing_of_the_library():

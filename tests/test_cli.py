@@ -27,7 +27,7 @@ from ecul import (
     report,
     synthesize,
 )
-from ecul.__main__ import _parser, main
+from ecul.cli import _parser, main
 from ecul.features import embed_pixels
 from ecul.search import extract_folder, save_features, search
 

@@ -15,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import ecul.checks
-import ecul.decode
-from ecul.checks import check_dataset
+import ecul.data.checks
+import ecul.data.decode
+from ecul.batches import identity
 from ecul.data import Dataset, Images, open_dataset
-from ecul.decode import read_image
-from ecul.piles import identity
+from ecul.data.decode import read_image
 
 SIZE = (16, 8)
 
@@ -339,9 +338,9 @@ def test_a_heif_reader_is_used_where_it_is_installed(monkeypatch):
     called = []
     module = types.SimpleNamespace(register_heif_opener=lambda: called.append(True))
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
-    ecul.decode.pillow.cache_clear()
-    ecul.decode.pillow()
-    ecul.decode.pillow.cache_clear()
+    ecul.data.decode.pillow.cache_clear()
+    ecul.data.decode.pillow()
+    ecul.data.decode.pillow.cache_clear()
     assert called == [True]
 
 
@@ -472,7 +471,7 @@ def forbid_decoding(monkeypatch):
     def decode(path, size):
         raise AssertionError(f"decoded {path}")
 
-    monkeypatch.setattr(ecul.decode, "read_image", decode)
+    monkeypatch.setattr(ecul.data.decode, "read_image", decode)
 
 
 def test_a_pack_holds_what_direct_reading_gives(packed, monkeypatch):
@@ -521,18 +520,18 @@ def test_a_damaged_pack_is_not_used(packed, harm):
 
 def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
     pile, root = packed
-    real = ecul.decode.read_image
+    real = ecul.data.decode.read_image
 
     def interrupted(path, size):
         if path.name == "0002.jpg" and "0004" in str(path):
             raise KeyboardInterrupt
         return real(path, size)
 
-    monkeypatch.setattr(ecul.decode, "read_image", interrupted)
+    monkeypatch.setattr(ecul.data.decode, "read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pile.load(SIZE)
     assert packs_in(root / ".ecul-pack") == []
-    monkeypatch.setattr(ecul.decode, "read_image", real)
+    monkeypatch.setattr(ecul.data.decode, "read_image", real)
     killed = root / ".ecul-pack/sysu-visible-16x8-0123456789abcdef.uint8.part1"
     killed.write_bytes(b"half")
     old = time.time() - 7200
@@ -574,7 +573,7 @@ def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
         name: {"identities": len(set(pile.pids)), "images": len(pile)}
         for name, pile in open_dataset("sysu", root).piles().items()
     }
-    monkeypatch.setitem(ecul.checks.PUBLISHED, "sysu", published)
+    monkeypatch.setitem(ecul.data.checks.PUBLISHED, "sysu", published)
     assert open_dataset("sysu", root).check().verdict == "OK: 'sysu', 144 images, as published"
     layouts.picture(root / "cam1/0001/0009.jpg")
     for option in (False, True):
@@ -584,7 +583,7 @@ def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
 
 
 def test_published_totals_add_up():
-    sysu, llcm = ecul.checks.PUBLISHED["sysu"], ecul.checks.PUBLISHED["llcm"]
+    sysu, llcm = ecul.data.checks.PUBLISHED["sysu"], ecul.data.checks.PUBLISHED["llcm"]
     assert sysu["visible"]["images"] + sysu["infrared"]["images"] == 34_167
     assert sum(pile["images"] for pile in llcm.values()) == 46_767
     assert llcm["visible"]["identities"] + llcm["test_visible"]["identities"] == 1_064
@@ -620,7 +619,7 @@ def test_a_check_names_extra_missing_and_empty_files(tmp_path):
 def test_a_check_finds_test_images_and_identities_in_training(tmp_path):
     root = layouts.sysu(tmp_path)
     layouts.text(root / "exp/test_id.txt", "6,7,5")
-    report = check_dataset(open_dataset("sysu", root, subset=True))
+    report = open_dataset("sysu", root, subset=True).check()
     assert "visible: 12 images to train and to test on" in report.errors[0]
     assert "infrared: 1 identities to train and to test on: 0005" in report.errors[-1]
     root = layouts.regdb(tmp_path / "regdb")

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
 
-import ecul.evaluation
-import ecul.metrics
+import ecul.evaluation.metrics
+import ecul.evaluation.protocols
 from ecul.data import Dataset, open_dataset
 from ecul.evaluation import average, eval_llcm, eval_regdb, eval_sysu, evaluate
+from ecul.evaluation.rerank import k_reciprocal_distances
 from ecul.features import extract
-from ecul.rerank import k_reciprocal_distances
 
 
 def oracle(distmat, q_pids, g_pids, q_camids, g_camids, rule, max_rank=20):
@@ -112,7 +112,7 @@ def test_torch_and_numpy_give_the_same(dtype):
 def test_metrics_in_blocks_are_the_same(rule, monkeypatch):
     arrays = problem(3, 17, 9, 4, 3)
     whole = call(rule, *arrays)
-    monkeypatch.setattr(ecul.metrics, "_BLOCK", 20)
+    monkeypatch.setattr(ecul.evaluation.metrics, "_BLOCK", 20)
     for ours, theirs in zip(call(rule, *arrays), whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -397,10 +397,10 @@ def test_blocks_of_any_size_give_the_same(world, monkeypatch):
 
     def watched(distmat, *arrays):
         widths.append(distmat.size)
-        return ecul.metrics.sysu_scores(distmat, *arrays)
+        return ecul.evaluation.metrics.sysu_scores(distmat, *arrays)
 
-    monkeypatch.setitem(ecul.evaluation._SCORES, "sysu", watched)
-    monkeypatch.setattr(ecul.evaluation, "_BLOCK", 100)
+    monkeypatch.setitem(ecul.evaluation.protocols._SCORES, "sysu", watched)
+    monkeypatch.setattr(ecul.evaluation.protocols, "_BLOCK", 100)
     small = evaluate(None, dataset, features=features, trials=2)
     assert max(widths) <= 100 and len(widths) > 4
     for row, other in zip(whole.rows, small.rows, strict=True):

@@ -4,7 +4,7 @@ import layouts
 import pytest
 
 from ecul import Config, Dataset, evaluate, open_dataset, train
-from ecul.__main__ import main
+from ecul.cli import main
 from ecul.evaluation import average
 
 TINY = Config.preset(

@@ -13,7 +13,7 @@ import torch
 
 import ecul
 from ecul import Config, synthesize
-from ecul.__main__ import _parser
+from ecul.cli import _parser
 
 ROOT = Path(ecul.__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S)
@@ -172,7 +172,8 @@ import ecul, ecul.kernels, torch
 assert ecul.__file__.startswith(sys.argv[1]) and ecul.kernels.__file__.startswith(sys.argv[1])
 for name in ecul.__all__:
     getattr(ecul, name)
-from ecul import export, importers, page, pictures, report, search
+from ecul import export, importers, report, search
+from ecul.report import page, pictures
 print(ecul.emcc(torch.eye(5)).tolist())
 try:
     pictures.draw_curves("x.png", [{"epoch": 0, "stage": 1, "loss_a": 1.0}])

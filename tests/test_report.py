@@ -16,7 +16,18 @@ from scipy.optimize import linear_sum_assignment
 from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
 from ecul.model import Backbone
-from ecul.pictures import (
+from ecul.report.build import (
+    Pile,
+    _accuracy,
+    _mosaic_section,
+    choose_queries,
+    cluster_margins,
+    commonest,
+    ignored,
+    read_run,
+    report,
+)
+from ecul.report.pictures import (
     BAD,
     GAP,
     GOOD,
@@ -28,17 +39,6 @@ from ecul.pictures import (
     draw_matches,
     draw_ranking,
     draw_sheet,
-)
-from ecul.report import (
-    Pile,
-    _accuracy,
-    _mosaic_section,
-    choose_queries,
-    cluster_margins,
-    commonest,
-    ignored,
-    read_run,
-    report,
 )
 from ecul.search import FolderFeatures, Ranking
 from ecul.stages import Labels
@@ -210,7 +210,7 @@ def test_the_commonest_identity():
 def test_drawing_needs_no_display_and_leaves_pyplot_alone(tmp_path):
     code = """
 import sys
-from ecul.pictures import draw_curves
+from ecul.report.pictures import draw_curves
 draw_curves(sys.argv[1], [{"epoch": 0, "stage": 1, "loss_a": 1.0}])
 sys.exit("matplotlib.pyplot" in sys.modules)
 """
@@ -242,7 +242,7 @@ def test_the_mosaic_has_the_extremes_and_shows_a_cluster_once(monkeypatch, tmp_p
         )
     }
     shown = []
-    monkeypatch.setattr("ecul.pictures.draw_sheet", lambda path, rows: shown.extend(rows))
+    monkeypatch.setattr("ecul.report.pictures.draw_sheet", lambda path, rows: shown.extend(rows))
     _mosaic_section(tmp_path, piles, Labels({"visible": labels, "infrared": torch.full((14,), -1)}), each=2)
     told = [(label.splitlines()[0], len(cells)) for label, cells in shown]
     assert told == [

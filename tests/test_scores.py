@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from ecul.scores import adjusted_rand, mutual_rate, separation
+from ecul.run.scores import adjusted_rand, mutual_rate, separation
 
 
 def unit(rng, n, d=5):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ecul import synthetic
-from ecul.figures import HAIR, LUMA, Canvas, Person, draw_person, draw_tones
-from ecul.synthetic import CAMERAS, INFRARED_CAMERAS, VISIBLE_CAMERAS, Camera, render, synthesize
+from ecul.synthetic import world as synthetic
+from ecul.synthetic.figures import HAIR, LUMA, Canvas, Person, draw_person, draw_tones
+from ecul.synthetic.world import CAMERAS, INFRARED_CAMERAS, VISIBLE_CAMERAS, Camera, render, synthesize
 
 SMALL = {"identities": 6, "test_identities": 3, "images": 2, "seed": 5, "progress": False}
 

@@ -18,17 +18,17 @@ from ecul import (
     Config,
     Dataset,
     TwoStreamResNet,
-    checkpoint,
     evaluate,
     extract,
     open_dataset,
     synthesize,
     train,
 )
-from ecul.building import build_model, build_optimizer
-from ecul.checkpoint import run_directory
+from ecul.batches import load_piles
 from ecul.model import Backbone
-from ecul.piles import load_piles
+from ecul.optim import build_model, build_optimizer
+from ecul.run import checkpoint
+from ecul.run.checkpoint import run_directory
 from ecul.training import State, learn, run_epoch
 
 TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}

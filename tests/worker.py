@@ -12,7 +12,8 @@ import sys
 import torch
 from torch import distributed as dist
 
-from ecul import Config, open_dataset, parallel, training
+from ecul import Config, open_dataset, training
+from ecul.common import distributed as parallel
 
 
 def main(world, config, output, kill=""):

@@ -19,10 +19,10 @@ from benchmarks.clustering import peak_memory, reset_peak_memory, seconds
 from benchmarks.table import table_row
 from ecul import MODALITIES, Config, Dataset, open_dataset, synthesize
 from ecul.augment import ERASED, MEAN, STD
-from ecul.building import build_model, build_optimizer, trainable, uses_bf16
-from ecul.journal import PARTS
+from ecul.batches import load_piles
 from ecul.memory import cluster_means
-from ecul.piles import load_piles
+from ecul.optim import build_model, build_optimizer, trainable, uses_bf16
+from ecul.run.log import PARTS
 from ecul.stages import Labels, make_batches, make_terms
 from ecul.training import State, learn, run_epoch
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from . import __version__
-from .augment import MEAN, STD
-from .console import listed
-from .files import write_json, write_tensors
+from ecul import __version__
+from ecul.common.files import write_json, write_tensors
+from ecul.common.names import shorten
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 
 
 def weights_file(path):
@@ -79,6 +80,6 @@ class Pretrained(nn.Module):
         if wrong:
             raise ValueError(
                 f"{path} does not fit {self.described()}; keys that differ: {len(wrong)}: "
-                f"{listed(wrong, between='; ')}"
+                f"{shorten(wrong, between='; ')}"
             )
         self.load_state_dict({**mine, **state})

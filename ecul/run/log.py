@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from . import MODALITIES
-from .scores import adjusted_rand, mutual_rate, separation
+from ecul import MODALITIES
+from ecul.run.scores import adjusted_rand, mutual_rate, separation
 
 LEGEND = (
     "clusters and outliers: visible/infrared, then of both together; score: separation of the clusters, "

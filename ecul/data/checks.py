@@ -3,17 +3,18 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ecul import MODALITIES
-from ecul.console import listed
-from ecul.data import Dataset, Images
-from ecul.decode import read_images
-from ecul.pack import Files
-from ecul.readers import SYSU_INFRARED, SYSU_VISIBLE
+from ecul.common.names import shorten
+from ecul.data.decode import read_images
+from ecul.data.images import Images
+from ecul.data.layouts import SYSU_INFRARED, SYSU_VISIBLE
+from ecul.data.pack import Files
 
 # Identities and images. SYSU-MM01: Wu et al., ICCV 2017, train + val; RegDB: Nguyen et al., Sensors 2017, a
 # trial; LLCM: Zhang and Wang, CVPR 2023.
@@ -39,7 +40,7 @@ PUBLISHED = {
 
 @dataclass
 class Report:
-    """What `check_dataset` found; `ok` when there is no error, `str()` for people, `to_dict()` for JSON.
+    """What `check_images` found; `ok` when there is no error, `str()` for people, `to_dict()` for JSON.
 
     counts and expected: pile -> {"identities", "images", "cameras": {camera: images}}. missing, unreadable,
     extra: all the paths, of which `errors` and `warnings` name the first few.
@@ -90,32 +91,44 @@ def _figure(kind: str, count: dict, wanted: dict) -> str:
     return told if wanted.get(kind, count[kind]) == count[kind] else f"{told} (expected {wanted[kind]:,})"
 
 
-def check_dataset(dataset: Dataset, decode: bool = False, progress: bool = True) -> Report:
-    """Compare a data set with what was published, without raising.
+def check_images(
+    piles: dict[str, Images],
+    *,
+    name: str,
+    root: str | None = None,
+    protocol: str | None = None,
+    subset: bool = False,
+    extra: Sequence[str] = (),
+    decode: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Compare the piles of a data set with what was published, without raising.
 
     Counts are compared with the published ones, or with those of `synthetic.json` where it lies in the
     root; fewer are an error unless the data set was opened with subset=True. Missing and empty files, a file
     listed twice or in training and test are errors, unexpected files a warning. decode=True also decodes
     every image to its end and compares packs with their hash, which takes minutes.
     """
-    report = Report(dataset.name, "no published counts to compare with", {}, {})
-    _expect(dataset, report)
-    for name, pile in dataset.piles().items():
-        report.counts[name] = _count(pile)
-        _compare(dataset, name, report)
-        _look_at_files(pile, name, report)
-    _look_for_overlap(dataset, report)
+    report = Report(name, "no published counts to compare with", {}, {})
+    _expect(root, protocol, report)
+    if subset:
+        report.source = "a subset, as asked for"
+    for label, pile in piles.items():
+        report.counts[label] = _count(pile)
+        _compare(label, subset, report)
+        _look_at_files(pile, label, report)
+    _look_for_overlap(piles, protocol, report)
     if decode:
-        _decode(dataset, report, progress)
-    report.extra = list(dataset.extra)
+        _decode(piles, report, progress)
+    report.extra = list(extra)
     if report.extra:
-        report.warnings.append(f"{len(report.extra)} unexpected paths: {listed(report.extra)}")
+        report.warnings.append(f"{len(report.extra)} unexpected paths: {shorten(report.extra)}")
     return report
 
 
-def _expect(dataset: Dataset, report: Report) -> None:
+def _expect(root: str | None, protocol: str | None, report: Report) -> None:
     """Fill in the expected counts and where they come from."""
-    described = Path(dataset.root) / "synthetic.json" if dataset.root and dataset.protocol else None
+    described = Path(root) / "synthetic.json" if root and protocol else None
     if described is not None and described.is_file():
         try:
             counts = json.loads(described.read_text(encoding="utf-8"))["counts"]
@@ -129,11 +142,9 @@ def _expect(dataset: Dataset, report: Report) -> None:
         except (ValueError, KeyError, TypeError) as error:
             report.errors.append(f"{str(described)!r} cannot be read: {error!r}")
         report.source = "as synthetic.json says"
-    elif dataset.protocol in PUBLISHED and dataset.root:
-        report.expected = PUBLISHED[dataset.protocol]
+    elif protocol in PUBLISHED and root:
+        report.expected = PUBLISHED[protocol]
         report.source = "as published"
-    if dataset.subset:
-        report.source = "a subset, as asked for"
 
 
 def _count(pile: Images) -> dict:
@@ -145,7 +156,7 @@ def _count(pile: Images) -> dict:
     }
 
 
-def _compare(dataset: Dataset, name: str, report: Report) -> None:
+def _compare(name: str, subset: bool, report: Report) -> None:
     count, wanted = report.counts[name], report.expected.get(name, {})
     label = name.replace("_", " ")
     if not count["images"]:
@@ -155,7 +166,7 @@ def _compare(dataset: Dataset, name: str, report: Report) -> None:
         held = count["cameras"].get(camera, 0), wanted["cameras"].get(camera, 0)
         compared.append((f"images of camera {camera}", *held))
     for kind, found, number in compared:
-        if found == number or (dataset.subset and found < number):
+        if found == number or (subset and found < number):
             continue
         hint = "" if found > number else "; for a subset on purpose say subset=True"
         report.errors.append(f"{label}: {found:,} {kind}, expected {number:,}{hint}")
@@ -165,7 +176,7 @@ def _look_at_files(pile: Images, name: str, report: Report) -> None:
     label = name.replace("_", " ")
     if len(set(pile.names)) < len(pile):
         twice = [path for path, times in Counter(pile.names).items() if times > 1]
-        report.errors.append(f"{label}: {len(twice)} images are listed twice: {listed(twice)}")
+        report.errors.append(f"{label}: {len(twice)} images are listed twice: {shorten(twice)}")
     if not isinstance(pile.source, Files):
         return
     missing, empty = [], []
@@ -176,33 +187,32 @@ def _look_at_files(pile: Images, name: str, report: Report) -> None:
         except OSError:
             missing.append(str(path))
     if missing:
-        report.errors.append(f"{label}: {len(missing)} images are missing: {listed(missing)}")
+        report.errors.append(f"{label}: {len(missing)} images are missing: {shorten(missing)}")
     if empty:
         report.errors.append(
-            f"{label}: {len(empty)} images are empty files{pile.source.advice}: {listed(empty)}"
+            f"{label}: {len(empty)} images are empty files{pile.source.advice}: {shorten(empty)}"
         )
     report.missing += missing
     report.unreadable += empty
 
 
-def _look_for_overlap(dataset: Dataset, report: Report) -> None:
+def _look_for_overlap(piles: dict[str, Images], protocol: str | None, report: Report) -> None:
     """A test image, or for SYSU-MM01 a test identity, must not be trained on."""
-    piles = dataset.piles()
     for modality in MODALITIES:
         test = piles.get("test_" + modality)
         if test is None or not isinstance(test.source, Files):
             continue
         if both := sorted({*piles[modality].names} & {*test.names}):
-            report.errors.append(f"{modality}: {len(both)} images to train and to test on: {listed(both)}")
-        if dataset.protocol != "sysu":
+            report.errors.append(f"{modality}: {len(both)} images to train and to test on: {shorten(both)}")
+        if protocol != "sysu":
             continue
         if shared := {*piles[modality].identities()} & {*test.identities()}:
             ids = [f"{pid:04d}" for pid in sorted(shared)]
-            report.errors.append(f"{modality}: {len(ids)} identities to train and to test on: {listed(ids)}")
+            report.errors.append(f"{modality}: {len(ids)} identities to train and to test on: {shorten(ids)}")
 
 
-def _decode(dataset: Dataset, report: Report, progress: bool) -> None:
-    sources = {id(pile.source): pile.source for pile in dataset.piles().values()}
+def _decode(piles: dict[str, Images], report: Report, progress: bool) -> None:
+    sources = {id(pile.source): pile.source for pile in piles.values()}
     files = [source for source in sources.values() if isinstance(source, Files)]
     known = {*report.missing, *report.unreadable}
     paths = [path for source in files for path in source.paths() if str(path) not in known]

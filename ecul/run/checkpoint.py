@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .config import Config
-from .files import write_file, write_json, write_tensors
-from .pretrained import Pretrained
+from ecul.common.files import write_file, write_json, write_tensors
+from ecul.common.pretrained import Pretrained
+from ecul.config import Config
 
 
 @contextmanager

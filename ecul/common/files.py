@@ -9,7 +9,7 @@ from pickle import UnpicklingError  # the name of an error, no file of ours is a
 import torch
 from safetensors.torch import load_file, save
 
-from .console import listed
+from ecul.common.names import shorten
 
 
 def read_weights(path):
@@ -38,7 +38,7 @@ def require_tensors(state, path):
     """A ValueError naming what in this dict of weights is no tensor."""
     other = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if other:
-        raise ValueError(f"{path}: {listed(other)} are no tensors; expected a state dict")
+        raise ValueError(f"{path}: {shorten(other)} are no tensors; expected a state dict")
 
 
 def prepare_output(path, *suffixes):

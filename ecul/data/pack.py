@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ecul.decode import in_parallel, pillow, read_all, resize
-from ecul.files import hash_file, write_file
+from ecul.common.files import hash_file, write_file
+from ecul.data.decode import in_parallel, pillow, read_all, resize
 
 _VERSION = 1
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ecul import MODALITIES
-from ecul.decode import pillow
+from ecul.data.decode import pillow
 
 SYSU_VISIBLE, SYSU_INFRARED = (1, 2, 4, 5), (3, 6)
 LLCM_VISIBLE, LLCM_INFRARED = (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 4, 5, 6, 7, 8, 9)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .decode import read_image, resize
-from .files import prepare_output, write_file
+from ecul.common.files import prepare_output, write_file
+from ecul.data.decode import read_image, resize
 
 log = logging.getLogger("ecul")
 GOOD, BAD, PLAIN, ASKED = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .figures import Canvas, Person, draw_person, draw_tones
+from ecul.synthetic.figures import Canvas, Person, draw_person, draw_tones
 
 VERSION = 1
 VISIBLE_CAMERAS = (1, 2, 4, 5)

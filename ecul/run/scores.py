@@ -4,8 +4,7 @@ import numpy as np
 import torch
 
 from ecul.kernels import topk_similarity
-
-from .memory import cluster_means
+from ecul.memory import cluster_means
 
 
 def adjusted_rand(labels, reference):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import MODALITIES, parallel
-from .augment import train_view
+from ecul import MODALITIES
+from ecul.augment import train_view
+from ecul.common import distributed
 
 log = logging.getLogger("ecul")
 
@@ -34,8 +35,8 @@ class Pile:
 
 def load_piles(dataset, size, device):
     """Both modalities' piles; pixels lie on the device when they fill at most a quarter of free memory."""
-    if parallel.rank() > 0:  # the first process packs the images, the others read its pack
-        parallel.wait()
+    if distributed.rank() > 0:  # the first process packs the images, the others read its pack
+        distributed.wait()
     pixels, problems = {}, []
     for m in MODALITIES:
         try:
@@ -44,8 +45,8 @@ def load_piles(dataset, size, device):
             problems.append(f"{m}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
-    if parallel.rank() == 0:
-        parallel.wait()
+    if distributed.rank() == 0:
+        distributed.wait()
     needed = sum(p.numel() for p in pixels.values())
     on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 4
     log.info(

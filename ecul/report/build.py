@@ -9,20 +9,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import MODALITIES, pictures
-from .config import Config
-from .data import Images, open_dataset
-from .evaluation import evaluate
-from .features import embed_pixels
-from .files import write_file
-from .matching import match_clusters
-from .memory import cluster_means
-from .model import TwoStreamResNet
-from .page import Section, page, plain_rows
-from .parallel import choose_device
-from .pictures import Cell
-from .piles import identity
-from .stages import assign_labels, usable
+from ecul import MODALITIES
+from ecul.batches import identity
+from ecul.common.distributed import choose_device
+from ecul.common.files import write_file
+from ecul.config import Config
+from ecul.data.dataset import open_dataset
+from ecul.data.images import Images
+from ecul.evaluation.protocols import evaluate
+from ecul.features import embed_pixels
+from ecul.matching import match_clusters
+from ecul.memory import cluster_means
+from ecul.model import TwoStreamResNet
+from ecul.report import pictures
+from ecul.report.page import Section, page, plain_rows
+from ecul.report.pictures import Cell
+from ecul.stages import assign_labels, usable
 
 log = logging.getLogger("ecul")
 CURVES = (

@@ -10,7 +10,7 @@ from itertools import groupby
 
 import numpy as np
 
-from ecul.data import Images
+from ecul.data.images import Images
 
 
 def folders_of(images: Images, cameras: Sequence[int] | None = None) -> list[np.ndarray]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ecul.data import Dataset, Images
-from ecul.features import extract
-from ecul.galleries import draw_official, draw_random, folders_of, read_permutations
-from ecul.metrics import (
+from ecul.data.dataset import Dataset
+from ecul.data.images import Images
+from ecul.data.layouts import SYSU_INFRARED
+from ecul.evaluation.galleries import draw_official, draw_random, folders_of, read_permutations
+from ecul.evaluation.metrics import (
     eval_llcm,
     eval_regdb,
     eval_sysu,
@@ -24,8 +25,8 @@ from ecul.metrics import (
     summarise,
     sysu_scores,
 )
-from ecul.readers import SYSU_INFRARED
-from ecul.rerank import k_reciprocal_distances
+from ecul.evaluation.rerank import k_reciprocal_distances
+from ecul.features import extract
 
 __all__ = ["Results", "average", "eval_llcm", "eval_regdb", "eval_sysu", "evaluate"]
 

@@ -5,9 +5,9 @@ import logging
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from . import parallel
-from .features import require_model
-from .model import Backbone, TwoStreamResNet
+from ecul.common import distributed
+from ecul.features import require_model
+from ecul.model import Backbone, TwoStreamResNet
 
 log = logging.getLogger("ecul")
 
@@ -24,7 +24,7 @@ def build_model(config, device, model=None):
         model = _own_model(model, config)
     if hasattr(model, "checkpointing"):
         model.checkpointing = config.checkpointing
-    if parallel.size() > 1 and device.type == "cuda":
+    if distributed.size() > 1 and device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -47,7 +47,7 @@ def _own_model(model, config):
 def trainable(model, config):
     """The model as the batches see it: in parallel over processes, compiled if asked for."""
     forward = model
-    if parallel.size() > 1:  # joint batches may hold one modality alone, and leave the other's stem unused
+    if distributed.size() > 1:  # joint batches may hold one modality alone, and leave the other's stem unused
         forward = DistributedDataParallel(model, find_unused_parameters=config.pairs == "joint")
     return torch.compile(forward) if config.compile else forward
 

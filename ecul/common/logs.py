@@ -8,13 +8,6 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 
-def listed(names, most=10, between=", "):
-    """The first `most` names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return between.join(names[:most]) + more
-
-
 class _BesideBars(logging.Handler):
     """Lines on stderr that do not tear a progress bar."""
 
@@ -23,7 +16,7 @@ class _BesideBars(logging.Handler):
 
 
 @contextmanager
-def speaking():
+def logging_to_stderr():
     """Log lines on stderr in here, where nobody has set up logging; of several processes the first speaks.
 
     `logging.getLogger("ecul").setLevel("ERROR")` makes it quiet.

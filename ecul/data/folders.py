@@ -3,9 +3,9 @@
 import logging
 from pathlib import Path
 
-from ecul.console import listed
-from ecul.decode import read_images, unreadable
-from ecul.readers import Listing, list_folder
+from ecul.common.names import shorten
+from ecul.data.decode import read_images, unreadable
+from ecul.data.layouts import Listing, list_folder
 
 log = logging.getLogger("ecul")
 
@@ -25,7 +25,7 @@ def read_folder(folder: Path, cameras: bool = False) -> tuple[Listing, list[str]
             listing.add(below, 0, number if cameras else 0)
             extra += others
     if not listing.names:
-        held = f": {listed(extra, 3)}" if extra else ""
+        held = f": {shorten(extra, 3)}" if extra else ""
         raise ValueError(f"{str(folder)!r} holds no image that Pillow reads{held}")
     return listing, extra
 
