@@ -1,86 +1,90 @@
-"""The training images, decoded once and kept where they are used: on the device, else on the host."""
+"""Batches of views; `Batch` alone knows that a visible image has two."""
 
-import hashlib
-import logging
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from ecul import MODALITIES
 from ecul.augment import train_view
-from ecul.common import distributed
-
-log = logging.getLogger("ecul")
+from ecul.config import Config
+from ecul.labels import Labels
+from ecul.sampling import Clusters, independent_batches, joint_batches, matched_batches
+from ecul.trainset import TrainImages
 
 
 @dataclass(frozen=True)
-class Pile:
-    """One modality: pixels uint8 (N, 3, H, W), cameras (N,), identities (N,) for monitors or None."""
+class Batch:
+    """The views of one step and the image behind each, in the order view 1, view 2, infrared.
 
-    pixels: torch.Tensor
-    cameras: torch.Tensor
-    identities: np.ndarray | None
+    visible_views: (2P, 3, H, W), view 1 of every image and then view 2; infrared_views: (Q, 3, H, W);
+    visible: (P,), infrared: (Q,) int64 rows of the training images. In matched pairs P = Q, and the images at
+    one place belong together. A batch's features are (2P + Q, D), in this order.
+    """
 
-    def take(self, index, device):
-        """The images at this index, a CPU tensor, on the device that trains; the host waits for neither."""
-        if self.pixels.device.type == device.type:
-            return self.pixels[index.to(device, non_blocking=True)]
-        rows = self.pixels.permute(0, 2, 3, 1)  # as a pack stores them
-        taken = torch.empty(len(index), *rows.shape[1:], dtype=torch.uint8, pin_memory=True)
-        torch.index_select(rows, 0, index, out=taken)
-        return taken.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    visible_views: torch.Tensor
+    infrared_views: torch.Tensor
+    visible: torch.Tensor
+    infrared: torch.Tensor
 
+    def __len__(self) -> int:
+        return 2 * len(self.visible) + len(self.infrared)
 
-def load_piles(dataset, size, device):
-    """Both modalities' piles; pixels lie on the device when they fill at most a quarter of free memory."""
-    if distributed.rank() > 0:  # the first process packs the images, the others read its pack
-        distributed.wait()
-    pixels, problems = {}, []
-    for m in MODALITIES:
-        try:
-            pixels[m] = getattr(dataset, m).load(size)
-        except ValueError as error:
-            problems.append(f"{m}: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
-    if distributed.rank() == 0:
-        distributed.wait()
-    needed = sum(p.numel() for p in pixels.values())
-    on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 4
-    log.info(
-        "%.1f MB of images are kept %s",
-        needed / 1e6,
-        f"on {device}" if on_device else "on the host, each batch goes through pinned memory",
-    )
-    piles = {}
-    for m in MODALITIES:
-        images = getattr(dataset, m)
-        kept = pixels[m].to(device) if on_device else pixels[m]
-        piles[m] = Pile(kept, torch.as_tensor(images.camids, device=device), images.pids)
-    return piles
+    @property
+    def sizes(self) -> list[int]:
+        """Positions of view 1, of view 2 and of infrared."""
+        return [len(self.visible), len(self.visible), len(self.infrared)]
+
+    def part(self, modality: str | None) -> tuple[slice, int]:
+        """The positions of a modality, or of both (None), and the number of views among them."""
+        border = 2 * len(self.visible)
+        parts = {"visible": (slice(border), 2), "infrared": (slice(border, None), 1)}
+        return parts[modality] if modality else (slice(None), 3)
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """(2P + Q,) int64: the training image at each position."""
+        return torch.cat([self.visible, self.visible, self.infrared])
+
+    def paired(self, modality: str) -> torch.Tensor:
+        """(3P,) int64: the visible, or the infrared, image at the place of each position in matched pairs."""
+        return (self.visible if modality == "visible" else self.infrared).repeat(3)
 
 
-def identity(dataset):
-    """What makes this the same data set again: its name, numbers of images, a hash of names and cameras."""
-    digest = hashlib.sha256()
-    for m in MODALITIES:
-        images = getattr(dataset, m)
-        digest.update(os.fsencode("\n".join(images.names)) + images.camids.tobytes())
-    counts = {f"{m}_images": len(getattr(dataset, m)) for m in MODALITIES}
-    return {"dataset": dataset.name, **counts, "names_and_cameras": digest.hexdigest()[:16]}
+def make_batches(
+    labels: Labels,
+    images: TrainImages,
+    config: Config,
+    rng: np.random.Generator,
+    generator: torch.Generator | None = None,
+) -> Iterator[Batch]:
+    """The epoch's batches: `rng` draws the images, `generator` (of the images' device) their views."""
+    device = images.cameras.device
+    for drawn in draw_batches(labels, images, config, rng):
+        rows = [torch.from_numpy(r) for r in drawn]
+        taken = [images.take(r, modality) for modality, r in enumerate(rows)]
+        first = train_view(taken[0], "visible", config.pad, generator, config.linear_transform)
+        second = train_view(taken[0], "exchanged", config.pad, generator)
+        third = train_view(taken[1], "infrared", config.pad, generator)
+        views = (v.contiguous(memory_format=torch.channels_last) for v in (torch.cat([first, second]), third))
+        yield Batch(*views, *(r.to(device, non_blocking=True) for r in rows))
 
 
-def augmented(piles, index, config, generator, device):
-    """A batch's views by modality: visible view 1 then view 2 (channel exchange), and infrared."""
-    taken = {m: piles[m].take(index[m], device) for m in MODALITIES}
-    visible = [
-        train_view(taken["visible"], "visible", config.pad, generator, config.linear_transform),
-        train_view(taken["visible"], "exchanged", config.pad, generator),
-    ]
-    views = {
-        "visible": torch.cat(visible),
-        "infrared": train_view(taken["infrared"], "infrared", config.pad, generator),
-    }
-    return {m: v.contiguous(memory_format=torch.channels_last) for m, v in views.items()}
+def draw_batches(
+    labels: Labels, images: TrainImages, config: Config, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows of each batch's visible and infrared images."""
+    cameras, modalities = images.cameras.cpu().numpy(), images.modalities.cpu().numpy()
+
+    def clusters(of):
+        of = of.cpu().numpy()
+        return [Clusters(np.where(modalities == m, of, -1), cameras) for m in range(len(MODALITIES))]
+
+    sizes = (config.identities, config.instances, config.iterations, rng)
+    if labels.match is not None:
+        return matched_batches(*clusters(labels.own), labels.match, *sizes)
+    if config.pairs == "joint" and labels.joint is not None and int(labels.joint.max()) >= 1:
+        return joint_batches(*clusters(labels.joint), *sizes)
+    return independent_batches(*clusters(labels.own), *sizes)

@@ -3,12 +3,24 @@
 ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
 import torch.nn.functional as F
 
 from ecul.kernels import memory_contrast
 
 
-def contrastive_loss(x, bank, bank_labels, labels, temp=0.05):
+class Bank(Protocol):
+    """A memory that gives logits (B, C) of features (B, D)."""
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+def contrastive_loss(
+    x: torch.Tensor, bank: torch.Tensor, bank_labels: torch.Tensor, labels: torch.Tensor, temp: float = 0.05
+) -> torch.Tensor:
     """Mean over the labelled samples of the memory-bank contrastive loss with summed positives.
 
         s = x @ bank.T / temp
@@ -25,7 +37,7 @@ def contrastive_loss(x, bank, bank_labels, labels, temp=0.05):
     return loss.sum() / (labels != -1).sum().clamp(min=1)
 
 
-def consistency_loss(a, b):
+def consistency_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Symmetric KL divergence of two sets of logits (already divided by the temperature), batch mean.
 
         (F.kl_div(log_softmax(a), softmax(b)) + F.kl_div(log_softmax(b), softmax(a))) / 2
@@ -36,12 +48,12 @@ def consistency_loss(a, b):
     return 0.5 * ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(dim=1).mean()
 
 
-def agreement_loss(specific, agnostic, x):
-    """Consistency constraint: specific and agnostic banks must give the same soft assignment.
+def agreement_loss(specific: Sequence[Bank], agnostic: Sequence[Bank], x: torch.Tensor) -> torch.Tensor:
+    """Consistency constraint: specific and agnostic memories must give the same soft assignment.
 
-        sum(consistency_loss(specific[m].logits(x), agnostic[m].logits(x)) for m in MODALITIES)
+        sum(consistency_loss(s.logits(x), a.logits(x)) for s, a in zip(specific, agnostic))
 
-    specific, agnostic: dicts of cluster memories with equal numbers of rows; x: (B, D) features of one view.
-    Source: MBCCM, L_CC: the sum of this over view 1, view 2 and infrared.
+    specific, agnostic: the visible and the infrared cluster memory of each kind, with equal numbers of rows;
+    x: (B, D) features of one view. Source: MBCCM, L_CC: the sum of this over view 1, view 2 and infrared.
     """
-    return sum(consistency_loss(specific[m].logits(x), agnostic[m].logits(x)) for m in specific)
+    return sum(consistency_loss(s.logits(x), a.logits(x)) for s, a in zip(specific, agnostic, strict=True))

@@ -19,7 +19,7 @@ RULES = ("sequential", "instance", "mean", "hard")
 class _Memory(nn.Module):
     """A bank of unit rows, one per `num_samples`, with the label of each row."""
 
-    def __init__(self, num_features, num_samples, temp, momentum, rule):
+    def __init__(self, num_features: int, num_samples: int, temp: float, momentum: float, rule: str):
         super().__init__()
         if num_features < 1 or num_samples < 1:
             raise ValueError(
@@ -38,16 +38,16 @@ class _Memory(nn.Module):
         self.register_buffer("features", torch.zeros(num_samples, num_features))
         self.register_buffer("labels", torch.arange(num_samples), persistent=False)
 
-    def forward(self, x, labels):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean contrastive loss of x: (B, D), normalised here, with labels: (B,) int64, -1 = no loss."""
         return contrastive_loss(F.normalize(x, dim=1), self.features, self.labels, labels, self.temp)
 
-    def logits(self, x):
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
         """`normalize(x) @ features.T / temp`: (B, num_samples), differentiable in x alone."""
         return F.normalize(x, dim=1) @ self.features.to(x.dtype).T / self.temp
 
     @torch.no_grad()
-    def update(self, x, labels, generator=None):
+    def update(self, x: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None) -> None:
         """Move the rows `labels` (int64 (B,), -1 = none) towards x: (B, D), normalised here, by the rule.
 
         `generator` draws the member for the rule "instance". Source: ECUL and MBCCM.
@@ -55,7 +55,7 @@ class _Memory(nn.Module):
         x = F.normalize(x.detach().float(), dim=1)
         momentum_update_(self.features, x, labels, self.momentum, self.rule, generator=generator)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         sizes = f"{self.num_samples}, {self.num_features}"
         return f"{sizes}, temp={self.temp}, momentum={self.momentum}, rule={self.rule!r}"
 
@@ -72,11 +72,20 @@ class ClusterMemory(_Memory):
     Source: ECUL and MBCCM, cluster memories.
     """
 
-    def __init__(self, num_features, num_samples, temp=0.05, momentum=0.1, rule="sequential"):
+    def __init__(
+        self,
+        num_features: int,
+        num_samples: int,
+        temp: float = 0.05,
+        momentum: float = 0.1,
+        rule: str = "sequential",
+    ):
         super().__init__(num_features, num_samples, temp, momentum, rule)
 
     @classmethod
-    def from_clusters(cls, rows, temp=0.05, momentum=0.1, rule="sequential"):
+    def from_clusters(
+        cls, rows: torch.Tensor, temp: float = 0.05, momentum: float = 0.1, rule: str = "sequential"
+    ) -> "ClusterMemory":
         """A memory whose storage is a copy of these starting rows (C, D)."""
         memory = cls(rows.shape[1], rows.shape[0], temp, momentum, rule).to(rows.device)
         memory.features.copy_(F.normalize(rows, dim=1))
@@ -95,25 +104,34 @@ class InstanceMemory(_Memory):
     Errors: ValueError for sizes, momentum, temp or rule out of range. Source: ECUL, instance-level contrast.
     """
 
-    def __init__(self, num_features, num_samples, temp=0.05, momentum=0.1, rule="sequential"):
+    def __init__(
+        self,
+        num_features: int,
+        num_samples: int,
+        temp: float = 0.05,
+        momentum: float = 0.1,
+        rule: str = "sequential",
+    ):
         super().__init__(num_features, num_samples, temp, momentum, rule)
 
     @classmethod
-    def from_features(cls, features, labels, temp=0.05, momentum=0.1):
+    def from_features(
+        cls, features: torch.Tensor, labels: torch.Tensor, temp: float = 0.05, momentum: float = 0.1
+    ) -> "InstanceMemory":
         """A memory that starts from extracted features (N, D) and their labels (N,), -1 = outlier."""
         memory = cls(features.shape[1], features.shape[0], temp, momentum).to(features.device)
         memory.features.copy_(features)
         memory.assign(labels)
         return memory
 
-    def assign(self, labels):
+    def assign(self, labels: torch.Tensor) -> None:
         """Give each row its cluster label; an outlier (-1) gets a label of its own: nobody's positive."""
         labels = torch.as_tensor(labels, device=self.features.device)
         own = -2 - torch.arange(self.num_samples, device=self.features.device)
         self.labels.copy_(torch.where(labels < 0, own, labels))
 
 
-def tsmem(epoch, switch, momentum=0.1):
+def tsmem(epoch: int, switch: int, momentum: float = 0.1) -> tuple[str, str, float]:
     """TSMem: how memories start and move in this epoch, as (start, rule, momentum).
 
     Step 1, epochs before `switch`, for diversity: rows start as one random member and are replaced by one
@@ -123,13 +141,17 @@ def tsmem(epoch, switch, momentum=0.1):
     return ("random", "instance", 0.0) if epoch < switch else ("mean", "mean", momentum)
 
 
-def cluster_means(features, labels, groups=None):
+def cluster_means(
+    features: torch.Tensor, labels: torch.Tensor, groups: torch.Tensor | None = None
+) -> torch.Tensor:
     """Normalised mean of each cluster's members: `normalize(features[labels == c].mean(0))` for every c.
 
     features: (N, D); labels: (N,) int64, -1 = left out, contiguous from 0; groups: (N,) int64 or None. With
     groups (modalities), the mean over groups present of the group means [R, the joint cluster centre].
-    Returns (C, D) unit rows.
+    Returns (C, D) unit rows; none when every label is -1.
     """
+    if len(labels) == 0 or int(labels.max()) < 0:
+        return features.new_empty(0, features.shape[1])
     if groups is None:
         return F.normalize(_means(features, labels)[0], dim=1)
     parts = [_means(features, torch.where(groups == g, labels, -1), labels) for g in groups.unique()]
@@ -145,7 +167,9 @@ def _means(features, labels, all_labels=None):
     return sums / sizes.clamp(min=1)[:, None], (sizes > 0).to(features.dtype)[:, None]
 
 
-def random_members(features, labels, generator=None):
+def random_members(
+    features: torch.Tensor, labels: torch.Tensor, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """One random member of each cluster: (C, D) rows of `features`, drawn uniformly with `generator`."""
     shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
     shuffled = shuffled[labels[shuffled] >= 0]

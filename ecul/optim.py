@@ -1,4 +1,4 @@
-"""What learns: the network of a run, its optimiser and its learning rate."""
+"""The network of a run, its optimiser and its learning rate."""
 
 import logging
 
@@ -6,13 +6,16 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ecul.common import distributed
+from ecul.config import Config
 from ecul.features import require_model
 from ecul.model import Backbone, TwoStreamResNet
 
 log = logging.getLogger("ecul")
 
 
-def build_model(config, device, model=None):
+def build_model(
+    config: Config, device: torch.device, model: torch.nn.Module | None = None
+) -> torch.nn.Module:
     """The network of this configuration, initialised from its seed alone, or one's own."""
     if model is None:
         with torch.random.fork_rng(devices=[]):
@@ -44,7 +47,7 @@ def _own_model(model, config):
     return model
 
 
-def trainable(model, config):
+def trainable(model: torch.nn.Module, config: Config) -> torch.nn.Module:
     """The model as the batches see it: in parallel over processes, compiled if asked for."""
     forward = model
     if distributed.size() > 1:  # joint batches may hold one modality alone, and leave the other's stem unused
@@ -52,28 +55,28 @@ def trainable(model, config):
     return torch.compile(forward) if config.compile else forward
 
 
-def build_optimizer(model, config):
+def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """Adam over every parameter that learns."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def set_lr(optimizer, config, epoch):
+def set_lr(optimizer: torch.optim.Optimizer, config: Config, epoch: int) -> None:
     """Step decay: the rate is multiplied by lr_gamma at each milestone reached."""
     lr = config.lr * config.lr_gamma ** sum(epoch >= m for m in config.lr_milestones)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
-def uses_bf16(config, device):
+def uses_bf16(config: Config, device: torch.device) -> bool:
     """Whether the forward pass runs under bf16 autocast: asked for, or "auto" on a GPU that has it."""
     if config.precision == "auto":
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return config.precision == "bf16"
 
 
-def warn_of_start(config, device):
-    """What a newcomer had better know before a published network begins to learn."""
+def warn_about_start(config: Config, device: torch.device) -> None:
+    """Warn about random initial weights, and about a large network on a CPU."""
     if config.depth < 50:
         return
     if config.weights is None:

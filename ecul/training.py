@@ -12,25 +12,28 @@ ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 import logging
 import math
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ecul import MODALITIES
-from ecul.batches import augmented, identity, load_piles
+from ecul.batches import Batch, make_batches
 from ecul.common import distributed
 from ecul.common.logs import logging_to_stderr
 from ecul.common.names import shorten
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.features import embed_pixels
-from ecul.losses import agreement_loss
-from ecul.optim import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_of_start
+from ecul.labels import assign_labels
+from ecul.optim import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_about_start
 from ecul.run.checkpoint import load_run, run_directory, save_run
 from ecul.run.log import LEGEND, describe, label_scores, monitors
-from ecul.stages import assign_labels, make_batches, make_terms, share_labels, usable
+from ecul.stages import Term, make_terms
+from ecul.trainset import TrainImages, dataset_fingerprint, load_images
 
 log = logging.getLogger("ecul")
 
@@ -40,10 +43,10 @@ class Run:
     """What `train` returns: the model (in eval mode), a dict per epoch, the run directory or None."""
 
     model: torch.nn.Module
-    history: list
-    output: object
+    history: list[dict]
+    output: Path | None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         where = "no directory" if self.output is None else str(self.output)
         return f"Run({type(self.model).__name__}, {len(self.history)} epochs, {where})"
 
@@ -56,13 +59,22 @@ class State:
     forward: torch.nn.Module  # the model as the batches see it: compiled, or one of several processes
     optimizer: torch.optim.Optimizer
     history: list = field(default_factory=list)
-    labels: dict | None = None  # of the last epoch, for the stability score
+    labels: torch.Tensor | None = None  # of the last epoch, (N,), for the stability score
     best: dict | None = None  # weights of the best score so far, when these are kept
     kept: int | None = None  # the epochs behind the weights, once the best were put back
 
 
 @logging_to_stderr()
-def train(dataset, config=None, *, output=None, resume=False, device=None, on_epoch=None, model=None):
+def train(
+    dataset: Dataset,
+    config: Config | None = None,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+    on_epoch: Callable[[dict], object] | None = None,
+    model: torch.nn.Module | None = None,
+) -> Run:
     """Train a visible-infrared model on unlabelled images.
 
     dataset: a `Dataset` (`open_dataset`, `Dataset.from_arrays`, `Dataset.from_folders`); its identities, if
@@ -92,10 +104,10 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
                 f"output: {directory} holds a run; resume it (--resume, resume=True) or choose another"
             )
         if model is None and not goes_on:
-            warn_of_start(config, device)
+            warn_about_start(config, device)
         model = build_model(config.replace(weights=None) if goes_on else config, device, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
-        data, source = identity(dataset), {"root": dataset.root, "options": dataset.options}
+        data, source = dataset_fingerprint(dataset), {"root": dataset.root, "options": dataset.options}
         distributed.require_same(data["names_and_cameras"], "the data set's images and cameras")
         if goes_on:
             load_run(directory, state, config, data)
@@ -103,10 +115,10 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
         distributed.wait()
         if config.epochs == 0 and directory is not None and distributed.rank() == 0:
             save_run(directory, state, config, data, source)
-        piles = load_piles(dataset, config.size, device)
+        images = load_images(dataset, config.size, device)
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
-            row = _guarded_epoch(state, piles, config, epoch, directory)
+            row = _guarded_epoch(state, images, config, epoch, directory)
             if distributed.rank() == 0:
                 log.info(describe(row))
                 if directory is not None:
@@ -114,124 +126,131 @@ def train(dataset, config=None, *, output=None, resume=False, device=None, on_ep
                 if on_epoch is not None:
                     on_epoch(row)
         if config.keep == "score" and config.epochs and state.kept is None:
-            _finish_with_best(state, piles, config, data, directory, source)
+            _finish_with_best(state, images, config, data, directory, source)
         if state.history and all(row.get("skipped") for row in state.history):
             log.warning("every epoch was skipped: this model has learned nothing")
         distributed.wait()
         return Run(model.eval(), state.history, directory)
 
 
-def run_epoch(state, piles, config, epoch):
+def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> dict:
     """One epoch: extract, cluster, match, remember, learn. Returns its row of the log."""
-    began = time.perf_counter()
-    device = next(state.model.parameters()).device
+    clock = _Clock(images.cameras.device)
     rng = np.random.default_rng([config.seed, epoch])
-    seed = int(rng.integers(2**62))
-    generators = {d: torch.Generator(d).manual_seed(seed) for d in dict.fromkeys(("cpu", device.type))}
+    generators = _generators(int(rng.integers(2**62)), images.cameras.device)
+    stage = 1 if epoch < config.epochs_intra else 2
     set_lr(state.optimizer, config, epoch)
 
-    features, labels, row = look(state, piles, config, epoch)
-    looked = time.perf_counter()
-    if not usable(labels.own):
-        scattered = any(2 * row[f"outliers_{m}"] > len(features[m]) for m in MODALITIES)
+    features = extract_all(state.model, images, config)
+    extracted = clock.seconds()
+    labels = assign_labels(features, images, config, stage)
+    row = {"epoch": epoch, "stage": stage, "lr": state.optimizer.param_groups[0]["lr"]}
+    row |= {"seconds_extract": extracted, "seconds_labels": clock.seconds() - extracted}
+    row |= _rate(state, features, labels, images)
+    _keep_best(state, row, config)
+    if not labels.enough:
+        scattered = any(2 * int((side < 0).sum()) > len(side) for side in labels.sides.values())
         advice = "raise eps or lower min_samples" if scattered else "lower eps or k1, or start from weights"
         log.warning("epoch %d skipped: fewer than two clusters in a modality; %s", epoch + 1, advice)
-        return row | {"skipped": True, "seconds": looked - began}
+        return row | {"skipped": True, "seconds": clock.seconds()}
 
-    cameras = {m: piles[m].cameras for m in MODALITIES}
+    looked = clock.seconds()
     terms = make_terms(features, labels, config, epoch, generators["cpu"])
-    for term in terms:
-        distributed.broadcast(term.memory.features)
-    batches = make_batches(labels, cameras, config, rng)
-    row |= learn(state.forward, state.optimizer, piles, terms, batches, config, generators)
-    ended = time.perf_counter()
-    row |= {"seconds_train": ended - looked, "seconds": ended - began}
+    batches = make_batches(labels, images, config, rng, generators[images.cameras.device.type])
+    row |= train_batches(state.forward, state.optimizer, terms, batches, config)
+    row |= {"seconds_train": clock.seconds() - looked, "seconds": clock.seconds()}
     return row | {"images_per_second": row.pop("images") / row["seconds_train"]}
 
 
-def look(state, piles, config, epoch):
-    """Extract and label with the current weights; returns features, labels and what the log says of them."""
-    cross = config.epochs_intra <= epoch
-    row = {"epoch": epoch, "stage": 2 if cross else 1, "lr": state.optimizer.param_groups[0]["lr"]}
-    began = time.perf_counter()
-    features = {m: extract_shared(state.model, piles[m].pixels, m, config) for m in MODALITIES}
-    distributed.finish(features["visible"].device)
-    extracted = time.perf_counter()
-    cameras = {m: piles[m].cameras for m in MODALITIES}
-    labels = assign_labels(features, cameras, config, cross) if distributed.rank() == 0 else None
-    labels = share_labels(labels, features)
-    row |= {"seconds_extract": extracted - began, "seconds_labels": time.perf_counter() - extracted}
-    row |= labels.counts() | label_scores(features, labels, state.labels) | monitors(labels, piles)
+def extract_all(model: torch.nn.Module, images: TrainImages, config: Config) -> torch.Tensor:
+    """Unit features (N, D) of every image on every process, each process embedding its share."""
+    autocast, rows = uses_bf16(config, images.cameras.device), []
+    for modality, pixels in zip(MODALITIES, images.pixels, strict=True):
+        own = pixels[distributed.share(len(pixels))]
+        found = embed_pixels(
+            model, own, modality, config.batch_extract, progress=not _quiet(), autocast=autocast
+        )
+        rows.append(distributed.gather(found, len(pixels)))
+    return torch.cat(rows)
+
+
+def train_batches(
+    forward: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    terms: list[Term],
+    batches: Iterable[Batch],
+    config: Config,
+) -> dict:
+    """Run the epoch's batches; returns the mean of each loss and the number of views embedded."""
+    totals: dict[str, torch.Tensor] = {}
+    steps, views = 0, 0
+    forward.train()
+    for batch in tqdm(batches, total=config.iterations, desc="batches", disable=_quiet(), leave=False):
+        x = embed_batch(forward, batch, config)
+        losses = {term.name: term.loss(x, batch) for term in terms}
+        step(optimizer, losses)
+        for term in terms:
+            term.update(x, batch)
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0) + loss.detach()
+        steps, views = steps + 1, views + len(batch)
+    for buffer in forward.buffers():
+        distributed.broadcast(buffer)
+    return {f"loss_{name}": float(total) / steps for name, total in totals.items()} | {"images": views}
+
+
+def embed_batch(forward: torch.nn.Module, batch: Batch, config: Config) -> torch.Tensor:
+    """The features (2P + Q, D) of a batch; each process embeds its share of both modalities, all get all."""
+    views = (batch.visible_views, batch.infrared_views)
+    own = [v[distributed.share(len(v))] for v in views]
+    with torch.autocast(own[0].device.type, torch.bfloat16, enabled=uses_bf16(config, own[0].device)):
+        parts = forward(*own).float().split([len(v) for v in own])
+    return torch.cat([distributed.gather(part, len(v)) for part, v in zip(parts, views, strict=True)])
+
+
+def step(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor]) -> None:
+    """One step of the optimiser along the sum of the losses."""
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.stack(list(losses.values())).sum()
+    (total * distributed.size()).backward()  # gradients are averaged over processes
+    optimizer.step()
+
+
+class _Clock:
+    """Seconds since it was made, with all that the device was asked for done."""
+
+    def __init__(self, device):
+        self.device, self.began = device, time.perf_counter()
+
+    def seconds(self):
+        distributed.finish(self.device)
+        return time.perf_counter() - self.began
+
+
+def _generators(seed, device):
+    """A generator for draws on the host and one for those on the device; on a CPU they are the same."""
+    return {d: torch.Generator(d).manual_seed(seed) for d in dict.fromkeys(("cpu", device.type))}
+
+
+def _rate(state, features, labels, images):
+    """What the log says of an epoch's labels; they are kept for the next epoch's stability."""
+    scores = label_scores(features, labels, state.labels)
     state.labels = labels.own
+    return labels.counts() | scores | monitors(labels, images.identities)
+
+
+def _keep_best(state, row, config):
+    """Remember the weights that this epoch started from, when their score is the best and it is wanted."""
     best = max((r["score"] for r in state.history[1:]), default=-math.inf)  # epoch 0 rates untrained weights
     if config.keep == "score" and state.history and row["score"] > best:
         state.best = {k: v.clone() for k, v in state.model.state_dict().items()}
-    return features, labels, row
 
 
-def extract_shared(model, pixels, modality, config):
-    """Every image's features on every process, each process embedding its share."""
-    own = pixels[distributed.share(len(pixels))]
-    autocast = uses_bf16(config, next(model.parameters()).device)
-    rows = embed_pixels(model, own, modality, config.batch_extract, progress=not _quiet(), autocast=autocast)
-    return distributed.gather(rows, len(pixels))
-
-
-def learn(forward, optimizer, piles, terms, batches, config, generators):
-    """Run the epoch's batches; returns the mean of each loss and the number of views embedded."""
-    device = next(forward.parameters()).device
-    autocast = uses_bf16(config, device)
-    forward.train()
-    totals: dict[str, torch.Tensor | int] = {}
-    steps, images = 0, 0
-    for pair in tqdm(batches, total=config.iterations, desc="batches", disable=_quiet(), leave=False):
-        drawn = {m: torch.from_numpy(i) for m, i in zip(MODALITIES, pair, strict=True)}
-        index = {m: i.to(device, non_blocking=True) for m, i in drawn.items()}
-        views = augmented(piles, drawn, config, generators[device.type], device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            features = embed_batch(forward, views)
-        losses = {t.name: t.weight * t.loss(features, index) for t in terms}
-        losses |= consistency(terms, features, config)
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.stack(list(losses.values())).sum()
-        (total * distributed.size()).backward()  # gradients are averaged over processes
-        optimizer.step()
-        for term in terms:
-            term.update(features, index, generators["cpu"])
-        for name, loss in losses.items():
-            totals[name] = totals.get(name, 0) + loss.detach()
-        steps, images = steps + 1, images + sum(map(len, views.values()))
-    for buffer in forward.buffers():
-        distributed.broadcast(buffer)
-    return {f"loss_{name}": float(total) / steps for name, total in totals.items()} | {"images": images}
-
-
-def embed_batch(forward, views):
-    """The features of a batch's views by modality; each process embeds its share, all get all."""
-    own = {m: views[m][distributed.share(len(views[m]))] for m in MODALITIES}
-    embedded = forward(own["visible"], own["infrared"]).float().split([len(own[m]) for m in MODALITIES])
-    return {m: distributed.gather(f, len(views[m])) for m, f in zip(MODALITIES, embedded, strict=True)}
-
-
-def consistency(terms, features, config):
-    """MBCCM's consistency constraint between specific and agnostic memories, summed over the three views."""
-    memories = {t.name: t.memory for t in terms}
-    if config.weight_consistency == 0 or "agnostic_visible" not in memories:
-        return {}
-    specific, agnostic = (
-        {m: memories[f"{kind}_{m}"] for m in MODALITIES} for kind in ("cluster", "agnostic")
-    )
-    views = [*features["visible"].chunk(2), features["infrared"]]
-    return {
-        "consistency": config.weight_consistency * sum(agreement_loss(specific, agnostic, v) for v in views)
-    }
-
-
-def _guarded_epoch(state, piles, config, epoch, directory):
+def _guarded_epoch(state, images, config, epoch, directory):
     """`run_epoch`, added to the history unless the weights diverged: the last good checkpoint then stays."""
     row = {}
     try:
-        row = run_epoch(state, piles, config, epoch)
+        row = run_epoch(state, images, config, epoch)
     except ValueError as error:
         _require_finite(epoch, row, state.model, directory)
         raise error
@@ -268,9 +287,11 @@ def _require_finite(epoch, row, model, directory):
         )
 
 
-def _finish_with_best(state, piles, config, data, directory, source):
+def _finish_with_best(state, images, config, data, directory, source):
     """Rate the last weights too, then put the best ones back."""
-    row = look(state, piles, config, config.epochs - 1)[2]
+    features = extract_all(state.model, images, config)
+    row = _rate(state, features, assign_labels(features, images, config, stage=1), images)
+    _keep_best(state, row, config)
     scores = [r["score"] for r in (*state.history[1:], row)]  # of the weights after 1, 2, ... epochs
     state.kept = 1 + scores.index(max(scores))
     if distributed.rank() == 0:

@@ -133,8 +133,8 @@ def test_consistency_equals_the_oracle(b, seed):
 
 def test_agreement_vanishes_for_equal_memories_and_teaches_x():
     rng = np.random.default_rng(0)
-    banks = {m: ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for m in ("visible", "infrared")}
-    others = {m: ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for m in ("visible", "infrared")}
+    banks = [ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for _ in ("visible", "infrared")]
+    others = [ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for _ in ("visible", "infrared")]
     x = unit(rng, 3, 6).float().requires_grad_()
     assert agreement_loss(banks, banks, x).item() == pytest.approx(0, abs=1e-6)
     agreement_loss(banks, others, x).backward()

@@ -15,6 +15,8 @@ from scipy.optimize import linear_sum_assignment
 
 from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
+from ecul.labels import Labels
+from ecul.memory import cluster_means
 from ecul.model import Backbone
 from ecul.report.build import (
     Pile,
@@ -41,7 +43,6 @@ from ecul.report.pictures import (
     draw_sheet,
 )
 from ecul.search import FolderFeatures, Ranking
-from ecul.stages import Labels
 
 TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
 TINY |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
@@ -243,7 +244,9 @@ def test_the_mosaic_has_the_extremes_and_shows_a_cluster_once(monkeypatch, tmp_p
     }
     shown = []
     monkeypatch.setattr("ecul.report.pictures.draw_sheet", lambda path, rows: shown.extend(rows))
-    _mosaic_section(tmp_path, piles, Labels({"visible": labels, "infrared": torch.full((14,), -1)}), each=2)
+    own = torch.cat([labels, torch.full((14,), -1)])
+    centers = cluster_means(features, labels), features[:0]
+    _mosaic_section(tmp_path, piles, features.repeat(2, 1), Labels(own, 14, centers), each=2)
     told = [(label.splitlines()[0], len(cells)) for label, cells in shown]
     assert told == [
         ("largest", 5),

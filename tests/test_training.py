@@ -24,12 +24,12 @@ from ecul import (
     synthesize,
     train,
 )
-from ecul.batches import load_piles
 from ecul.model import Backbone
 from ecul.optim import build_model, build_optimizer
 from ecul.run import checkpoint
 from ecul.run.checkpoint import run_directory
-from ecul.training import State, learn, run_epoch
+from ecul.training import State, run_epoch, train_batches
+from ecul.trainset import load_images
 
 TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}
 TINY |= {"tsmem_switch": 1, "k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6}
@@ -120,12 +120,12 @@ def test_kill_in_mid_epoch_then_resume(world, dataset, tmp_path):
 import os, signal
 import ecul.training as training
 from ecul import Config, open_dataset
-learn = training.learn
+train_batches = training.train_batches
 def killed(*args):
     if calls.append(1) or len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return learn(*args)
-calls, training.learn = [], killed
+    return train_batches(*args)
+calls, training.train_batches = [], killed
 config = Config.from_dict({config.to_dict()!r})
 training.train(open_dataset("sysu", {str(world)!r}), config, output={str(tmp_path / "k")!r})
 """
@@ -393,25 +393,25 @@ def test_training_raises_cross_modality_map(tmp_path):
 @pytest.mark.parametrize("on_device", [True, False])
 def test_the_iterations_never_wait_for_the_gpu(method, on_device, dataset, monkeypatch):
     def watched(batches):
-        for i, pair in enumerate(batches):
+        for i, batch in enumerate(batches):
             if i == 2:  # kernels are compiled and constants sent by then
                 torch.cuda.set_sync_debug_mode("error")
-            yield pair
+            yield batch
         torch.cuda.set_sync_debug_mode("default")
 
-    def learn_watched(forward, optimizer, piles, terms, batches, config, generators):
-        return learn(forward, optimizer, piles, terms, watched(batches), config, generators)
+    def train_watched(forward, optimizer, terms, batches, config):
+        return train_batches(forward, optimizer, terms, watched(batches), config)
 
     device, config = torch.device("cuda", 0), tiny(method=method, iterations=6)
     model = build_model(config, device)
     state = State(model, model, build_optimizer(model, config))
-    piles = load_piles(dataset, config.size, device)
+    images = load_images(dataset, config.size, device)
     if not on_device:
-        piles = {m: replace(pile, pixels=pile.pixels.cpu()) for m, pile in piles.items()}
-    monkeypatch.setattr("ecul.training.learn", learn_watched)
+        images = replace(images, pixels=tuple(pixels.cpu() for pixels in images.pixels))
+    monkeypatch.setattr("ecul.training.train_batches", train_watched)
     try:
         for epoch in (0, 2):
-            row = run_epoch(state, piles, config, epoch)
+            row = run_epoch(state, images, config, epoch)
             assert "skipped" not in row
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -13,21 +13,23 @@ import torch
 from torch import distributed as dist
 
 from ecul import Config, open_dataset, training
-from ecul.common import distributed as parallel
+from ecul.common import distributed
+from ecul.stages import Contrast
 
 
 def main(world, config, output, kill=""):
     torch.set_num_threads(1)
-    banks, learn = [], training.learn
+    banks, train_batches = [], training.train_batches
 
-    def watched(forward, optimizer, piles, terms, *rest):
+    def watched(forward, optimizer, terms, *rest):
         if kill and dist.get_rank() == 1 and banks:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = learn(forward, optimizer, piles, terms, *rest)
-        banks.append(torch.cat([t.memory.features.flatten() for t in terms]))
+        result = train_batches(forward, optimizer, terms, *rest)
+        held = [t.memory.features.flatten() for t in terms if isinstance(t, Contrast)]
+        banks.append(torch.cat(held))
         return result
 
-    training.learn = watched
+    training.train_batches = watched
     run = training.train(
         open_dataset("sysu", world), Config.from_dict(json.loads(config)), output=output, device="cpu"
     )
@@ -37,7 +39,7 @@ def main(world, config, output, kill=""):
         assert all(torch.equal(held, other) for other in others)
     if dist.get_rank() == 0:
         print(f"equal banks in {len(banks)} epochs")
-    parallel.stop()
+    distributed.stop()
 
 
 if __name__ == "__main__":

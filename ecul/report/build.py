@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES
-from ecul.batches import identity
 from ecul.common.distributed import choose_device
 from ecul.common.files import write_file
 from ecul.config import Config
@@ -18,13 +17,14 @@ from ecul.data.dataset import open_dataset
 from ecul.data.images import Images
 from ecul.evaluation.protocols import evaluate
 from ecul.features import embed_pixels
+from ecul.labels import assign_labels
 from ecul.matching import match_clusters
 from ecul.memory import cluster_means
 from ecul.model import TwoStreamResNet
 from ecul.report import pictures
 from ecul.report.page import Section, page, plain_rows
 from ecul.report.pictures import Cell
-from ecul.stages import assign_labels, usable
+from ecul.trainset import TrainImages, dataset_fingerprint
 
 log = logging.getLogger("ecul")
 CURVES = (
@@ -148,7 +148,7 @@ def _accuracy(dataset, features):
 def _require_same(saved, dataset):
     differs = [
         f"{name} is {value!r}, in training it was {saved.dataset[name]!r}"
-        for name, value in identity(dataset).items()
+        for name, value in dataset_fingerprint(dataset).items()
         if saved.dataset.get(name, value) != value
     ]
     if differs:
@@ -212,24 +212,25 @@ def ignored(protocol, query, row, gallery):
 
 
 def _cluster_sections(folder, piles, saved):
-    features = {m: piles[m].features for m in MODALITIES}
-    cameras = {m: torch.as_tensor(piles[m].images.camids) for m in MODALITIES}
-    labels = assign_labels(features, cameras, saved.config, len(saved.history) > saved.config.epochs_intra)
-    if not usable(labels.own):
+    features = torch.cat([piles[m].features for m in MODALITIES])
+    cameras = torch.cat([torch.as_tensor(piles[m].images.camids) for m in MODALITIES])
+    images = TrainImages(tuple(piles[m].pixels for m in MODALITIES), cameras)
+    stage = 1 if len(saved.history) <= saved.config.epochs_intra else 2
+    labels = assign_labels(features, images, saved.config, stage)
+    if not labels.enough:
         return []
     return [
-        _mosaic_section(folder, piles, labels),
+        _mosaic_section(folder, piles, features, labels),
         _match_section(folder, piles, labels, saved.config.matching),
     ]
 
 
-def _mosaic_section(folder, piles, labels, each=3, most=12):
-    kind = "cross-modality" if labels.joint is not None else "one-modality"
-    values = list((labels.joint or labels.own).values())
+def _mosaic_section(folder, piles, features, labels, each=3, most=12):
+    kind, members = "cross-modality", labels.joint
     if labels.joint is None:
-        values[1] = torch.where(values[1] >= 0, values[1] + values[0].max() + 1, -1)
-    members = torch.cat(values)
-    features = torch.cat([piles[m].features for m in MODALITIES])
+        visible, infrared = labels.sides.values()
+        kind = "one-modality"
+        members = torch.cat([visible, torch.where(infrared >= 0, infrared + visible.max() + 1, -1)])
     sizes, margins = torch.bincount(members[members >= 0]), cluster_margins(features, members)
     chosen: dict[int, list] = {}
     for name, order in (("largest", -sizes), ("smallest", sizes), ("least certain", margins)):
@@ -282,11 +283,11 @@ def _mosaic_row(name, cluster, piles, members, margin, most):
 
 
 def _match_section(folder, piles, labels, rule):
-    centers = [cluster_means(piles[m].features, labels.own[m]).numpy() for m in MODALITIES]
+    centers = [rows.numpy() for rows in labels.centers]
     match = match_clusters(centers[0], centers[1], rule)
     same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities, many to many."
     if all(piles[m].images.pids is not None for m in MODALITIES):
-        visible, infrared = (commonest(labels.own[m].numpy(), piles[m].images.pids) for m in MODALITIES)
+        visible, infrared = (commonest(labels.sides[m].numpy(), piles[m].images.pids) for m in MODALITIES)
         same = infrared[:, None] == visible[None, :]
         text += f" In {(match & same).sum() / match.sum():.0%} of them the commonest person is the same"
         text += f" (of all pairs: {same.mean():.0%})."

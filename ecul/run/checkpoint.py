@@ -83,7 +83,7 @@ def save_run(output, state, config, identity, source):
     saved = {"config": config.to_dict(), "dataset": identity, **source, "history": history}
     write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors.update({f"labels.{k}": v for k, v in (state.labels or {}).items()})
+    tensors.update({} if state.labels is None else {"labels.own": state.labels})
     tensors.update({f"best.{k}": v for k, v in (state.best or {}).items()})
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
@@ -109,7 +109,9 @@ def load_run(output, state, config, identity):
         for kind in ("model.", "labels.", "best.", "optimizer.")
     }
     state.model.load_state_dict(part["model."])
-    state.labels, state.best = part["labels."] or None, part["best."] or None
+    found = [part["labels."][k] for k in ("own", "visible", "infrared") if k in part["labels."]]
+    state.labels = torch.cat(found) if found else None  # earlier versions wrote them by modality
+    state.best = part["best."] or None
     state.history = saved["history"][: int(metadata["epoch"])]
     state.kept = int(metadata.get("kept", 0)) or None
     state.optimizer.load_state_dict(

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ecul import MODALITIES
+from ecul.labels import Labels
 from ecul.run.scores import adjusted_rand, mutual_rate, separation
 
 LEGEND = (
@@ -13,36 +13,38 @@ LEGEND = (
 PARTS = ("extract", "labels", "train")  # of an epoch's seconds
 
 
-def label_scores(features, labels, previous):
+def label_scores(features: torch.Tensor, labels: Labels, previous: torch.Tensor | None) -> dict[str, float]:
     """Scores of the weights that an epoch starts from, without identities; each is higher for better.
 
-    stability: adjusted Rand index with the previous epoch's labels; separation: simplified silhouette, mean
-    of the modalities; mutual: share of mutual nearest neighbours across modalities. `score` is the one that
-    `keep="score"` selects by: separation, which follows test mAP in scripts/ablation.
+    stability: adjusted Rand index with the previous epoch's own labels (N,); separation: simplified
+    silhouette; both the mean of the modalities; mutual: share of mutual nearest neighbours across modalities.
+    `score` is the one that `keep="score"` selects by: separation, which follows test mAP in scripts/ablation.
     """
-    pairs = [(labels.own[m].cpu(), previous[m].cpu()) for m in MODALITIES] if previous else []
-    stability = float(np.mean([adjusted_rand(a, b) for a, b in pairs])) if pairs else float("nan")
-    separations = [separation(features[m], labels.own[m]) for m in MODALITIES]
-    mutual = mutual_rate(*(features[m] for m in MODALITIES))
-    row = {"score_separation": float(np.mean(separations)), "score_mutual": mutual}
+    border = labels.num_visible
+    sides = features.tensor_split([border]), labels.sides.values(), labels.centers
+    found = np.mean([separation(x, y, centers) for x, y, centers in zip(*sides, strict=True)])
+    row = {"score_separation": float(found), "score_mutual": mutual_rate(*features.tensor_split([border]))}
     row["score"] = row["score_separation"]
+    if previous is None:
+        return row
+    pairs = zip(labels.own.cpu().tensor_split([border]), previous.cpu().tensor_split([border]), strict=True)
+    stability = float(np.mean([adjusted_rand(now, before) for now, before in pairs]))
     return row if np.isnan(stability) else {"score_stability": stability, **row}
 
 
-def monitors(labels, piles):
-    """Adjusted Rand index of the labels with the identities, where they are known: for the reader alone."""
-    if any(piles[m].identities is None for m in MODALITIES):
+def monitors(labels: Labels, identities: np.ndarray | None) -> dict[str, float]:
+    """Adjusted Rand index of the labels with the identities (N,), where known: for the reader alone."""
+    if identities is None:
         return {}
-    row = {f"monitor_ari_{m}": adjusted_rand(labels.own[m].cpu(), piles[m].identities) for m in MODALITIES}
+    border, named = labels.num_visible, {}
+    for (m, found), people in zip(labels.sides.items(), np.split(identities, [border]), strict=True):
+        named[m] = adjusted_rand(found.cpu(), people)
     if labels.joint is not None:
-        joint = torch.cat([labels.joint[m] for m in MODALITIES]).cpu()
-        row["monitor_ari_joint"] = adjusted_rand(
-            joint, np.concatenate([piles[m].identities for m in MODALITIES])
-        )
-    return {k: v for k, v in row.items() if not np.isnan(v)}
+        named["joint"] = adjusted_rand(labels.joint.cpu(), identities)
+    return {f"monitor_ari_{name}": value for name, value in named.items() if not np.isnan(value)}
 
 
-def describe(row):
+def describe(row: dict) -> str:
     """One line of text for one epoch."""
     clusters, outliers = (_joined(row, kind, "d") for kind in ("clusters_", "outliers_"))
     text = f"epoch {row['epoch'] + 1:3d} stage {row['stage']} clusters {clusters} outliers {outliers}"

@@ -2,12 +2,13 @@
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from ecul.kernels import topk_similarity
 from ecul.memory import cluster_means
 
 
-def adjusted_rand(labels, reference):
+def adjusted_rand(labels: ArrayLike, reference: ArrayLike) -> float:
     """Adjusted Rand index of labels (N,) with a reference (N,); images that are -1 in either are left out.
 
     Equals `sklearn.metrics.adjusted_rand_score(reference[kept], labels[kept])`; nan below two images.
@@ -30,15 +31,17 @@ def _pairs(counts):
     return (counts * (counts - 1)).sum() / 2
 
 
-def separation(features, labels):
+def separation(features: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor | None = None) -> float:
     """Simplified silhouette: mean over images of (b - a) / max(a, b), an outlier counts 0.
 
     a is the cosine distance to the image's own cluster centre, b that to the nearest other centre.
-    features: (N, D) unit rows; labels: (N,) int64, -1 = outlier. In [-1, 1]; 0 below two clusters.
+    features: (N, D) unit rows; labels: (N,) int64, -1 = outlier; centers: (C, D), by default
+    `cluster_means(features, labels)`. In [-1, 1]; 0 below two clusters.
     """
     if len(labels) == 0 or int(labels.max()) < 1:
         return 0.0
-    centers = cluster_means(features, labels)
+    if centers is None:
+        centers = cluster_means(features, labels)
     total = 0.0
     for x, y in zip(features.split(4096), labels.split(4096), strict=True):
         distance = 1 - x @ centers.T
@@ -49,7 +52,7 @@ def separation(features, labels):
     return total / len(labels)
 
 
-def mutual_rate(visible, infrared):
+def mutual_rate(visible: torch.Tensor, infrared: torch.Tensor) -> float:
     """Share of images that are the nearest neighbour across modalities of their own nearest one.
 
     visible: (A, D), infrared: (B, D) unit rows. 2 * (mutual pairs) / (A + B), in [0, 1]; needs no labels.

@@ -19,12 +19,14 @@ from benchmarks.clustering import peak_memory, reset_peak_memory, seconds
 from benchmarks.table import table_row
 from ecul import MODALITIES, Config, Dataset, open_dataset, synthesize
 from ecul.augment import ERASED, MEAN, STD
-from ecul.batches import load_piles
+from ecul.batches import draw_batches, make_batches
+from ecul.labels import Labels
 from ecul.memory import cluster_means
 from ecul.optim import build_model, build_optimizer, trainable, uses_bf16
 from ecul.run.log import PARTS
-from ecul.stages import Labels, make_batches, make_terms
-from ecul.training import State, learn, run_epoch
+from ecul.stages import make_terms
+from ecul.training import State, run_epoch, train_batches
+from ecul.trainset import load_images
 
 
 def rows(device, quick):
@@ -63,50 +65,53 @@ def _open(folder, config):
     return open_dataset("sysu", root)
 
 
-def _labels(dataset):
-    """Identities as labels: the benchmark times the step, whatever the clusters are."""
-    ids = np.unique(dataset.visible.pids)
-    return {m: torch.from_numpy(np.searchsorted(ids, getattr(dataset, m).pids)) for m in MODALITIES}
+def _labels(dataset, width, device):
+    """Random features with identities as labels: the step is timed, whatever the clusters are."""
+    people = np.unique(dataset.visible.pids)
+    own = [
+        torch.from_numpy(np.searchsorted(people, side.pids)) for side in (dataset.visible, dataset.infrared)
+    ]
+    sides = [F.normalize(torch.randn(len(y), width), dim=1) for y in own]
+    centers = tuple(cluster_means(x, y).to(device) for x, y in zip(sides, own, strict=True))
+    labels = Labels(torch.cat(own).to(device), len(own[0]), centers)
+    return torch.cat(sides).to(device), labels
 
 
 def _step(folder, work, config, device, steps):
     """Images per second of stage 1 steps: both views, losses, backward, optimiser, memory update."""
     dataset, device = _open(folder, config), torch.device(device)
-    labels = _labels(dataset)
-    batches = list(_batches(dataset, labels, config, steps))
-    images = steps * 3 * len(batches[0][1])
-    ours, plain = _ours(dataset, labels, config, device), _plain(dataset, labels, config, device)
+    images = load_images(dataset, config.size, device)
+    _, labels = _labels(dataset, 1, device)
+    drawn = list(draw_batches(labels, images, config.replace(iterations=steps), np.random.default_rng(0)))
+    count = steps * 3 * len(drawn[0][1])
+    ours, plain = _ours(dataset, images, config, device), _plain(dataset, config, device)
     reset_peak_memory(device.type)
-    ours(batches[:2])
-    per_second = images / seconds(lambda: ours(batches), device.type)[0]
+    ours(2)
+    per_second = count / seconds(lambda: ours(steps), device.type)[0]
     memory = peak_memory(device.type)
     with FlopCounterMode(display=False) as counted:
-        _ours(dataset, labels, config.replace(compile=False), device)(batches[:1])
-    reached = counted.get_total_flops() * steps * per_second / images / _product_rate(config, device)
-    plain(batches[:1])
-    per_second_plain = images / seconds(lambda: plain(batches), device.type)[0]
+        _ours(dataset, images, config.replace(compile=False), device)(1)
+    reached = counted.get_total_flops() * steps * per_second / count / _product_rate(config, device)
+    plain(drawn[:1])
+    per_second_plain = count / seconds(lambda: plain(drawn), device.type)[0]
     h, w = config.size
-    sizes = f"{images // steps} images {h}×{w}; {100 * reached:.0f} % of the rate of a large matrix product"
+    sizes = f"{count // steps} images {h}×{w}; {100 * reached:.0f} % of the rate of a large matrix product"
     return table_row(work, sizes, "images/s", per_second, per_second_plain, n=steps, peak_memory=memory)
 
 
-def _batches(dataset, labels, config, steps):
-    cameras = {m: torch.from_numpy(getattr(dataset, m).camids) for m in MODALITIES}
-    config = config.replace(iterations=steps)
-    return make_batches(Labels(labels), cameras, config, np.random.default_rng(0))
-
-
-def _ours(dataset, labels, config, device):
+def _ours(dataset, images, config, device):
     model = build_model(config, device)
-    piles = load_piles(dataset, config.size, device)
-    features = {
-        m: F.normalize(torch.randn(len(labels[m]), model.num_features), dim=1).to(device) for m in MODALITIES
-    }
-    own = Labels({m: labels[m].to(device) for m in MODALITIES})
-    generators = {d: torch.Generator(d).manual_seed(0) for d in {"cpu", device.type}}
-    terms = make_terms(features, own, config, 0, generators["cpu"])
+    features, labels = _labels(dataset, model.num_features, device)
+    terms = make_terms(features, labels, config, 0, torch.Generator().manual_seed(0))
     forward, optimizer = trainable(model, config), build_optimizer(model, config)
-    return lambda batches: learn(forward, optimizer, piles, terms, batches, config, generators)
+
+    def run(steps):
+        generator = torch.Generator(device.type).manual_seed(0)
+        few = config.replace(iterations=steps)
+        batches = make_batches(labels, images, few, np.random.default_rng(0), generator)
+        train_batches(forward, optimizer, terms, batches, few)
+
+    return run
 
 
 class _Plain(torch.utils.data.Dataset):
@@ -114,15 +119,8 @@ class _Plain(torch.utils.data.Dataset):
 
     def __init__(self, dataset, batches, config):
         self.root, self.size, self.pad = Path(dataset.root), config.size, config.pad
-        self.names = [
-            names[i]
-            for pair in batches
-            for names, index, views in zip(
-                (dataset.visible.names, dataset.infrared.names), pair, (2, 1), strict=True
-            )
-            for _ in range(views)
-            for i in index
-        ]
+        names = [*dataset.visible.names, *dataset.infrared.names]
+        self.names = [names[i] for v, r in batches for index in (v, v, r) for i in index]
 
     def __len__(self):
         return len(self.names)
@@ -143,20 +141,18 @@ class _Plain(torch.utils.data.Dataset):
         return x
 
 
-def _plain(dataset, labels, config, device):
+def _plain(dataset, config, device):
     model = build_model(config, device).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    banks = {
-        m: cluster_means(torch.randn(len(labels[m]), model.num_features), labels[m]).to(device)
-        for m in MODALITIES
-    }
+    _, labels = _labels(dataset, model.num_features, device)
+    banks = dict(zip(MODALITIES, labels.centers, strict=True))
 
     def run(batches):
         loader = torch.utils.data.DataLoader(
             _Plain(dataset, batches, config), 3 * len(batches[0][1]), num_workers=2
         )
         for x, pair in zip(loader, batches, strict=True):
-            y = {m: labels[m][torch.from_numpy(i)].to(device) for m, i in zip(MODALITIES, pair, strict=True)}
+            y = {m: labels.own[torch.from_numpy(i)] for m, i in zip(MODALITIES, pair, strict=True)}
             _plain_step(model, optimizer, banks, x.to(device), y, config)
 
     return run
@@ -226,11 +222,11 @@ def _epochs(work, dataset, config, device):
     device = torch.device(device)
     model = build_model(config, device)
     state = State(model, trainable(model, config), build_optimizer(model, config))
-    piles = load_piles(dataset, config.size, device)
+    images = load_images(dataset, config.size, device)
     for stage, epoch in ((1, 1), (2, config.epochs_intra)):
-        row = run_epoch(state, piles, config, epoch)
+        row = run_epoch(state, images, config, epoch)
         parts = ", ".join(f"{100 * row.get(f'seconds_{p}', 0) / row['seconds']:.0f} % {p}" for p in PARTS)
-        sizes = f"{sum(len(p.pixels) for p in piles.values())} images: {parts}"
+        sizes = f"{len(images)} images: {parts}"
         if row.get("skipped"):
             sizes += "; skipped, for want of clusters"
         yield table_row(f"epoch of stage {stage}, {work}", sizes, "s", row["seconds"], n=1)

@@ -1,0 +1,113 @@
+"""Pseudo labels: from the features of an epoch to clusters, and to what belongs together across modalities.
+
+ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ecul import MODALITIES
+from ecul.clustering import emcc
+from ecul.common import distributed
+from ecul.config import Config
+from ecul.matching import match_clusters, select_instances
+from ecul.memory import cluster_means
+from ecul.trainset import TrainImages
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Pseudo labels of one epoch over the N training images, visible ones first: (N,) int64, -1 = outlier.
+
+    own: clusters of each modality, both numbered from 0. centers: their normalised means, visible (A, D) and
+    infrared (B, D). joint: clusters of both together, and selected: those left by instance selection, None in
+    a stage without joint terms. match: bool (B, A), None without matched pairs.
+    """
+
+    own: torch.Tensor
+    num_visible: int
+    centers: tuple[torch.Tensor, torch.Tensor]
+    joint: torch.Tensor | None = None
+    selected: torch.Tensor | None = None
+    match: np.ndarray | None = None
+
+    @property
+    def sides(self) -> dict[str, torch.Tensor]:
+        """`own` by modality: views of it."""
+        parts = self.own[: self.num_visible], self.own[self.num_visible :]
+        return dict(zip(MODALITIES, parts, strict=True))
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is something to tell apart: two clusters in each modality."""
+        return min(map(count_clusters, self.sides.values())) >= 2
+
+    def counts(self) -> dict[str, int]:
+        """Clusters and outliers by name, for the log."""
+        named = self.sides | ({} if self.joint is None else {"joint": self.joint})
+        row = {f"clusters_{name}": count_clusters(values) for name, values in named.items()}
+        return row | {f"outliers_{name}": int((values < 0).sum()) for name, values in named.items()}
+
+
+def count_clusters(labels: torch.Tensor) -> int:
+    """Number of clusters in labels (N,) that are contiguous from 0."""
+    return int(labels.max()) + 1 if len(labels) else 0
+
+
+def assign_labels(features: torch.Tensor, images: TrainImages, config: Config, stage: int) -> Labels:
+    """Cluster each modality and, in stage 2, their union; match clusters across modalities.
+
+    features: (N, D) unit rows. Process 0 clusters, the others take its labels.
+    """
+    border = images.num_visible
+    if distributed.rank() > 0:
+        return _receive(features, border)
+    parts = zip(features.tensor_split([border]), images.cameras.tensor_split([border]), strict=True)
+    own = torch.cat([_cluster(x, cameras, None, config) for x, cameras in parts])
+    labels = Labels(own, border, _centers(features, own, border))
+    if stage == 2 and labels.enough:
+        joint = selected = match = None
+        if config.weight_joint > 0:
+            joint = selected = _cluster(features, images.cameras, images.modalities, config, "_joint")
+        if joint is not None and config.k_select is not None:
+            sides = (*features.tensor_split([border]), *joint.tensor_split([border]))
+            selected = torch.cat(select_instances(*sides, config.k_select))
+        if config.pairs == "matched":
+            match = match_clusters(*labels.centers, config.matching).cpu().numpy()
+        labels = Labels(own, border, labels.centers, joint, selected, match)
+    _send(labels)
+    return labels
+
+
+def _cluster(features, cameras, modalities, config, joint=""):
+    sizes = {name: getattr(config, name + joint) for name in ("k1", "k2", "k3", "eps")}
+    return emcc(features, cameras, modalities, **sizes, min_samples=config.min_samples)
+
+
+def _centers(features, own, border):
+    visible, infrared = zip(features.tensor_split([border]), own.tensor_split([border]), strict=True)
+    return cluster_means(*visible), cluster_means(*infrared)
+
+
+def _send(labels):
+    """Process 0's labels to the others: a table of three rows, -2 where one is absent, then the match."""
+    absent = torch.full_like(labels.own, -2)
+    rows = (labels.own, labels.joint, labels.selected)
+    distributed.broadcast(torch.stack([absent if row is None else row for row in rows]))
+    matched = torch.tensor(int(labels.match is not None), device=absent.device)
+    if int(distributed.broadcast(matched)):
+        distributed.broadcast(torch.from_numpy(labels.match).to(absent.device, torch.uint8))
+
+
+def _receive(features, border):
+    """The labels that `_send` sends; the centres are computed again."""
+    table = torch.empty(3, len(features), dtype=torch.int64, device=features.device)
+    own, joint, selected = distributed.broadcast(table).unbind()
+    centers, match = _centers(features, own, border), None
+    if int(distributed.broadcast(torch.tensor(0, device=features.device))):
+        match = torch.empty(len(centers[1]), len(centers[0]), dtype=torch.uint8, device=features.device)
+        match = distributed.broadcast(match).bool().cpu().numpy()
+    known = (None if len(row) and int(row.max()) < -1 else row for row in (joint, selected))
+    return Labels(own, border, centers, *known, match)

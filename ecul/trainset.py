@@ -1,0 +1,90 @@
+"""The training images in one numbering.
+
+Row i of every (N, ...) table of an epoch - features, labels, cameras, modalities - is training image i;
+the visible ones come first, so that `table[:num_visible]` is theirs.
+"""
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from ecul import MODALITIES
+from ecul.common import distributed
+from ecul.data.dataset import Dataset
+
+log = logging.getLogger("ecul")
+
+
+@dataclass(frozen=True)
+class TrainImages:
+    """All N training images, visible ones first, decoded once and kept on the device, else on the host.
+
+    pixels: visible and infrared uint8 (n, 3, H, W); cameras: (N,) int64; identities: (N,) int64 for
+    monitors, None where unknown.
+    """
+
+    pixels: tuple[torch.Tensor, torch.Tensor]
+    cameras: torch.Tensor
+    identities: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.cameras)
+
+    @property
+    def num_visible(self) -> int:
+        return len(self.pixels[0])
+
+    @cached_property
+    def modalities(self) -> torch.Tensor:
+        """(N,) int64: 0 visible, 1 infrared."""
+        return (torch.arange(len(self), device=self.cameras.device) >= self.num_visible).long()
+
+    def take(self, rows: torch.Tensor, modality: int) -> torch.Tensor:
+        """The pixels of these images of one modality, on the device that trains; the host does not wait."""
+        pixels, device = self.pixels[modality], self.cameras.device
+        index = rows - modality * self.num_visible
+        if pixels.device.type == device.type:
+            return pixels[index.to(device, non_blocking=True)]
+        stored = pixels.permute(0, 2, 3, 1)  # as a pack stores them
+        taken = torch.empty(len(index), *stored.shape[1:], dtype=torch.uint8, pin_memory=True)
+        torch.index_select(stored, 0, index, out=taken)
+        return taken.to(device, non_blocking=True).permute(0, 3, 1, 2)
+
+
+def load_images(dataset: Dataset, size: tuple[int, int], device: torch.device) -> TrainImages:
+    """Decode both modalities; pixels lie on the device if they fill at most a quarter of its free memory."""
+    if distributed.rank() > 0:  # the first process packs the images, the others read its pack
+        distributed.wait()
+    sides, pixels, problems = [dataset.visible, dataset.infrared], [], []
+    for side in sides:
+        try:
+            pixels.append(side.load(size))
+        except ValueError as error:
+            problems.append(f"{side.modality}: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    if distributed.rank() == 0:
+        distributed.wait()
+    needed = sum(p.numel() for p in pixels)
+    on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 4
+    place = f"on {device}" if on_device else "on the host, each batch goes through pinned memory"
+    log.info("%.1f MB of images are kept %s", needed / 1e6, place)
+    visible, infrared = (p.to(device) if on_device else p for p in pixels)
+    cameras = torch.from_numpy(np.concatenate([side.camids for side in sides])).to(device)
+    pids = [side.pids for side in sides if side.pids is not None]
+    return TrainImages((visible, infrared), cameras, np.concatenate(pids) if len(pids) == 2 else None)
+
+
+def dataset_fingerprint(dataset: Dataset) -> dict:
+    """What makes this the same data set again: its name, numbers of images, a hash of names and cameras."""
+    digest = hashlib.sha256()
+    for m in MODALITIES:
+        images = getattr(dataset, m)
+        digest.update(os.fsencode("\n".join(images.names)) + images.camids.tobytes())
+    counts = {f"{m}_images": len(getattr(dataset, m)) for m in MODALITIES}
+    return {"dataset": dataset.name, **counts, "names_and_cameras": digest.hexdigest()[:16]}
