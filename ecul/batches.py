@@ -78,13 +78,15 @@ def draw_batches(
     """The rows of each batch's visible and infrared images."""
     cameras, modalities = images.cameras.cpu().numpy(), images.modalities.cpu().numpy()
 
-    def clusters(of):
-        of = of.cpu().numpy()
+    def clusters(table: torch.Tensor) -> list[Clusters]:
+        of = table.cpu().numpy()
         return [Clusters(np.where(modalities == m, of, -1), cameras) for m in range(len(MODALITIES))]
 
     sizes = (config.identities, config.instances, config.iterations, rng)
+    visible, infrared = clusters(labels.own)
     if labels.match is not None:
-        return matched_batches(*clusters(labels.own), labels.match, *sizes)
+        return matched_batches(visible, infrared, labels.match, *sizes)
     if config.pairs == "joint" and labels.joint is not None and int(labels.joint.max()) >= 1:
-        return joint_batches(*clusters(labels.joint), *sizes)
-    return independent_batches(*clusters(labels.own), *sizes)
+        visible, infrared = clusters(labels.joint)
+        return joint_batches(visible, infrared, *sizes)
+    return independent_batches(visible, infrared, *sizes)

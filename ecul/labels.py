@@ -72,8 +72,8 @@ def assign_labels(features: torch.Tensor, images: TrainImages, config: Config, s
         if config.weight_joint > 0:
             joint = selected = _cluster(features, images.cameras, images.modalities, config, "_joint")
         if joint is not None and config.k_select is not None:
-            sides = (*features.tensor_split([border]), *joint.tensor_split([border]))
-            selected = torch.cat(select_instances(*sides, config.k_select))
+            (v, r), (y_v, y_r) = features.tensor_split([border]), joint.tensor_split([border])
+            selected = torch.cat(select_instances(v, r, y_v, y_r, config.k_select))
         if config.pairs == "matched":
             match = match_clusters(*labels.centers, config.matching).cpu().numpy()
         labels = Labels(own, border, labels.centers, joint, selected, match)
@@ -81,33 +81,39 @@ def assign_labels(features: torch.Tensor, images: TrainImages, config: Config, s
     return labels
 
 
-def _cluster(features, cameras, modalities, config, joint=""):
+def _cluster(
+    features: torch.Tensor,
+    cameras: torch.Tensor,
+    modalities: torch.Tensor | None,
+    config: Config,
+    joint: str = "",
+) -> torch.Tensor:
     sizes = {name: getattr(config, name + joint) for name in ("k1", "k2", "k3", "eps")}
     return emcc(features, cameras, modalities, **sizes, min_samples=config.min_samples)
 
 
-def _centers(features, own, border):
+def _centers(features: torch.Tensor, own: torch.Tensor, border: int) -> tuple[torch.Tensor, torch.Tensor]:
     visible, infrared = zip(features.tensor_split([border]), own.tensor_split([border]), strict=True)
     return cluster_means(*visible), cluster_means(*infrared)
 
 
-def _send(labels):
+def _send(labels: Labels) -> None:
     """Process 0's labels to the others: a table of three rows, -2 where one is absent, then the match."""
     absent = torch.full_like(labels.own, -2)
     rows = (labels.own, labels.joint, labels.selected)
     distributed.broadcast(torch.stack([absent if row is None else row for row in rows]))
     matched = torch.tensor(int(labels.match is not None), device=absent.device)
     if int(distributed.broadcast(matched)):
-        distributed.broadcast(torch.from_numpy(labels.match).to(absent.device, torch.uint8))
+        distributed.broadcast(torch.as_tensor(labels.match).to(absent.device, torch.uint8))
 
 
-def _receive(features, border):
+def _receive(features: torch.Tensor, border: int) -> Labels:
     """The labels that `_send` sends; the centres are computed again."""
     table = torch.empty(3, len(features), dtype=torch.int64, device=features.device)
-    own, joint, selected = distributed.broadcast(table).unbind()
+    own, *others = distributed.broadcast(table).unbind()
+    joint, selected = (None if len(row) and int(row.max()) < -1 else row for row in others)
     centers, match = _centers(features, own, border), None
     if int(distributed.broadcast(torch.tensor(0, device=features.device))):
-        match = torch.empty(len(centers[1]), len(centers[0]), dtype=torch.uint8, device=features.device)
-        match = distributed.broadcast(match).bool().cpu().numpy()
-    known = (None if len(row) and int(row.max()) < -1 else row for row in (joint, selected))
-    return Labels(own, border, centers, *known, match)
+        flags = torch.empty(len(centers[1]), len(centers[0]), dtype=torch.uint8, device=features.device)
+        match = distributed.broadcast(flags).bool().cpu().numpy()
+    return Labels(own, border, centers, joint, selected, match)

@@ -56,4 +56,5 @@ def agreement_loss(specific: Sequence[Bank], agnostic: Sequence[Bank], x: torch.
     specific, agnostic: the visible and the infrared cluster memory of each kind, with equal numbers of rows;
     x: (B, D) features of one view. Source: MBCCM, L_CC: the sum of this over view 1, view 2 and infrared.
     """
-    return sum(consistency_loss(s.logits(x), a.logits(x)) for s, a in zip(specific, agnostic, strict=True))
+    pairs = zip(specific, agnostic, strict=True)
+    return torch.stack([consistency_loss(s.logits(x), a.logits(x)) for s, a in pairs]).sum()

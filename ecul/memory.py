@@ -155,10 +155,13 @@ def cluster_means(
     if groups is None:
         return F.normalize(_means(features, labels)[0], dim=1)
     parts = [_means(features, torch.where(groups == g, labels, -1), labels) for g in groups.unique()]
-    return F.normalize(sum(mean for mean, _ in parts) / sum(present for _, present in parts), dim=1)
+    means, present = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    return F.normalize(means / present, dim=1)
 
 
-def _means(features, labels, all_labels=None):
+def _means(
+    features: torch.Tensor, labels: torch.Tensor, all_labels: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     count = int((labels if all_labels is None else all_labels).max()) + 1
     order = labels.argsort(stable=True)
     order = order[labels[order] >= 0]

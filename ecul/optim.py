@@ -26,13 +26,13 @@ def build_model(
     else:
         model = _own_model(model, config)
     if hasattr(model, "checkpointing"):
-        model.checkpointing = config.checkpointing
+        model.checkpointing = config.checkpointing  # type: ignore[assignment]
     if distributed.size() > 1 and device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _own_model(model, config):
+def _own_model(model: torch.nn.Module, config: Config) -> torch.nn.Module:
     """One's own network, wrapped unless it has `embed`; settings that would not reach it are refused."""
     if config.weights is not None:
         raise ValueError("weights are for the network that train builds; load your own model's before")
@@ -41,7 +41,7 @@ def _own_model(model, config):
     if not hasattr(model, "embed"):
         return Backbone(model, config.size)
     require_model(model)
-    size = tuple(model.input_size)
+    size = tuple(model.input_size)  # type: ignore[arg-type]
     if size != config.size:
         raise ValueError(f"model: its input_size is {size}, config.size is {config.size}; make them equal")
     return model
@@ -49,10 +49,10 @@ def _own_model(model, config):
 
 def trainable(model: torch.nn.Module, config: Config) -> torch.nn.Module:
     """The model as the batches see it: in parallel over processes, compiled if asked for."""
-    forward = model
+    forward: torch.nn.Module = model
     if distributed.size() > 1:  # joint batches may hold one modality alone, and leave the other's stem unused
         forward = DistributedDataParallel(model, find_unused_parameters=config.pairs == "joint")
-    return torch.compile(forward) if config.compile else forward
+    return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:

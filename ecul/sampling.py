@@ -8,13 +8,18 @@ A batch is a pair of index arrays (visible, infrared). The corner cases are the 
 ECUL and MBCCM, section "implementation details".
 """
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
+from numpy.typing import ArrayLike
+
+Drawn = tuple[np.ndarray, np.ndarray]  # rows of visible and of infrared images
 
 
 class Clusters:
-    """The members of each cluster of one pile: labels (N,) int64, -1 = outlier; cameras (N,) int64."""
+    """The members of each cluster: labels (N,) int64, -1 = outlier or not to be drawn; cameras (N,) int64."""
 
-    def __init__(self, labels, cameras):
+    def __init__(self, labels: ArrayLike, cameras: ArrayLike):
         labels, cameras = np.asarray(labels), np.asarray(cameras)
         if labels.shape != cameras.shape or labels.ndim != 1:
             raise ValueError(f"labels and cameras must be (N,) alike, got {labels.shape} and {cameras.shape}")
@@ -23,15 +28,15 @@ class Clusters:
         self.members = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
         self.cameras = cameras
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.members)
 
-    def draw(self, clusters, instances, rng):
+    def draw(self, clusters: Iterable[int], instances: int, rng: np.random.Generator) -> np.ndarray:
         """`instances` images of each of these clusters, cluster after cluster; an empty one gives none."""
         drawn = [self._draw_one(self.members[c], instances, rng) for c in clusters if len(self.members[c])]
         return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
 
-    def _draw_one(self, members, instances, rng):
+    def _draw_one(self, members: np.ndarray, instances: int, rng: np.random.Generator) -> np.ndarray:
         anchor = rng.integers(len(members))
         cameras = self.cameras[members]
         others = members[cameras != cameras[anchor]]
@@ -44,10 +49,11 @@ class Clusters:
 class _Deck:
     """Draws without replacement from a shuffled list; too few left for a draw, and it is shuffled anew."""
 
-    def __init__(self, cards, rng):
-        self.cards, self.rng, self.left = np.asarray(cards), rng, []
+    def __init__(self, cards: np.ndarray, rng: np.random.Generator):
+        self.cards, self.rng = cards, rng
+        self.left: list[int] = []
 
-    def draw(self, count):
+    def draw(self, count: int) -> list[int]:
         count = min(count, len(self.cards))
         if len(self.left) < count:
             self.left = list(self.rng.permutation(self.cards))
@@ -55,17 +61,32 @@ class _Deck:
         return taken
 
 
-def independent_batches(visible, infrared, identities, instances, iterations, rng):
+def independent_batches(
+    visible: Clusters,
+    infrared: Clusters,
+    identities: int,
+    instances: int,
+    iterations: int,
+    rng: np.random.Generator,
+) -> Iterator[Drawn]:
     """Stage 1: P visible and P infrared clusters, drawn independently of each other."""
-    decks = [_Deck(np.arange(len(side)), rng) for side in (visible, infrared)]
+    deck_v, deck_r = _Deck(np.arange(len(visible)), rng), _Deck(np.arange(len(infrared)), rng)
     for _ in range(iterations):
-        yield tuple(
-            side.draw(deck.draw(identities), instances, rng)
-            for side, deck in zip((visible, infrared), decks, strict=True)
+        yield (
+            visible.draw(deck_v.draw(identities), instances, rng),
+            infrared.draw(deck_r.draw(identities), instances, rng),
         )
 
 
-def matched_batches(visible, infrared, match, identities, instances, iterations, rng):
+def matched_batches(
+    visible: Clusters,
+    infrared: Clusters,
+    match: np.ndarray,
+    identities: int,
+    instances: int,
+    iterations: int,
+    rng: np.random.Generator,
+) -> Iterator[Drawn]:
     """Stage 2 with matched pairs: position p holds a visible image and an infrared one of matched clusters.
 
     match: bool (B infrared, A visible). Half of the pairs start from infrared clusters with a random match
@@ -82,7 +103,14 @@ def matched_batches(visible, infrared, match, identities, instances, iterations,
         yield visible.draw(clusters_v, instances, rng), infrared.draw(clusters_r, instances, rng)
 
 
-def joint_batches(visible, infrared, identities, instances, iterations, rng):
+def joint_batches(
+    visible: Clusters,
+    infrared: Clusters,
+    identities: int,
+    instances: int,
+    iterations: int,
+    rng: np.random.Generator,
+) -> Iterator[Drawn]:
     """Stage 2 of ECUL alone: P joint clusters, those holding both modalities first [R].
 
     visible, infrared: the joint clusters' members in each modality, cluster c of one is cluster c of the
@@ -96,7 +124,7 @@ def joint_batches(visible, infrared, identities, instances, iterations, rng):
         yield visible.draw(clusters, instances, rng), infrared.draw(clusters, instances, rng)
 
 
-def _paired(visible, infrared):
+def _paired(visible: Clusters, infrared: Clusters) -> Iterator[Drawn]:
     count = max(len(visible), len(infrared))
     for side in (visible, infrared):
         side.members += [np.empty(0, dtype=np.int64)] * (count - len(side))

@@ -19,14 +19,17 @@ from ecul.batches import Batch
 from ecul.common import distributed
 from ecul.config import Config
 from ecul.labels import Labels, count_clusters
-from ecul.losses import agreement_loss
+from ecul.losses import Bank, agreement_loss
 from ecul.memory import ClusterMemory, InstanceMemory, cluster_means, random_members, tsmem
+
+Rows = torch.Tensor
 
 
 class Term(Protocol):
     """One loss of a batch's features x (2P + Q, D), times its weight, and what moves after the step."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def loss(self, x: torch.Tensor, batch: Batch) -> torch.Tensor: ...
 
@@ -69,12 +72,12 @@ class Consistency:
 
     name: str
     weight: float
-    specific: Sequence[ClusterMemory]
-    agnostic: Sequence[ClusterMemory]
+    specific: Sequence[Bank]
+    agnostic: Sequence[Bank]
 
     def loss(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        views = x.split(batch.sizes)
-        return self.weight * sum(agreement_loss(self.specific, self.agnostic, view) for view in views)
+        losses = [agreement_loss(self.specific, self.agnostic, view) for view in x.split(batch.sizes)]
+        return self.weight * torch.stack(losses).sum()
 
     def update(self, x: torch.Tensor, batch: Batch) -> None:
         """Nothing: the contrast terms move these memories."""
@@ -95,38 +98,45 @@ def make_terms(
     if rule == "tsmem":
         start, rule, momentum = tsmem(epoch, config.tsmem_switch, momentum)
 
-    def cluster_term(name, weight, modality, x, y, means, table):
+    def cluster_term(
+        name: str, weight: float, modality: str | None, x: Rows, y: Rows, means: Rows, table: Rows
+    ) -> Contrast:
         rows = means if start == "mean" else random_members(x, y, generator)
         memory = ClusterMemory.from_clusters(rows, config.temp, momentum, rule)
         distributed.broadcast(memory.features)
         return Contrast(name, weight, memory, modality, table, table, generator=generator)
 
-    def instance_term(name, weight, modality, x, y, table, first):
+    def instance_term(
+        name: str, weight: float, modality: str | None, x: Rows, y: Rows, table: Rows, first: int
+    ) -> Contrast:
         memory = InstanceMemory.from_features(x, y, config.temp, momentum)
         distributed.broadcast(memory.features)
         slots = torch.arange(len(table), device=table.device) - first
         return Contrast(name, weight, memory, modality, table, slots)
 
-    own, border, terms = labels.own, labels.num_visible, []
+    own, border = labels.own, labels.num_visible
+    contrasts: list[Contrast] = []
     sides = zip(MODALITIES, features.tensor_split([border]), labels.centers, (0, border), strict=True)
     for m, x, centers, first in sides:
         y = labels.sides[m]
-        terms.append(cluster_term(f"cluster_{m}", 1.0, m, x, y, centers, own))
+        contrasts.append(cluster_term(f"cluster_{m}", 1.0, m, x, y, centers, own))
         if config.weight_instance > 0:
-            terms.append(instance_term(f"instance_{m}", config.weight_instance, m, x, y, own, first))
-    specific = [term for term in terms if isinstance(term.memory, ClusterMemory)]
+            contrasts.append(instance_term(f"instance_{m}", config.weight_instance, m, x, y, own, first))
+    specific = [term for term in contrasts if isinstance(term.memory, ClusterMemory)]
     if labels.joint is not None and count_clusters(labels.joint) >= 2:
-        joint, chosen, weight = labels.joint, labels.selected, config.weight_joint
+        joint, weight = labels.joint, config.weight_joint
+        chosen = joint if labels.selected is None else labels.selected
         means = cluster_means(features, joint, (torch.arange(len(own), device=own.device) >= border).long())
-        terms.append(cluster_term("cluster_joint", weight, None, features, joint, means, joint))
+        contrasts.append(cluster_term("cluster_joint", weight, None, features, joint, means, joint))
         if config.weight_instance > 0:
-            terms.append(instance_term("instance_joint", weight, None, features, chosen, chosen, 0))
-    if labels.match is not None and max(config.weight_agnostic, config.weight_consistency) > 0:
-        agnostic = [_agnostic(term, config.weight_agnostic) for term in specific]
-        terms += agnostic
-        if config.weight_consistency > 0:
-            memories = ([term.memory for term in kind] for kind in (specific, agnostic))
-            terms.append(Consistency("consistency", config.weight_consistency, *memories))
+            contrasts.append(instance_term("instance_joint", weight, None, features, chosen, chosen, 0))
+    if labels.match is None or max(config.weight_agnostic, config.weight_consistency) == 0:
+        return [*contrasts]
+    agnostic = [_agnostic(term, config.weight_agnostic) for term in specific]
+    terms: list[Term] = [*contrasts, *agnostic]
+    if config.weight_consistency > 0:
+        banks = [[term.memory for term in kind] for kind in (specific, agnostic)]
+        terms.append(Consistency("consistency", config.weight_consistency, banks[0], banks[1]))
     return terms
 
 

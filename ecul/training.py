@@ -28,7 +28,7 @@ from ecul.common.names import shorten
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.features import embed_pixels
-from ecul.labels import assign_labels
+from ecul.labels import Labels, assign_labels
 from ecul.optim import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_about_start
 from ecul.run.checkpoint import load_run, run_directory, save_run
 from ecul.run.log import LEGEND, describe, label_scores, monitors
@@ -94,7 +94,7 @@ def train(
     if on_epoch is not None and not callable(on_epoch):
         raise TypeError(f"on_epoch must be a function of a row, got {on_epoch!r}")
     _check(dataset, config)
-    device = distributed.start(device)
+    place = distributed.start(device)
     with run_directory(output, hold=distributed.rank() == 0) as directory:
         goes_on = directory is not None and (directory / "resume.safetensors").exists()
         if resume and directory is not None and not goes_on:
@@ -104,8 +104,8 @@ def train(
                 f"output: {directory} holds a run; resume it (--resume, resume=True) or choose another"
             )
         if model is None and not goes_on:
-            warn_about_start(config, device)
-        model = build_model(config.replace(weights=None) if goes_on else config, device, model)
+            warn_about_start(config, place)
+        model = build_model(config.replace(weights=None) if goes_on else config, place, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
         data, source = dataset_fingerprint(dataset), {"root": dataset.root, "options": dataset.options}
         distributed.require_same(data["names_and_cameras"], "the data set's images and cameras")
@@ -113,20 +113,25 @@ def train(
             load_run(directory, state, config, data)
             log.info("going on after epoch %d of %d", len(state.history), config.epochs)
         distributed.wait()
-        if config.epochs == 0 and directory is not None and distributed.rank() == 0:
-            save_run(directory, state, config, data, source)
-        images = load_images(dataset, config.size, device)
+
+        def save() -> None:
+            if directory is not None and distributed.rank() == 0:
+                save_run(directory, state, config, data, source)
+
+        if config.epochs == 0:
+            save()
+        images = load_images(dataset, config.size, place)
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, images, config, epoch, directory)
+            save()
             if distributed.rank() == 0:
                 log.info(describe(row))
-                if directory is not None:
-                    save_run(directory, state, config, data, source)
                 if on_epoch is not None:
                     on_epoch(row)
         if config.keep == "score" and config.epochs and state.kept is None:
-            _finish_with_best(state, images, config, data, directory, source)
+            _put_best_back(state, images, config)
+            save()
         if state.history and all(row.get("skipped") for row in state.history):
             log.warning("every epoch was skipped: this model has learned nothing")
         distributed.wait()
@@ -219,34 +224,36 @@ def step(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor]) -> N
 class _Clock:
     """Seconds since it was made, with all that the device was asked for done."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device):
         self.device, self.began = device, time.perf_counter()
 
-    def seconds(self):
+    def seconds(self) -> float:
         distributed.finish(self.device)
         return time.perf_counter() - self.began
 
 
-def _generators(seed, device):
+def _generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
     """A generator for draws on the host and one for those on the device; on a CPU they are the same."""
     return {d: torch.Generator(d).manual_seed(seed) for d in dict.fromkeys(("cpu", device.type))}
 
 
-def _rate(state, features, labels, images):
+def _rate(state: State, features: torch.Tensor, labels: Labels, images: TrainImages) -> dict:
     """What the log says of an epoch's labels; they are kept for the next epoch's stability."""
     scores = label_scores(features, labels, state.labels)
     state.labels = labels.own
     return labels.counts() | scores | monitors(labels, images.identities)
 
 
-def _keep_best(state, row, config):
+def _keep_best(state: State, row: dict, config: Config) -> None:
     """Remember the weights that this epoch started from, when their score is the best and it is wanted."""
     best = max((r["score"] for r in state.history[1:]), default=-math.inf)  # epoch 0 rates untrained weights
     if config.keep == "score" and state.history and row["score"] > best:
         state.best = {k: v.clone() for k, v in state.model.state_dict().items()}
 
 
-def _guarded_epoch(state, images, config, epoch, directory):
+def _guarded_epoch(
+    state: State, images: TrainImages, config: Config, epoch: int, directory: Path | None
+) -> dict:
     """`run_epoch`, added to the history unless the weights diverged: the last good checkpoint then stays."""
     row = {}
     try:
@@ -272,7 +279,7 @@ def _guarded_epoch(state, images, config, epoch, directory):
     return row
 
 
-def _require_finite(epoch, row, model, directory):
+def _require_finite(epoch: int, row: dict, model: torch.nn.Module, directory: Path | None) -> None:
     bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
     bad += [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
@@ -287,7 +294,7 @@ def _require_finite(epoch, row, model, directory):
         )
 
 
-def _finish_with_best(state, images, config, data, directory, source):
+def _put_best_back(state: State, images: TrainImages, config: Config) -> None:
     """Rate the last weights too, then put the best ones back."""
     features = extract_all(state.model, images, config)
     row = _rate(state, features, assign_labels(features, images, config, stage=1), images)
@@ -297,12 +304,11 @@ def _finish_with_best(state, images, config, data, directory, source):
     if distributed.rank() == 0:
         kept = (state.kept, config.epochs, max(scores))
         log.info("the weights after %d of %d epochs are kept: score %.3f", *kept)
-    state.model.load_state_dict(state.best)
-    if directory is not None and distributed.rank() == 0:
-        save_run(directory, state, config, data, source)
+    if state.best is not None:
+        state.model.load_state_dict(state.best)
 
 
-def _check(dataset, config):
+def _check(dataset: Dataset, config: Config) -> None:
     for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
@@ -315,6 +321,6 @@ def _check(dataset, config):
         log.warning("%s", warning)
 
 
-def _quiet():
+def _quiet() -> bool | None:
     """tqdm's `disable`: another process speaks, or (None) stderr is not a terminal."""
     return True if distributed.rank() else None

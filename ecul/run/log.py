@@ -58,5 +58,5 @@ def describe(row: dict) -> str:
     return text + (f" (monitor: ARI {monitored})" if monitored else "")
 
 
-def _joined(row, kind, form):
+def _joined(row: dict, kind: str, form: str) -> str:
     return "/".join(format(v, form) for k, v in row.items() if k.startswith(kind))

@@ -26,7 +26,7 @@ def adjusted_rand(labels: ArrayLike, reference: ArrayLike) -> float:
     return 1.0 if highest == expected else float((both - expected) / (highest - expected))
 
 
-def _pairs(counts):
+def _pairs(counts: np.ndarray) -> float:
     counts = counts.astype(np.float64)
     return (counts * (counts - 1)).sum() / 2
 
