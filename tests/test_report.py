@@ -17,7 +17,7 @@ from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_da
 from ecul.data import Images
 from ecul.model import Backbone
 from ecul.report.build import (
-    Pile,
+    Embedded,
     _accuracy,
     _mosaic_section,
     choose_queries,
@@ -28,11 +28,11 @@ from ecul.report.build import (
     report,
 )
 from ecul.report.pictures import (
-    BAD,
     GAP,
-    GOOD,
     HEIGHT,
     LABEL,
+    RIGHT,
+    WRONG,
     Cell,
     _diagonal,
     draw_curves,
@@ -41,7 +41,6 @@ from ecul.report.pictures import (
     draw_sheet,
 )
 from ecul.search import FolderFeatures, Ranking
-from ecul.stages import Labels
 
 TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
 TINY |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
@@ -122,14 +121,14 @@ def color_at(path, x, y):
 
 def test_frames_have_their_colours_and_images_their_places(tmp_path):
     black, wide = np.zeros((20, 10, 3), np.uint8), HEIGHT // 2
-    rows = [("query", [Cell(black, "a"), Cell(black + 90, "b", GOOD), Cell(black + 200, "c", BAD)])]
+    rows = [("query", [Cell(black, "a"), Cell(black + 90, "b", RIGHT), Cell(black + 200, "c", WRONG)])]
     draw_sheet(tmp_path / "sheet.png", rows, lead=1)
     middle = GAP + HEIGHT // 2
     second = LABEL + wide + GAP + 2 * GAP
     assert color_at(tmp_path / "sheet.png", LABEL + wide // 2, middle) == "#000000"
     assert color_at(tmp_path / "sheet.png", second + wide // 2, middle) == "#5a5a5a"
-    assert color_at(tmp_path / "sheet.png", second - 1, middle) == GOOD
-    assert color_at(tmp_path / "sheet.png", second + wide + GAP - 1, middle) == BAD
+    assert color_at(tmp_path / "sheet.png", second - 1, middle) == RIGHT
+    assert color_at(tmp_path / "sheet.png", second + wide + GAP - 1, middle) == WRONG
     assert color_at(tmp_path / "sheet.png", LABEL + wide + GAP + GAP // 2, middle) == "#ffffff"
     with pytest.raises(ValueError, match="1 to 600 images, got 0"):
         draw_sheet(tmp_path / "sheet.png", [])
@@ -234,16 +233,11 @@ def test_the_mosaic_has_the_extremes_and_shows_a_cluster_once(monkeypatch, tmp_p
     angles = np.repeat([0.0, 2.0, 4.0, 4.3], [5, 4, 3, 2])
     features = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
     labels = torch.tensor(np.repeat([0, 1, 2, 3], [5, 4, 3, 2]))
-    piles = {
-        m: Pile(images, torch.zeros(14, 3, 4, 2, dtype=torch.uint8), features)
-        for m, images in (
-            ("visible", pile("visible", [1] * 14, None)),
-            ("infrared", pile("infrared", [3] * 14, None)),
-        )
-    }
+    images = pile("visible", [1] * 14, None), pile("infrared", [3] * 14, None)
+    table = Embedded(images, [torch.zeros(14, 3, 4, 2, dtype=torch.uint8)] * 2, features.repeat(2, 1))
     shown = []
     monkeypatch.setattr("ecul.report.pictures.draw_sheet", lambda path, rows: shown.extend(rows))
-    _mosaic_section(tmp_path, piles, Labels({"visible": labels, "infrared": torch.full((14,), -1)}), each=2)
+    _mosaic_section(tmp_path, table, torch.cat([labels, torch.full((14,), -1)]), None, each=2)
     told = [(label.splitlines()[0], len(cells)) for label, cells in shown]
     assert told == [
         ("largest", 5),

@@ -182,7 +182,7 @@ def draw_curves(path: str | Path, history: Sequence[dict]) -> None:
             shown = [0.0]
             for name in (key for key in keys if key.startswith(prefix)):
                 words = name.removeprefix(prefix).strip("_").split("_")
-                line = {"linestyle": next((LOSSES[w] for w in words if w in LOSSES), "-")}
+                line: dict[str, Any] = {"linestyle": next((LOSSES[w] for w in words if w in LOSSES), "-")}
                 line |= next(({"color": MODALITY[w]} for w in words if w in MODALITY), {})
                 values = [row.get(name, np.nan) for row in history]
                 line |= {"label": " ".join(words) or "whole epoch", "marker": "o", "markersize": 2.5}
