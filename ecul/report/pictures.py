@@ -1,7 +1,6 @@
 """Pictures of a run and of a search, drawn without a display; matplotlib is imported on first use."""
 
 import io
-import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,8 +54,6 @@ def _matplotlib() -> Any:
     try:
         import matplotlib.figure
         import matplotlib.font_manager
-        import matplotlib.patches
-        import matplotlib.ticker
     except ImportError as e:
         raise ImportError("pictures need matplotlib: pip install 'ecul[plots]'") from e
     return matplotlib
@@ -71,10 +68,8 @@ def _picture(path: str | Path, width: float, height: float, **options: Any) -> I
     style = {"font.family": fonts, "text.parse_math": False, "font.size": 8}
     with matplotlib.rc_context(style), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        dpi = min(DPI, MOST_PIXELS / max(width, height))
-        figure = matplotlib.figure.Figure((width, height), dpi, facecolor="white", **options)
-        yield figure
-        content = io.BytesIO()
+        dpi, content = min(DPI, MOST_PIXELS / max(width, height)), io.BytesIO()
+        yield (figure := matplotlib.figure.Figure((width, height), dpi, facecolor="white", **options))
         figure.savefig(content, format="png", dpi=dpi)
     if any("Glyph" in str(warning.message) for warning in caught):
         log.warning("%s: no font here has every letter of the names (Noto Sans CJK has most)", path)
@@ -111,8 +106,8 @@ def draw_sheet(path: str | Path, rows: Sequence[tuple[str, Sequence[Cell]]], lea
                 left = LABEL + j * (width + GAP) + 2 * GAP * (lead > 0 and j >= lead)
                 extent = (left, left + width, top + HEIGHT, top)
                 axes.imshow(cell.image, extent=extent, aspect="auto", interpolation="antialiased")
-                frame = {"fill": False, "edgecolor": cell.color, "linewidth": 2.2}
-                frame["linestyle"] = (0, (2.5, 1.5)) if cell.color == WRONG else "-"  # for the colour-blind
+                dashes = (0, (2.5, 1.5)) if cell.color == WRONG else "-"  # differs in more than colour
+                frame = {"facecolor": "none", "edgecolor": cell.color, "linestyle": dashes, "linewidth": 2.2}
                 axes.add_patch(rectangle((left - 1, top - 1), width + 2, HEIGHT + 2, **frame))
                 below = {"ha": "center", "va": "top", "linespacing": 1.3, "color": INK, "fontsize": 6}
                 axes.text(left + width / 2, top + HEIGHT + 6, _printable(cell.caption), **below)
@@ -136,11 +131,11 @@ def draw_ranking(
     Returns how many queries it shows. Errors: those of `prepare_picture`; ValueError for an image that can be
     read no more.
     """
-    rows = []
-    ranked = zip(ranking.query.paths, ranking.rows.tolist(), ranking.scores.tolist(), strict=True)
-    for query, found, scores in itertools.islice(ranked, queries):
+    rows, shown = [], (slice(queries), slice(answers))
+    found, scores = ranking.rows[shown].tolist(), ranking.scores[shown].tolist()
+    for query, *answered in zip(ranking.query.paths[:queries], found, scores, strict=True):
         cells = [Cell(read_image(query, size), "query", INK)]
-        for rank, (row, score) in enumerate(zip(found[:answers], scores, strict=False), 1):
+        for rank, (row, score) in enumerate(zip(*answered, strict=True), 1):
             name = ranking.gallery.paths[row]
             cells.append(Cell(read_image(name, size), f"{rank}\n{score:.3f}\n{short_name(name)}"))
         rows.append((short_path(query), cells))
