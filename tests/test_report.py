@@ -39,6 +39,8 @@ from ecul.report.pictures import (
     draw_matches,
     draw_ranking,
     draw_sheet,
+    short_name,
+    short_path,
 )
 from ecul.search import FolderFeatures, Ranking
 
@@ -318,3 +320,25 @@ def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):
     model = TwoStreamResNet(10, 4, False, (32, 16)).eval()
     page = report(run.output, dataset, model=model, queries=1, top=100, progress=False)
     assert "Infrared queries drawn at random (1)" in page.read_text()
+
+
+def test_a_sheet_of_any_shape_stays_within_what_a_png_holds(tmp_path):
+    cell = Cell(np.zeros((4, 2, 3), np.uint8), "")
+    for name, rows in (("tall", [("", [cell])] * 260), ("wide", [("", [cell] * 520)])):
+        draw_sheet(tmp_path / f"{name}.png", rows)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert 50_000 < max(picture.size) < 2**16
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_no_font_has_are_told_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("ecul.report.pictures.SCRIPTS", ("none",))
+    cell = Cell(np.zeros((4, 2, 3), np.uint8), "監視 $x_1$ caf\udce9")
+    draw_sheet(tmp_path / "sheet.png", [("監視カメラ", [cell] * 3)])
+    assert [record.message.partition(": ")[2][:12] for record in caplog.records] == ["no font here"]
+
+
+def test_long_names_are_broken_and_keep_their_ends():
+    assert short_path("/a/b/" + "x" * 30 + ".jpg") == "…" + "x" * 19 + ".jpg\n/a/b"
+    assert short_name("C:\\pics\\0001_c1s1_000151.jpg") == "0001_c1s1_0\n00151"
+    assert short_name("q" * 11 + "r" * 12 + ".png") == "q" * 11 + "\n…" + "r" * 10
