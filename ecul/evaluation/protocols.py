@@ -86,8 +86,7 @@ class Results:
         """What `json.dumps` takes."""
         return {"rows": self.rows}
 
-    def __str__(self) -> str:
-        return self.table()
+    __str__ = table
 
 
 def evaluate(
@@ -155,11 +154,7 @@ def _row(names: dict, measured: Sequence[Sequence[float]]) -> dict:
 
 
 def _plan(
-    dataset: Dataset,
-    modes: str | Sequence[str] | None,
-    shots: Sequence[int] | None,
-    trials: int,
-    draw: str | os.PathLike,
+    dataset: Dataset, modes: Any, shots: Sequence[int] | None, trials: int, draw: str | os.PathLike
 ) -> list[tuple[dict, tuple[Images, Images], list[tuple[np.ndarray, np.ndarray]]]]:
     """Of each row of the results: its names, query and gallery images, and the rows of both in each trial."""
     protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
@@ -179,12 +174,13 @@ def _plan(
     plan = []
     for count in (1,) if shots is None else shots:
         for mode in map(known.__getitem__, modes):
-            told = {1: "single-shot", 10: "multi-shot"}.get(count, f"{count} shots"), source
-            told = told if mode.drawn else ("all images", "nothing drawn")
             names = {"protocol": title, "mode": mode.name, "direction": mode.direction}
+            names |= {"shots": "all images", "draw": "nothing drawn"}
+            if mode.drawn:
+                told = {1: "single-shot", 10: "multi-shot"}.get(count, f"{count} shots")
+                names |= {"shots": told, "draw": source}
             images = (infrared, visible) if mode.query == "infrared" else (visible, infrared)
-            drawn = _draw(mode, *images, count, trials, draw)
-            plan.append(({**names, "shots": told[0], "draw": told[1]}, images, drawn))
+            plan.append((names, images, _draw(mode, *images, count, trials, draw)))
     return plan
 
 

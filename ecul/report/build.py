@@ -249,7 +249,7 @@ def _labels(table: Embedded, saved: SavedRun) -> tuple[torch.Tensor, torch.Tenso
 def _cluster_sections(folder: Path, table: Embedded, saved: SavedRun) -> list[Section]:
     """Clusters and matches by the final weights, where there are two clusters in each modality."""
     own, joint = _labels(table, saved)
-    if min(int(part.max()) for part in table.by_modality(own)) < 1:
+    if not all((part > 0).any() for part in table.by_modality(own)):
         return []
     return [
         _mosaic_section(folder, table, own, joint),
