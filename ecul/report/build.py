@@ -195,22 +195,22 @@ def _ranked_section(
     """Infrared queries, visible answers; what the protocol ignores is left out, as in evaluation."""
     (gallery, query), pids = table.images, table.pids()
     rows = []
-    for row in choose_queries(query, queries):
-        asked = len(gallery) + row
-        scores = table.features[: len(gallery)] @ table.features[asked]
-        scores[torch.from_numpy(ignored(protocol, query, row, gallery))] = -torch.inf
-        cells = [table.cell(asked, pictures.INK)]
+    for index in choose_queries(query, queries):
+        row = len(gallery) + index
+        scores = table.features[: len(gallery)] @ table.features[row]
+        scores[torch.from_numpy(ignored(protocol, query, index, gallery))] = -torch.inf
+        cells = [table.cell(row, pictures.INK)]
         for rank, found in enumerate(scores.topk(min(top, len(gallery))).indices.tolist(), 1):
             if scores[found] == -torch.inf:
                 break
             color, mark = pictures.NEUTRAL, ""
             if pids is not None:
-                same = pids[found] == pids[asked]
+                same = pids[found] == pids[row]
                 color, mark = (pictures.RIGHT, " ✓") if same else (pictures.WRONG, " ✗")
             name = pictures.short_name(gallery.names[found])
             cells.append(table.cell(found, color, f"{rank}{mark}  {scores[found]:.3f}", name))
-        who = "" if pids is None else f"person {pids[asked]}\n"
-        rows.append((who + pictures.short_path(query.names[row]), cells))
+        who = "" if pids is None else f"person {pids[row]}\n"
+        rows.append((who + pictures.short_path(query.names[index]), cells))
     pictures.draw_sheet(folder / "ranked.png", rows, lead=1)
     text = (
         f"Infrared queries drawn at random ({len(rows)}), and their best answers among {len(gallery)} "
