@@ -10,8 +10,9 @@ ONNX model, in `about.json` of a `.pt2`.
 import io
 import json
 import logging
+import os
 import warnings
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +31,19 @@ DYNAMIC = ({0: torch.export.Dim("batch")},)
 class Embedder(nn.Module):
     """One modality of a model: `extract`'s rows (N, num_features) from pixels (N, 3, H, W), 0 to 255."""
 
-    def __init__(self, model, modality, flip=True):
+    def __init__(self, model: Any, modality: str, flip: bool = True) -> None:
         super().__init__()
         self.model, self.modality, self.flip = model, modality, flip
 
-    def forward(self, pixels):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = normalize(pixels)
         features = self.model.embed(x, self.modality)
-        return (
-            F.normalize(features + self.model.embed(x.flip(3), self.modality), dim=1)
-            if self.flip
-            else features
-        )
+        if not self.flip:
+            return features
+        return F.normalize(features + self.model.embed(x.flip(3), self.modality), dim=1)
 
 
-def export(model, path, modality, *, flip=True):
+def export(model: Any, path: str | os.PathLike, modality: str, *, flip: bool = True) -> None:
     """Write `model` for one modality as `.onnx` or as a `torch.export` program, `.pt2`.
 
         onnxruntime.InferenceSession(path).run(None, {"pixels": pixels})[0]      # model.onnx
@@ -57,47 +56,41 @@ def export(model, path, modality, *, flip=True):
     """
     check_modality(modality)
     require_model(model)
-    path = prepare_output(path, ".onnx", ".pt2")
+    target = prepare_output(path, ".onnx", ".pt2")
     about = {
         "made_by": f"ecul {__version__}", "modality": modality, "input_size": list(model.input_size),
         "num_features": model.num_features, "flip": flip, "pixels": "RGB, 0 to 255",
         "resize": "Pillow LANCZOS",
     }  # fmt: skip
-    embedder = Embedder(model, modality, flip)
     pixels = torch.zeros(2, 3, *model.input_size, device=next(model.parameters()).device)
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own deprecations
+        embedder = Embedder(model, modality, flip)
         program = torch.export.export(embedder, (pixels,), dynamic_shapes=DYNAMIC, strict=True)
-        if path.suffix == ".onnx":
-            write_file(path, _onnx(program, about))
-            return
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"about.json": json.dumps(about)})
-    write_file(path, buffer.getvalue())
+        if target.suffix == ".onnx":
+            content = _onnx(program, about)
+        else:
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer, extra_files={"about.json": json.dumps(about)})
+            content = buffer.getvalue()
+    write_file(target, content)
 
 
-def _onnx(program, about):
+def _onnx(program: torch.export.ExportedProgram, about: dict) -> bytes:
     try:
         import onnx
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError("ONNX export needs onnx and onnxscript: pip install 'ecul[export]'") from e
     names: dict = {"input_names": ["pixels"], "output_names": ["features"], "dynamic_shapes": DYNAMIC}
-    with _quiet_exporter():
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # not its warnings that torchvision, which is not needed, is absent
+    try:
         converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+    finally:
+        logger.setLevel(level)
     assert converted is not None  # with no file name it is returned
     proto = converted.model_proto
     onnx.helper.set_model_props(proto, {name: str(value) for name, value in about.items()})
     return proto.SerializeToString()
-
-
-@contextmanager
-def _quiet_exporter():
-    """Without the exporter's warnings that torchvision, which is not needed, is absent."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -13,8 +13,10 @@ or "model". AGW: https://arxiv.org/abs/2001.04193, ADCA: https://arxiv.org/abs/2
 """
 
 import contextlib
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +26,12 @@ from ecul.common.names import shorten
 from ecul.model import BLOCKS, TwoStreamResNet
 
 CONTAINERS = ("net", "state_dict", "model")
-USED = (
-    (r"visible_module\.visible\.((?:conv1|bn1)\..+)", r"visible.\1"),
-    (r"thermal_module\.thermal\.((?:conv1|bn1)\..+)", r"infrared.\1"),
-    (r"base_resnet\.base\.(layer[1-4]\..+)", r"\1"),
-    (r"(bottleneck\..+)", r"\1"),
-)
+USED = {  # theirs -> ours
+    r"visible_module\.visible\.((?:conv1|bn1)\..+)": r"visible.\1",
+    r"thermal_module\.thermal\.((?:conv1|bn1)\..+)": r"infrared.\1",
+    r"base_resnet\.base\.(layer[1-4]\..+)": r"\1",
+    r"((?:bottleneck|NL_[23]\.\d+)\..+)": r"\1",
+}
 UNUSED = {
     "copies of the shared layers inside the stems": r"(visible_module\.visible|thermal_module\.thermal)"
     r"\.(layer[1-4]|fc)\..+",
@@ -39,7 +41,9 @@ UNUSED = {
 NON_LOCAL = re.compile(r"NL_([23])\.(\d+)\.(.+)")
 
 
-def import_checkpoint(path, input_size=(288, 144)):
+def import_checkpoint(
+    path: str | os.PathLike, input_size: tuple[int, int] = (288, 144)
+) -> tuple[TwoStreamResNet, dict[str, list[str]]]:
     """The model of a published checkpoint, and what of the file was left out.
 
         model, unused = import_checkpoint("model_best.pth.tar")
@@ -57,13 +61,13 @@ def import_checkpoint(path, input_size=(288, 144)):
     path = Path(path)
     if min(input_size) < 16:
         raise ValueError(f"input_size must be (height, width) of at least 16 pixels, got {tuple(input_size)}")
-    state = _strip(_open(path))
-    renamed: dict = {}
+    state = _open(path)
+    renamed: dict[str, torch.Tensor] = {}
     unused: dict[str, list[str]] = {}
     unknown = []
     for name, value in state.items():
-        if (new := _renamed(name)) is not None:
-            renamed[new] = value
+        if match := next(filter(None, (re.fullmatch(pattern, name) for pattern in USED)), None):
+            renamed[match.expand(USED[match.re.pattern])] = value
         elif reason := next((r for r, pattern in UNUSED.items() if re.fullmatch(pattern, name)), None):
             unused.setdefault(reason, []).append(name)
         else:
@@ -76,15 +80,12 @@ def import_checkpoint(path, input_size=(288, 144)):
             f"so nothing was imported: {shorten(unknown)}. Known are visible_module.visible.*, "
             "thermal_module.thermal.*, base_resnet.base.*, NL_*, bottleneck.* and what only training uses"
         )
-    settings = _settings(renamed, path)
-    model = TwoStreamResNet(**settings, input_size=tuple(input_size))
-    if settings["non_local"]:
-        renamed = _place_non_local(renamed, sorted(model.non_local), path)
-    model.load(renamed, path)
+    model = TwoStreamResNet(**_settings(renamed, path), input_size=tuple(input_size))
+    model.load(_place_non_local(renamed, sorted(model.non_local), path), path)
     return model.eval(), unused
 
 
-def _open(path):
+def _open(path: Path) -> dict[str, torch.Tensor]:
     """The dict of tensors in a file, out of whatever it is wrapped in."""
     with torch.serialization.safe_globals(_numpy_globals()):
         content = read_weights(path)
@@ -92,10 +93,12 @@ def _open(path):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     require_tensors(content, path)
+    while all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): value for name, value in content.items()}
     return content
 
 
-def _numpy_globals():
+def _numpy_globals() -> list:
     """What NumPy numbers and arrays (accuracies beside the weights) are made of, under old and new names."""
     home = np._core if hasattr(np, "_core") else np.core
     parts: list = [np.ndarray, np.dtype]
@@ -107,22 +110,7 @@ def _numpy_globals():
     return parts
 
 
-def _strip(state):
-    while all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state
-
-
-def _renamed(name):
-    if NON_LOCAL.fullmatch(name):
-        return name
-    for pattern, ours in USED:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(ours)
-    return None
-
-
-def _settings(state, path):
+def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     """Depth, width and non-local blocks, from the names and shapes of the weights."""
     counts = tuple(
         len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")})
@@ -142,7 +130,9 @@ def _settings(state, path):
     }
 
 
-def _place_non_local(state, places, path):
+def _place_non_local(
+    state: dict[str, torch.Tensor], places: list[str], path: Path
+) -> dict[str, torch.Tensor]:
     """`NL_2.1.g.0.weight` -> `non_local.2_3.g.weight`: a layer's n-th block, by where it stands."""
     placed = {}
     for name, value in state.items():

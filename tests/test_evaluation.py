@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 import ecul.evaluation.metrics
-import ecul.evaluation.protocols
 from ecul.data import Dataset, open_dataset
 from ecul.evaluation import average, eval_llcm, eval_regdb, eval_sysu, evaluate
 from ecul.evaluation.rerank import k_reciprocal_distances
@@ -395,12 +394,14 @@ def test_blocks_of_any_size_give_the_same(world, monkeypatch):
     whole = evaluate(None, dataset, features=features, trials=2)
     widths = []
 
+    block_scores = ecul.evaluation.metrics._block_scores
+
     def watched(distmat, *arrays):
         widths.append(distmat.size)
-        return ecul.evaluation.metrics.sysu_scores(distmat, *arrays)
+        return block_scores(distmat, *arrays)
 
-    monkeypatch.setitem(ecul.evaluation.protocols._SCORES, "sysu", watched)
-    monkeypatch.setattr(ecul.evaluation.protocols, "_BLOCK", 100)
+    monkeypatch.setattr(ecul.evaluation.metrics, "_block_scores", watched)
+    monkeypatch.setattr(ecul.evaluation.metrics, "_BLOCK", 100)
     small = evaluate(None, dataset, features=features, trials=2)
     assert max(widths) <= 100 and len(widths) > 4
     for row, other in zip(whole.rows, small.rows, strict=True):

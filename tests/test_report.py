@@ -15,11 +15,9 @@ from scipy.optimize import linear_sum_assignment
 
 from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
-from ecul.labels import Labels
-from ecul.memory import cluster_means
 from ecul.model import Backbone
 from ecul.report.build import (
-    Pile,
+    Embedded,
     _accuracy,
     _mosaic_section,
     choose_queries,
@@ -30,17 +28,19 @@ from ecul.report.build import (
     report,
 )
 from ecul.report.pictures import (
-    BAD,
     GAP,
-    GOOD,
     HEIGHT,
     LABEL,
+    RIGHT,
+    WRONG,
     Cell,
     _diagonal,
     draw_curves,
     draw_matches,
     draw_ranking,
     draw_sheet,
+    short_name,
+    short_path,
 )
 from ecul.search import FolderFeatures, Ranking
 
@@ -123,14 +123,14 @@ def color_at(path, x, y):
 
 def test_frames_have_their_colours_and_images_their_places(tmp_path):
     black, wide = np.zeros((20, 10, 3), np.uint8), HEIGHT // 2
-    rows = [("query", [Cell(black, "a"), Cell(black + 90, "b", GOOD), Cell(black + 200, "c", BAD)])]
+    rows = [("query", [Cell(black, "a"), Cell(black + 90, "b", RIGHT), Cell(black + 200, "c", WRONG)])]
     draw_sheet(tmp_path / "sheet.png", rows, lead=1)
     middle = GAP + HEIGHT // 2
     second = LABEL + wide + GAP + 2 * GAP
     assert color_at(tmp_path / "sheet.png", LABEL + wide // 2, middle) == "#000000"
     assert color_at(tmp_path / "sheet.png", second + wide // 2, middle) == "#5a5a5a"
-    assert color_at(tmp_path / "sheet.png", second - 1, middle) == GOOD
-    assert color_at(tmp_path / "sheet.png", second + wide + GAP - 1, middle) == BAD
+    assert color_at(tmp_path / "sheet.png", second - 1, middle) == RIGHT
+    assert color_at(tmp_path / "sheet.png", second + wide + GAP - 1, middle) == WRONG
     assert color_at(tmp_path / "sheet.png", LABEL + wide + GAP + GAP // 2, middle) == "#ffffff"
     with pytest.raises(ValueError, match="1 to 600 images, got 0"):
         draw_sheet(tmp_path / "sheet.png", [])
@@ -235,18 +235,11 @@ def test_the_mosaic_has_the_extremes_and_shows_a_cluster_once(monkeypatch, tmp_p
     angles = np.repeat([0.0, 2.0, 4.0, 4.3], [5, 4, 3, 2])
     features = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
     labels = torch.tensor(np.repeat([0, 1, 2, 3], [5, 4, 3, 2]))
-    piles = {
-        m: Pile(images, torch.zeros(14, 3, 4, 2, dtype=torch.uint8), features)
-        for m, images in (
-            ("visible", pile("visible", [1] * 14, None)),
-            ("infrared", pile("infrared", [3] * 14, None)),
-        )
-    }
+    images = pile("visible", [1] * 14, None), pile("infrared", [3] * 14, None)
+    table = Embedded(images, [torch.zeros(14, 3, 4, 2, dtype=torch.uint8)] * 2, features.repeat(2, 1))
     shown = []
     monkeypatch.setattr("ecul.report.pictures.draw_sheet", lambda path, rows: shown.extend(rows))
-    own = torch.cat([labels, torch.full((14,), -1)])
-    centers = cluster_means(features, labels), features[:0]
-    _mosaic_section(tmp_path, piles, features.repeat(2, 1), Labels(own, 14, centers), each=2)
+    _mosaic_section(tmp_path, table, torch.cat([labels, torch.full((14,), -1)]), None, each=2)
     told = [(label.splitlines()[0], len(cells)) for label, cells in shown]
     assert told == [
         ("largest", 5),
@@ -327,3 +320,25 @@ def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):
     model = TwoStreamResNet(10, 4, False, (32, 16)).eval()
     page = report(run.output, dataset, model=model, queries=1, top=100, progress=False)
     assert "Infrared queries drawn at random (1)" in page.read_text()
+
+
+def test_a_sheet_of_any_shape_stays_within_what_a_png_holds(tmp_path):
+    cell = Cell(np.zeros((4, 2, 3), np.uint8), "")
+    for name, rows in (("tall", [("", [cell])] * 260), ("wide", [("", [cell] * 520)])):
+        draw_sheet(tmp_path / f"{name}.png", rows)
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert 50_000 < max(picture.size) < 2**16
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_no_font_has_are_told_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("ecul.report.pictures.SCRIPTS", ("none",))
+    cell = Cell(np.zeros((4, 2, 3), np.uint8), "監視 $x_1$ caf\udce9")
+    draw_sheet(tmp_path / "sheet.png", [("監視カメラ", [cell] * 3)])
+    assert [record.message.partition(": ")[2][:12] for record in caplog.records] == ["no font here"]
+
+
+def test_long_names_are_broken_and_keep_their_ends():
+    assert short_path("/a/b/" + "x" * 30 + ".jpg") == "…" + "x" * 19 + ".jpg\n/a/b"
+    assert short_name("C:\\pics\\0001_c1s1_000151.jpg") == "0001_c1s1_0\n00151"
+    assert short_name("q" * 11 + "r" * 12 + ".png") == "q" * 11 + "\n…" + "r" * 10

@@ -1,11 +1,8 @@
-"""Which gallery images are drawn in each trial.
-
-A folder is what the drawing scripts see as one: the images of one identity and camera.
-"""
+"""Which images are drawn in each trial of SYSU-MM01 and LLCM, as the published scripts draw them."""
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -13,29 +10,27 @@ import numpy as np
 from ecul.data.images import Images
 
 
-def folders_of(images: Images, cameras: Sequence[int] | None = None) -> list[np.ndarray]:
-    """Rows of each (identity, camera), in the published order: 4-digit identity, camera, file name."""
-    chosen = range(len(images)) if cameras is None else np.flatnonzero(np.isin(images.camids, cameras))
-
+def group_rows(images: Images, rows: Iterable[int]) -> list[np.ndarray]:
+    """These rows by (identity, camera), in the published order: 4-digit identity, camera, file name."""
     pids = images.identities()
 
-    def place(row):
+    def place(row: int) -> tuple[str, int]:
         return f"{pids[row]:04d}", int(images.camids[row])
 
-    ordered = sorted(chosen, key=lambda row: (*place(row), os.path.basename(images.names[row])))
-    return [np.array(list(rows)) for _, rows in groupby(ordered, place)]
+    ordered = sorted(rows, key=lambda row: (*place(row), os.path.basename(images.names[row])))
+    return [np.array(list(group)) for _, group in groupby(ordered, place)]
 
 
-def draw_random(folders: list[np.ndarray], trial: int, shots: int) -> np.ndarray:
-    """`random.seed(trial)`, then one choice (or a sample of `shots`) a folder."""
+def draw_random(groups: Sequence[np.ndarray], trial: int, shots: int) -> np.ndarray:
+    """`random.seed(trial)`, then one choice (or a sample of `shots`) a group."""
     generator = random.Random(trial)
     if shots == 1:
-        return np.array([generator.choice(rows) for rows in folders], np.int64)
-    picked = [generator.sample(list(rows), min(shots, len(rows))) for rows in folders]
+        return np.array([generator.choice(rows) for rows in groups], np.int64)
+    picked = [generator.sample(list(rows), min(shots, len(rows))) for rows in groups]
     return np.array([row for rows in picked for row in rows], np.int64)
 
 
-def read_permutations(path) -> list[np.ndarray]:
+def read_permutations(path: str | os.PathLike) -> list[np.ndarray]:
     """rand_perm_cam.mat: six cells (a camera) of cells (an identity) of (trials, images) 1-based numbers."""
     from scipy.io import loadmat
 
@@ -55,21 +50,23 @@ def read_permutations(path) -> list[np.ndarray]:
     return permutations
 
 
-def draw_official(permutations, gallery: Images, folders, trial: int, shots: int, path) -> np.ndarray:
-    """The first `shots` numbers of the trial's permutation, taken as file numbers within each folder."""
+def draw_official(
+    path: str | os.PathLike, permutations: Sequence[np.ndarray], images: Images, groups: Sequence[np.ndarray],
+    trial: int, shots: int,
+) -> np.ndarray:  # fmt: skip
+    """The first `shots` numbers of the trial's permutation, taken as file numbers within each group."""
     drawn: list[int] = []
-    pids = gallery.identities()
-    for rows in folders:
-        pid, camid = int(pids[rows[0]]), int(gallery.camids[rows[0]])
+    for rows in groups:
+        pid, camid = int(images.identities()[rows[0]]), int(images.camids[rows[0]])
         identities = permutations[camid - 1]
         cell = identities[pid - 1] if pid <= len(identities) else np.empty((0, 0))
+        who = f"identity {pid} in camera {camid}"
         if len(cell) <= trial or not cell.shape[1]:
-            raise ValueError(f"draw: {str(path)!r} has no trial {trial} for identity {pid} in camera {camid}")
+            raise ValueError(f"draw: {str(path)!r} has no trial {trial} for {who}")
         numbers = cell[trial, :shots].astype(int)
         if numbers.min() < 1 or numbers.max() > len(rows):
             raise ValueError(
-                f"draw: {str(path)!r} asks for image {numbers.max()} of identity {pid} in camera {camid}, "
-                f"which has {len(rows)}"
+                f"draw: {str(path)!r} asks for image {numbers.max()} of {who}, which has {len(rows)}"
             )
         drawn += [rows[number - 1] for number in numbers]
     return np.array(drawn, np.int64)

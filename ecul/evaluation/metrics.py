@@ -7,15 +7,35 @@ Queries without a positive are left out of every mean.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike as Array
 
-_BLOCK = 4_000_000  # distances at a time
-Removed = Callable[[np.ndarray], np.ndarray]
+_BLOCK = 8_000_000  # distances at a time
+Metrics = tuple[np.ndarray, float, float]
 
 
-def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 20):
+class Rule(NamedTuple):
+    """Whether the CMC ranks identities, each at its first image; what a query ignores, bool (Q, G)."""
+
+    by_identity: bool
+    ignored: Callable[..., np.ndarray] | None = None
+
+
+RULES = {
+    "sysu": Rule(True, lambda q_pid, g_pid, q_cam, g_cam: (q_cam[:, None] == 3) & (g_cam == 2)),
+    "regdb": Rule(False),
+    "llcm": Rule(
+        True, lambda q_pid, g_pid, q_cam, g_cam: (q_pid[:, None] == g_pid) & (q_cam[:, None] == g_cam)
+    ),
+}
+
+
+def eval_sysu(
+    distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 20
+) -> Metrics:
     """SYSU-MM01: camera 3 queries ignore camera 2; CMC on the first image of each identity, mAP on all.
 
     distmat (Q, G) floats, smaller is nearer; the rest rows of integers; NumPy or torch. Returns
@@ -23,72 +43,82 @@ def eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 20):
     of the gallery the cmc keeps its last value. Raises ValueError for NaN distances, lengths that do not
     agree, or when no query has a match.
     """
-    arrays = _checked(distmat, q_pids, g_pids, q_camids, g_camids)
-    return summarise(sysu_scores(*arrays), max_rank)
+    return _evaluate("sysu", max_rank, distmat, q_pids, g_pids, q_camids, g_camids)
 
 
-def eval_regdb(distmat, q_pids, g_pids, max_rank: int = 20):
+def eval_regdb(distmat: Array, q_pids: Array, g_pids: Array, max_rank: int = 20) -> Metrics:
     """RegDB: nothing is ignored, the standard CMC.
 
     distmat (Q, G) floats, smaller is nearer; q_pids (Q,), g_pids (G,) integers; NumPy or torch. Returns
     (cmc, mAP, mINP) as `eval_sysu` does. Errors: those of `eval_sysu`.
     """
-    return summarise(regdb_scores(*_checked(distmat, q_pids, g_pids)), max_rank)
+    return _evaluate("regdb", max_rank, distmat, q_pids, g_pids)
 
 
-def eval_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank: int = 20):
+def eval_llcm(
+    distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 20
+) -> Metrics:
     """LLCM: gallery images of the query's identity *and* camera are ignored; CMC as in `eval_sysu`.
 
     distmat (Q, G) floats, smaller is nearer; the rest (Q,) and (G,) integers; NumPy or torch. Returns
     (cmc, mAP, mINP) as `eval_sysu` does. Errors: those of `eval_sysu`.
     """
-    arrays = _checked(distmat, q_pids, g_pids, q_camids, g_camids)
-    return summarise(llcm_scores(*arrays), max_rank)
+    return _evaluate("llcm", max_rank, distmat, q_pids, g_pids, q_camids, g_camids)
 
 
-def sysu_scores(distmat, q_pids, g_pids, q_camids, g_camids) -> np.ndarray:
-    """The scores of each query under SYSU-MM01's rules, as `scores` gives them."""
-
-    def removed(rows):
-        return (q_camids[rows, None] == 3) & (g_camids == 2)
-
-    return scores(distmat, q_pids, g_pids, removed, by_identity=True)
-
-
-def regdb_scores(distmat, q_pids, g_pids, q_camids=None, g_camids=None) -> np.ndarray:
-    """The scores of each query under RegDB's rules; cameras are not looked at."""
-    return scores(distmat, q_pids, g_pids)
-
-
-def llcm_scores(distmat, q_pids, g_pids, q_camids, g_camids) -> np.ndarray:
-    """The scores of each query under LLCM's rules."""
-
-    def removed(rows):
-        return (q_pids[rows, None] == g_pids) & (q_camids[rows, None] == g_camids)
-
-    return scores(distmat, q_pids, g_pids, removed, by_identity=True)
+def _evaluate(protocol: str, max_rank: int, distmat: Array, *rows: Array) -> Metrics:
+    """What the three `eval_*` do, after a look at the shapes and numbers that they were given."""
+    distances, *arrays = [_numpy(value) for value in (distmat, *rows)]
+    if distances.ndim != 2 or distances.dtype.kind not in "fiu":
+        raise ValueError(
+            f"distmat: expected (queries, gallery) numbers, not {distances.dtype} {distances.shape}"
+        )
+    names = ("q_pids", "g_pids", "q_camids", "g_camids")
+    for name, values, length in zip(names, arrays, distances.shape * 2, strict=False):
+        if values.shape != (length,):
+            raise ValueError(
+                f"{name}: expected {length} values for distmat {distances.shape}, not {values.shape}"
+            )
+    if distances.dtype.kind == "f" and not np.isfinite(distances).all():
+        raise ValueError("distmat: holds NaN or infinite distances")
+    return summarise(score_queries(protocol, distances.__getitem__, *arrays), max_rank)
 
 
-def scores(distmat, q_pids, g_pids, removed: Removed | None = None, by_identity: bool = False) -> np.ndarray:
+def _numpy(value: Array) -> np.ndarray:
+    if not isinstance(value, torch.Tensor):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def score_queries(
+    protocol: str,
+    distances: Callable[[slice], np.ndarray],
+    q_pids: np.ndarray,
+    g_pids: np.ndarray,
+    *camids: np.ndarray,
+) -> np.ndarray:
     """(Q, 3) float64: rank of the first match, average precision, inverse negative penalty; NaN: no match.
 
-    removed(rows) -> (n, G) bool marks what those queries ignore. by_identity: the first column is the rank
-    among identities, each at its first image, instead of among images. Works on a block of queries at a
-    time, so that its memory does not grow with their number.
+    distances(rows) -> (n, G), those of a slice of the queries: a block at a time, so that the memory does not
+    grow with their number. camids: those of queries and gallery, where the protocol ignores something.
     """
-    result = np.full((len(q_pids), 3), np.nan)
+    rule, result = RULES[protocol], np.full((len(q_pids), 3), np.nan)
     block = max(1, _BLOCK // max(1, len(g_pids)))
     for start in range(0, len(q_pids) if len(g_pids) else 0, block):
-        rows = np.arange(start, min(start + block, len(q_pids)))
-        distances = distmat[rows[0] : rows[-1] + 1]
-        if removed is not None:
-            distances = np.where(removed(rows), np.inf, distances)
-        result[rows] = _block_scores(distances, q_pids[rows], g_pids, by_identity)
+        rows = slice(start, start + block)
+        counted = distances(rows)
+        if rule.ignored is not None:
+            ignored = rule.ignored(q_pids[rows], g_pids, camids[0][rows], camids[1])
+            counted = np.where(ignored, np.inf, counted)
+        result[rows] = _block_scores(counted, q_pids[rows], g_pids, rule.by_identity)
     return result
 
 
-def _block_scores(distances: np.ndarray, q_pids, g_pids, by_identity: bool) -> np.ndarray:
-    """`scores` of a few queries; what a query ignores lies at infinity."""
+def _block_scores(
+    distances: np.ndarray, q_pids: np.ndarray, g_pids: np.ndarray, by_identity: bool
+) -> np.ndarray:
+    """`score_queries` of a few queries; what a query ignores lies at infinity."""
     columns = np.argsort(g_pids, kind="stable")
     ids, starts, sizes = np.unique(g_pids[columns], return_index=True, return_counts=True)
     place = np.searchsorted(ids, q_pids).clip(max=len(ids) - 1)
@@ -122,34 +152,10 @@ def _ahead(distances: np.ndarray, target: np.ndarray) -> np.ndarray:
     return (distances < bound) | tied_and_earlier
 
 
-def summarise(values: np.ndarray, max_rank: int = 20):
+def summarise(scores: np.ndarray, max_rank: int = 20) -> Metrics:
     """(cmc, mAP, mINP) of the scores of all queries; ValueError when no query has a match."""
-    matched = values[~np.isnan(values[:, 0])]
+    matched = scores[~np.isnan(scores[:, 0])]
     if not len(matched):
         raise ValueError("no query has a match in the gallery: check q_pids, g_pids and the cameras")
     cmc = (matched[:, :1] <= np.arange(1, max_rank + 1)).mean(0)
     return cmc, float(matched[:, 1].mean()), float(matched[:, 2].mean())
-
-
-def _checked(distmat, q_pids, g_pids, q_camids=None, g_camids=None) -> list[np.ndarray]:
-    names = ("distmat", "q_pids", "g_pids", "q_camids", "g_camids")
-    arrays = [_numpy(value) for value in (distmat, q_pids, g_pids, q_camids, g_camids) if value is not None]
-    if arrays[0].ndim != 2 or arrays[0].dtype.kind not in "fiu":
-        raise ValueError(
-            f"distmat: expected (queries, gallery) numbers, not {arrays[0].dtype} {arrays[0].shape}"
-        )
-    for name, values, length in zip(names[1:], arrays[1:], arrays[0].shape * 2, strict=False):
-        if values.shape != (length,):
-            raise ValueError(
-                f"{name}: expected {length} values for distmat {arrays[0].shape}, not {values.shape}"
-            )
-    if arrays[0].dtype.kind == "f" and not np.isfinite(arrays[0]).all():
-        raise ValueError("distmat: holds NaN or infinite distances")
-    return arrays
-
-
-def _numpy(value) -> np.ndarray:
-    if not isinstance(value, torch.Tensor):
-        return np.asarray(value)
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()

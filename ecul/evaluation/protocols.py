@@ -6,25 +6,19 @@ are the parts that existing scripts call.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ecul import MODALITIES
 from ecul.data.dataset import Dataset
 from ecul.data.images import Images
-from ecul.data.layouts import SYSU_INFRARED
-from ecul.evaluation.galleries import draw_official, draw_random, folders_of, read_permutations
-from ecul.evaluation.metrics import (
-    eval_llcm,
-    eval_regdb,
-    eval_sysu,
-    llcm_scores,
-    regdb_scores,
-    summarise,
-    sysu_scores,
-)
+from ecul.evaluation.galleries import draw_official, draw_random, group_rows, read_permutations
+from ecul.evaluation.metrics import eval_llcm, eval_regdb, eval_sysu, score_queries, summarise
 from ecul.evaluation.rerank import k_reciprocal_distances
 from ecul.features import extract
 
@@ -32,16 +26,34 @@ __all__ = ["Results", "average", "eval_llcm", "eval_regdb", "eval_sysu", "evalua
 
 MEASURES = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 _NAMES = ("protocol", "mode", "shots", "direction", "draw", "reranking", "trials")
-_SCORES = {"sysu": sysu_scores, "regdb": regdb_scores, "llcm": llcm_scores}
-_SYSU_GALLERY = {"all": (1, 2, 4, 5), "indoor": (1, 2)}
-_BLOCK = 8_000_000  # entries of the distance matrix at a time
 _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
-_LLCM_DRAWN_QUERIES = "visible-to-infrared (drawn queries)"
-_MODES: dict[str, tuple[str, ...]] = {
-    "sysu": ("all", "indoor"),
-    "regdb": (_V2I, _I2V),
-    "llcm": (_I2V, _V2I, _LLCM_DRAWN_QUERIES),
-}
+
+
+class _Mode(NamedTuple):
+    """A row of a protocol: its names in the results, who queries, and the side that is drawn."""
+
+    name: str
+    direction: str
+    query: str = "infrared"
+    drawn: str | None = "gallery"  # one image, or `shots`, an identity and camera; None: all images
+    cameras: dict[str, tuple[int, ...]] = {}  # of the query and of the gallery, where not all
+
+
+_PROTOCOLS = {  # the name in the results, and the modes
+    "sysu": ("SYSU-MM01", {
+        "all": _Mode("all", _I2V, cameras={"query": (3, 6), "gallery": (1, 2, 4, 5)}),
+        "indoor": _Mode("indoor", _I2V, cameras={"query": (3, 6), "gallery": (1, 2)}),
+    }),
+    "regdb": ("RegDB", {
+        _V2I: _Mode("all", _V2I, "visible", drawn=None),
+        _I2V: _Mode("all", _I2V, drawn=None),
+    }),
+    "llcm": ("LLCM", {
+        _I2V: _Mode("drawn gallery", _I2V),
+        _V2I: _Mode("drawn gallery", _V2I, "visible"),
+        f"{_V2I} (drawn queries)": _Mode("drawn queries", _V2I, drawn="query"),
+    }),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,29 +86,14 @@ class Results:
         """What `json.dumps` takes."""
         return {"rows": self.rows}
 
-    def __str__(self) -> str:
-        return self.table()
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One row of a protocol: who asks, who answers, and who is drawn in trial t."""
-
-    mode: str
-    direction: str
-    shots: str | int
-    draw: str
-    query: Images
-    gallery: Images
-    trial_rows: Callable[[int], tuple[np.ndarray, np.ndarray]]
-    trials: int
+    __str__ = table
 
 
 def evaluate(
-    model,
+    model: Any,
     dataset: Dataset,
     *,
-    modes: Sequence[str] | None = None,
+    modes: str | Sequence[str] | None = None,
     shots: Sequence[int] | None = None,
     trials: int = 10,
     draw: str | os.PathLike = "random",
@@ -106,38 +103,26 @@ def evaluate(
     features: dict | None = None,
     progress: bool = True,
 ) -> Results:
-    """The test piles of `dataset` under its protocol; a row a mode, figures in percent.
+    """The test images of `dataset` under its protocol; a row a mode, figures in percent.
 
     modes: "sysu": "all", "indoor"; "regdb" and "llcm": "visible-to-infrared", "infrared-to-visible";
-    "llcm" also "visible-to-infrared (drawn queries)", the reading in which the branch of that name asks
-    with the drawn infrared images and searches all visible ones. shots: SYSU's gallery images an identity
+    "llcm" also "visible-to-infrared (drawn queries)", the reading in which the branch of that name queries
+    all visible images with the drawn infrared ones. shots: SYSU's gallery images an identity
     and camera, (1,) by default; 10 is multi-shot. draw: "random" is `random.seed(t)` for trials t = 0, 1,
     ...; otherwise the path of SYSU's official rand_perm_cam.mat. Multi-shot with "random" takes
     `random.sample` of the sorted files, all where fewer [R: the published scripts draw them unseeded].
     rerank: k-reciprocal re-ranking (k1 = 20, k2 = 6, lambda = 0.3), named in the rows.
-    features: {"visible": (N, D), "infrared": (N, D)} of the test piles instead of a model (then None).
+    features: {"visible": (N, D), "infrared": (N, D)} of the test images instead of a model (then None).
     Raises ValueError for a data set without test images, identities or protocol, or unknown modes.
     """
-    tasks = _tasks(dataset, modes, shots, trials, draw)
-    vectors = _vectors(model, dataset, features, batch_size, flip, progress)
+    plan = _plan(dataset, modes, shots, trials, draw)
+    vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
+    reranking = "k-reciprocal (k1=20, k2=6, lambda=0.3)" if rerank else "no re-ranking"
     rows = []
-    for task in tasks:
-        query, gallery = vectors[task.query.modality], vectors[task.gallery.modality]
-        measured = np.empty((task.trials, len(MEASURES)))
-        for trial in range(task.trials):
-            asked, searched = task.trial_rows(trial)
-            values = _trial_scores(dataset.protocol, task, query, gallery, asked, searched, rerank)
-            measured[trial] = _percent(values)
-        names = (
-            _protocol_name(dataset),
-            task.mode,
-            task.shots,
-            task.direction,
-            task.draw,
-            "k-reciprocal (k1=20, k2=6, lambda=0.3)" if rerank else "no re-ranking",
-            task.trials,
-        )
-        rows.append(_row(names, measured))
+    for names, images, drawn in plan:
+        pair = vectors[images[0].modality], vectors[images[1].modality]
+        measured = [_measure(str(dataset.protocol), images, pair, picked, rerank) for picked in drawn]
+        rows.append(_row({**names, "reranking": reranking, "trials": len(drawn)}, measured))
     return Results(rows)
 
 
@@ -155,130 +140,107 @@ def average(results: Iterable[Results]) -> Results:
         if len(keys) > 1:
             raise ValueError(f"results: the rows differ in what they measure: {sorted(keys, key=str)}")
         protocols = sorted({row["protocol"].split(" trial")[0] for row in group})
-        names = [group[0][name] for name in _NAMES]
-        names[0], names[-1] = " / ".join(protocols), len(group)
-        rows.append(_row(names, np.array([[row[name] for name in MEASURES] for row in group])))
+        names = {**group[0], "protocol": " / ".join(protocols), "trials": len(group)}
+        rows.append(_row(names, [[row[name] for name in MEASURES] for row in group]))
     return Results(rows)
 
 
-def _row(names: Sequence, measured: np.ndarray) -> dict:
-    row = dict(zip(_NAMES, names, strict=True))
-    for name, mean, deviation in zip(MEASURES, measured.mean(0), measured.std(0), strict=True):
+def _row(names: dict, measured: Sequence[Sequence[float]]) -> dict:
+    """The names of a row, then the mean and the deviation of each measure over these trials."""
+    row, trials = {name: names[name] for name in _NAMES}, np.array(measured)
+    for name, mean, deviation in zip(MEASURES, trials.mean(0), trials.std(0), strict=True):
         row[name], row[name + "_std"] = float(mean), float(deviation)
     return row
 
 
-def _percent(values: np.ndarray) -> list[float]:
-    cmc, mean_precision, mean_penalty = summarise(values, 20)
-    return [100 * figure for figure in (*cmc[[0, 4, 9, 19]], mean_precision, mean_penalty)]
+def _plan(
+    dataset: Dataset, modes: Any, shots: Sequence[int] | None, trials: int, draw: str | os.PathLike
+) -> list[tuple[dict, tuple[Images, Images], list[tuple[np.ndarray, np.ndarray]]]]:
+    """Of each row of the results: its names, query and gallery images, and the rows of both in each trial."""
+    protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
+    if protocol is None or visible is None or infrared is None:
+        raise ValueError(f"dataset {dataset.name!r} has no test images with a protocol to evaluate with")
+    title, known = _PROTOCOLS[protocol]
+    modes = list(known) if modes is None else [modes] if isinstance(modes, str) else modes
+    if unknown := [mode for mode in modes if mode not in known]:
+        raise ValueError(f"modes: {protocol!r} knows {', '.join(known)}, not {unknown}")
+    if protocol != "sysu" and (shots is not None or str(draw) != "random"):
+        raise ValueError(f"shots and draw are for 'sysu', not {protocol!r}")
+    if trials < 1 or any(count < 1 for count in shots or ()):
+        raise ValueError(f"trials and shots: expected at least 1, not {trials} and {shots}")
+    if protocol == "regdb" and dataset.trial is not None:
+        title += f" trial {dataset.trial}"
+    source = "random.seed(t)" if str(draw) == "random" else "rand_perm_cam.mat"
+    plan = []
+    for count in (1,) if shots is None else shots:
+        for mode in map(known.__getitem__, modes):
+            names = {"protocol": title, "mode": mode.name, "direction": mode.direction}
+            names |= {"shots": "all images", "draw": "nothing drawn"}
+            if mode.drawn:
+                told = {1: "single-shot", 10: "multi-shot"}.get(count, f"{count} shots")
+                names |= {"shots": told, "draw": source}
+            images = (infrared, visible) if mode.query == "infrared" else (visible, infrared)
+            plan.append((names, images, _draw(mode, *images, count, trials, draw)))
+    return plan
 
 
-def _protocol_name(dataset: Dataset) -> str:
-    name = {"sysu": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}[str(dataset.protocol)]
-    return name if dataset.protocol != "regdb" or dataset.trial is None else f"{name} trial {dataset.trial}"
+def _draw(
+    mode: _Mode, query: Images, gallery: Images, shots: int, trials: int, draw: str | os.PathLike
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The rows of the query and of the gallery images in each trial."""
+    sides = {"query": query, "gallery": gallery}
+    rows = {side: np.arange(len(images)) for side, images in sides.items()}
+    for side, cameras in mode.cameras.items():
+        rows[side] = np.flatnonzero(np.isin(sides[side].camids, cameras))
+    if mode.drawn is None:
+        return [(rows["query"], rows["gallery"])]
+    groups = group_rows(sides[mode.drawn], rows[mode.drawn])
+    pick = partial(draw_random, groups)
+    if str(draw) != "random":
+        pick = partial(draw_official, draw, read_permutations(draw), sides[mode.drawn], groups)
+    picked = [{**rows, mode.drawn: pick(trial, shots)} for trial in range(trials)]
+    return [(trial["query"], trial["gallery"]) for trial in picked]
 
 
-def _vectors(model, dataset, features, batch_size, flip, progress) -> dict[str, torch.Tensor]:
-    """Unit rows of both test piles."""
+def _unit_rows(
+    model: Any, dataset: Dataset, features: dict | None, batch_size: int, flip: bool, progress: bool
+) -> dict[str, torch.Tensor]:
+    """Unit rows of the test images by modality, from the model or from the features that were given."""
     if (model is None) == (features is None):
         raise ValueError("give either a model or features={'visible': ..., 'infrared': ...}")
     if features is not None and sorted(features) != ["infrared", "visible"]:
         raise ValueError(f"features: expected the keys 'visible' and 'infrared', not {sorted(features)}")
     vectors = {}
-    for modality, pile in (("visible", dataset.test_visible), ("infrared", dataset.test_infrared)):
+    for m in MODALITIES:
+        images = getattr(dataset, f"test_{m}")
         if features is None:
-            vectors[modality] = extract(
-                model, pile, modality, batch_size=batch_size, flip=flip, progress=progress
-            )
+            vectors[m] = extract(model, images, m, batch_size=batch_size, flip=flip, progress=progress)
             continue
-        given = torch.as_tensor(features[modality]).detach().float().cpu()
-        if given.ndim != 2 or len(given) != len(pile) or not torch.isfinite(given).all():
-            raise ValueError(
-                f"features[{modality!r}]: expected {len(pile)} finite rows, not {tuple(given.shape)}"
-            )
-        vectors[modality] = torch.nn.functional.normalize(given, dim=1)
+        given = torch.as_tensor(features[m]).detach().float().cpu()
+        if given.ndim != 2 or len(given) != len(images) or not torch.isfinite(given).all():
+            raise ValueError(f"features[{m!r}]: expected {len(images)} finite rows, not {tuple(given.shape)}")
+        vectors[m] = torch.nn.functional.normalize(given, dim=1)
     return vectors
 
 
-def _tasks(dataset: Dataset, modes, shots, trials: int, draw) -> list[_Task]:
-    protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
-    if protocol is None or visible is None or infrared is None:
-        raise ValueError(f"dataset {dataset.name!r} has no test images with a protocol to evaluate with")
-    modes = _MODES[protocol] if modes is None else [modes] if isinstance(modes, str) else modes
-    if unknown := [mode for mode in modes if mode not in _MODES[protocol]]:
-        raise ValueError(f"modes: {protocol!r} knows {', '.join(_MODES[protocol])}, not {unknown}")
-    if protocol != "sysu" and (shots is not None or str(draw) != "random"):
-        raise ValueError(f"shots and draw are for 'sysu', not {protocol!r}")
-    if trials < 1 or any(count < 1 for count in shots or ()):
-        raise ValueError(f"trials and shots: expected at least 1, not {trials} and {shots}")
-    if protocol == "regdb":
-        return [_regdb_task(visible, infrared, mode) for mode in modes]
-    if protocol == "llcm":
-        return [_llcm_task(visible, infrared, mode, trials) for mode in modes]
-    shots = (1,) if shots is None else shots
-    return [_sysu_task(visible, infrared, mode, count, trials, draw) for count in shots for mode in modes]
+def _measure(
+    protocol: str,
+    images: tuple[Images, Images],
+    vectors: tuple[torch.Tensor, torch.Tensor],
+    rows: tuple[np.ndarray, np.ndarray],
+    rerank: bool,
+) -> list[float]:
+    """`MEASURES` in percent of one trial; of each pair the query comes first, then the gallery."""
+    (query, gallery), (q, g) = images, rows
+    found = vectors[1][torch.from_numpy(g)]
+    reranked = k_reciprocal_distances(vectors[0][torch.from_numpy(q)], found) if rerank else None
 
+    def distances(block: slice) -> np.ndarray:
+        if reranked is not None:
+            return reranked[block]
+        return -(vectors[0][torch.from_numpy(q[block])] @ found.T).numpy()
 
-def _sysu_task(visible: Images, infrared: Images, mode: str, shots: int, trials: int, draw) -> _Task:
-    asked = np.flatnonzero(np.isin(infrared.camids, SYSU_INFRARED))
-    folders = folders_of(visible, _SYSU_GALLERY[mode])
-    name = "random.seed(t)" if str(draw) == "random" else "rand_perm_cam.mat"
-    permutations = None if str(draw) == "random" else read_permutations(draw)
-
-    def rows(trial):
-        if permutations is None:
-            return asked, draw_random(folders, trial, shots)
-        return asked, draw_official(permutations, visible, folders, trial, shots, draw)
-
-    label = {1: "single-shot", 10: "multi-shot"}.get(shots, f"{shots} shots")
-    return _Task(mode, _I2V, label, name, infrared, visible, rows, trials)
-
-
-def _regdb_task(visible: Images, infrared: Images, mode: str) -> _Task:
-    """Everything against everything."""
-    query, gallery = (infrared, visible) if mode == _I2V else (visible, infrared)
-    rows = np.arange(len(query)), np.arange(len(gallery))
-    return _Task("all", mode, "all images", "nothing drawn", query, gallery, lambda trial: rows, 1)
-
-
-def _llcm_task(visible: Images, infrared: Images, mode: str, trials: int) -> _Task:
-    """One image an identity and camera is drawn on one side, all of the other side are there."""
-    whole, drawn = (infrared, visible) if mode == _I2V else (visible, infrared)
-    everything, folders = np.arange(len(whole)), folders_of(drawn)
-    direction = _I2V if mode == _I2V else _V2I
-    drawn_asks = mode == _LLCM_DRAWN_QUERIES
-    query, gallery = (drawn, whole) if drawn_asks else (whole, drawn)
-
-    def rows(trial):
-        picked = draw_random(folders, trial, 1)
-        return (picked, everything) if drawn_asks else (everything, picked)
-
-    name = "drawn queries" if drawn_asks else "drawn gallery"
-    return _Task(name, direction, "single-shot", "random.seed(t)", query, gallery, rows, trials)
-
-
-def _trial_scores(protocol, task: _Task, query, gallery, asked, searched, rerank: bool) -> np.ndarray:
-    """Scores of every query, a bounded block of the distance matrix at a time."""
-    q_pids, g_pids = task.query.identities(), task.gallery.identities()
-    found = gallery[torch.from_numpy(searched)]
-    distances = None
-    if rerank:
-        distances = k_reciprocal_distances(query[torch.from_numpy(asked)], found)
-    block = max(1, _BLOCK // max(1, len(searched)))
-    parts = []
-    for start in range(0, len(asked), block):
-        rows = asked[start : start + block]
-        if distances is None:
-            part = -(query[torch.from_numpy(rows)] @ found.T).numpy()
-        else:
-            part = distances[start : start + block]
-        parts.append(
-            _SCORES[protocol](
-                part,
-                q_pids[rows],
-                g_pids[searched],
-                task.query.camids[rows],
-                task.gallery.camids[searched],
-            )
-        )
-    return np.concatenate(parts) if parts else np.empty((0, 3))
+    pids = query.identities()[q], gallery.identities()[g]
+    scores = score_queries(protocol, distances, *pids, query.camids[q], gallery.camids[g])
+    cmc, mean_precision, mean_penalty = summarise(scores)
+    return [100 * figure for figure in (*cmc[[0, 4, 9, 19]], mean_precision, mean_penalty)]

@@ -6,7 +6,9 @@ import torch
 _LIMIT = 20_000
 
 
-def k_reciprocal_distances(query, gallery, k1: int = 20, k2: int = 6, weight: float = 0.3) -> np.ndarray:
+def k_reciprocal_distances(
+    query: torch.Tensor, gallery: torch.Tensor, k1: int = 20, k2: int = 6, weight: float = 0.3
+) -> np.ndarray:
     """`(1 - weight) * jaccard + weight * squared Euclidean` between unit rows, as (Q, G) float32.
 
     query (Q, D), gallery (G, D) float tensors of unit rows. As in the published code the Euclidean

@@ -3,8 +3,10 @@
 import json
 import logging
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +15,17 @@ from ecul import MODALITIES
 from ecul.common.distributed import choose_device
 from ecul.common.files import write_file
 from ecul.config import Config
-from ecul.data.dataset import open_dataset
+from ecul.data.dataset import Dataset, open_dataset
 from ecul.data.images import Images
+from ecul.evaluation.metrics import RULES
 from ecul.evaluation.protocols import evaluate
 from ecul.features import embed_pixels
-from ecul.labels import assign_labels
+from ecul.labels import Labels, assign_labels
 from ecul.matching import match_clusters
 from ecul.memory import cluster_means
 from ecul.model import TwoStreamResNet
 from ecul.report import pictures
-from ecul.report.page import Section, page, plain_rows
+from ecul.report.page import Section, render_page
 from ecul.report.pictures import Cell
 from ecul.trainset import TrainImages, dataset_fingerprint
 
@@ -35,29 +38,43 @@ CURVES = (
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedRun:
     """What a run directory says of itself: its configuration, its log, and its data set."""
 
     directory: Path
     config: Config
-    history: list
+    history: list[dict]
     dataset: dict
 
 
 @dataclass(frozen=True)
-class Pile:
-    """Images with their pixels uint8 (N, 3, H, W) and their unit features (N, D), both on the CPU."""
+class Embedded:
+    """Visible and infrared images, pixels uint8 (n, 3, H, W) each, and features (N, D), visible first."""
 
-    images: Images
-    pixels: torch.Tensor
+    images: tuple[Images, Images]
+    pixels: list[torch.Tensor]
     features: torch.Tensor
 
-    def thumbnail(self, row):
-        """One image as uint8 (H, W, 3)."""
-        return self.pixels[row].permute(1, 2, 0).numpy()
+    def by_modality(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The visible and the infrared part of a tensor over all N images."""
+        return rows.split([len(images) for images in self.images])
+
+    def pids(self) -> np.ndarray | None:
+        """(N,) identities, None where they are not known."""
+        known = [images.pids for images in self.images if images.pids is not None]
+        return np.concatenate(known) if len(known) == len(self.images) else None
+
+    def cell(self, row: int, color: str | None = None, head: str = "", foot: str = "") -> Cell:
+        """The image at a row of N with its camera between two lines; by default in its modality's colour."""
+        infrared = row >= len(self.images[0])
+        images, row = self.images[infrared], row - infrared * len(self.images[0])
+        camera = f"camera {images.camids[row]}" if images.camids[row] else ""
+        caption = "\n".join(filter(None, (head, camera, foot)))
+        thumbnail = self.pixels[infrared][row].permute(1, 2, 0).numpy()
+        return Cell(thumbnail, caption, color or pictures.MODALITY[images.modality])
 
 
-def read_run(directory):
+def read_run(directory: str | Path) -> SavedRun:
     """Read a run directory. Errors: ValueError for a directory that `train` did not write."""
     directory = Path(directory)
     try:
@@ -73,12 +90,14 @@ def read_run(directory):
         raise ValueError(f"{directory}: its resume.json or log.jsonl is damaged ({e!r})") from e
     if not history:
         raise ValueError(f"{directory}: the run has not finished an epoch yet")
-    return Saved(directory, config, history, about)
+    return SavedRun(directory, config, history, about)
 
 
 def report(
-    run, dataset=None, *, model=None, root=None, options=(), queries=6, top=10, device=None, progress=True
-):
+    run: str | Path, dataset: Dataset | None = None, *, model: Any = None, root: str | Path | None = None,
+    options: dict | Iterable[tuple[str, Any]] = (), queries: int = 6, top: int = 10,
+    device: str | torch.device | None = None, progress: bool = True,
+) -> Path:  # fmt: skip
     """Write `report/` in a run directory: PNGs and `index.html`, which has them inside. Returns its path.
 
     run: the directory that `train` wrote. dataset: the `Dataset` it was trained on, by default opened where
@@ -90,41 +109,48 @@ def report(
     cannot be read, too many images to draw, or pictures of an earlier report that could not be drawn again;
     ImportError without matplotlib. Source: ECUL for the clusters that are shown, MBCCM for the matches.
     """
-    if min(queries, top) < 1 or queries * (top + 1) > pictures.MOST:
-        most = f"at most {pictures.MOST} images in all"
+    if min(queries, top) < 1 or queries * (top + 1) > pictures.MOST_IMAGES:
+        most = f"at most {pictures.MOST_IMAGES} images in all"
         raise ValueError(f"queries and top must be at least 1, with {most}, got {queries} and {top}")
     saved, given = read_run(run), dataset is not None or root is not None
+    folder = saved.directory / "report"
     try:
-        dataset = dataset if dataset is not None else reopen(saved, root, options)
+        dataset = dataset if dataset is not None else _reopen(saved, root, options)
         _require_same(saved, dataset)
         model = model or TwoStreamResNet.from_pretrained(saved.directory)
     except (ValueError, FileNotFoundError) as e:
         if given:
             raise
-        if (saved.directory / "report" / "ranked.png").exists():
+        if (folder / "ranked.png").exists():
             raise ValueError(f"{e}; for curves alone remove the earlier report, which has pictures") from e
         log.warning("curves and settings alone: %s", e)
         dataset = None
-    folder = saved.directory / "report"
     folder.mkdir(exist_ok=True)
     pictures.draw_curves(folder / "curves.png", saved.history)
     sections = [Section("Curves", CURVES, folder / "curves.png")]
     if dataset is not None:
         model = model.to(choose_device(device))
-        piles = {m: _embed(model, getattr(dataset, m), progress) for m in MODALITIES}
-        tested = piles
+        trained = tested = _embed(model, (dataset.visible, dataset.infrared), progress)
         if dataset.test_visible is not None and dataset.test_infrared is not None:
-            tested = {m: _embed(model, getattr(dataset, f"test_{m}"), progress) for m in MODALITIES}
-            sections = [*_accuracy(dataset, {m: tested[m].features for m in MODALITIES}), *sections]
-        sections += [
-            _ranked_section(folder, tested, dataset.protocol, queries, top, tested is not piles),
-            *_cluster_sections(folder, piles, saved),
-        ]
-    write_file(folder / "index.html", _html(saved, dataset, sections).encode("utf-8", "replace"))
+            tested = _embed(model, (dataset.test_visible, dataset.test_infrared), progress)
+            features = dict(zip(MODALITIES, tested.by_modality(tested.features), strict=True))
+            sections = [*_accuracy(dataset, features), *sections]
+        kind = "training" if tested is trained else "test"
+        sections.append(_ranked_section(folder, tested, dataset.protocol, queries, top, kind))
+        sections += _cluster_sections(folder, trained, saved)
+    last, config = saved.history[-1], saved.config
+    sections += [
+        Section("Data", rows=_data_rows(saved, dataset)),
+        Section("Last epoch", rows=list({**last, "epoch": last["epoch"] + 1}.items())),
+        Section("Settings", rows=list(config.to_dict().items())),
+    ]
+    told = f"{len(saved.history)} of {config.epochs} epochs done, stage {last['stage']}; {saved.directory}"
+    page = render_page(f"{config.method} on {saved.dataset['dataset']}", told, sections)
+    write_file(folder / "index.html", page.encode("utf-8", "replace"))
     return folder / "index.html"
 
 
-def reopen(saved, root=None, options=()):
+def _reopen(saved: SavedRun, root: str | Path | None, options: dict | Iterable[tuple[str, Any]]) -> Dataset:
     """The data set of a run, from where it lay or from `root`. Errors: ValueError where it is no more."""
     known = saved.dataset
     if known["root"] is None:
@@ -134,7 +160,25 @@ def reopen(saved, root=None, options=()):
     return open_dataset(known["dataset"], root or known["root"], **{**known["options"], **dict(options)})
 
 
-def _accuracy(dataset, features):
+def _require_same(saved: SavedRun, dataset: Dataset) -> None:
+    differs = [
+        f"{name} is {value!r}, in training it was {saved.dataset[name]!r}"
+        for name, value in dataset_fingerprint(dataset).items()
+        if saved.dataset.get(name, value) != value
+    ]
+    if differs:
+        raise ValueError(f"dataset: not the one that {saved.directory} was trained on: {'; '.join(differs)}")
+
+
+def _embed(model: Any, images: tuple[Images, Images], progress: bool) -> Embedded:
+    pixels = [pile.load(model.input_size, progress=progress) for pile in images]
+    pairs = zip(pixels, MODALITIES, strict=True)
+    return Embedded(
+        images, pixels, torch.cat([embed_pixels(model, *pair, progress=progress).cpu() for pair in pairs])
+    )
+
+
+def _accuracy(dataset: Dataset, features: dict) -> list[Section]:
     """The protocol's figures; nothing where there is none or identities are not known."""
     if dataset.protocol is None or any(getattr(dataset, f"test_{m}").pids is None for m in MODALITIES):
         return []
@@ -145,55 +189,39 @@ def _accuracy(dataset, features):
     return [Section("Accuracy on the test images", f"{told}. Nothing was selected by it.", rows=rows)]
 
 
-def _require_same(saved, dataset):
-    differs = [
-        f"{name} is {value!r}, in training it was {saved.dataset[name]!r}"
-        for name, value in dataset_fingerprint(dataset).items()
-        if saved.dataset.get(name, value) != value
-    ]
-    if differs:
-        raise ValueError(f"dataset: not the one that {saved.directory} was trained on: {'; '.join(differs)}")
-
-
-def _embed(model, images, progress):
-    pixels = images.load(model.input_size, progress=progress)
-    features = embed_pixels(model, pixels, images.modality, progress=progress).cpu()
-    return Pile(images, pixels, features)
-
-
-def _ranked_section(folder, piles, protocol, queries, top, held_out):
+def _ranked_section(
+    folder: Path, table: Embedded, protocol: str | None, queries: int, top: int, kind: str
+) -> Section:
     """Infrared queries, visible answers; what the protocol ignores is left out, as in evaluation."""
-    query, gallery = piles["infrared"], piles["visible"]
-    known = query.images.pids is not None and gallery.images.pids is not None
+    (gallery, query), pids = table.images, table.pids()
     rows = []
-    for row in choose_queries(query.images, queries):
-        scores = gallery.features @ query.features[row]
-        scores[torch.from_numpy(ignored(protocol, query.images, row, gallery.images))] = -torch.inf
-        cells = [Cell(query.thumbnail(row), _camera(query.images, row), pictures.ASKED)]
-        for rank, found in enumerate(scores.topk(min(top, len(scores))).indices.tolist(), 1):
+    for index in choose_queries(query, queries):
+        row = len(gallery) + index
+        scores = table.features[: len(gallery)] @ table.features[row]
+        scores[torch.from_numpy(ignored(protocol, query, index, gallery))] = -torch.inf
+        cells = [table.cell(row, pictures.INK)]
+        for rank, found in enumerate(scores.topk(min(top, len(gallery))).indices.tolist(), 1):
             if scores[found] == -torch.inf:
                 break
-            color, mark = pictures.PLAIN, ""
-            if known:
-                right = gallery.images.pids[found] == query.images.pids[row]
-                color, mark = (pictures.GOOD, " ✓") if right else (pictures.BAD, " ✗")
-            name = pictures.short_name(gallery.images.names[found])
-            lines = (f"{rank}{mark}  {scores[found]:.3f}", _camera(gallery.images, found), name)
-            cells.append(Cell(gallery.thumbnail(found), "\n".join(filter(None, lines)), color))
-        who = f"person {query.images.pids[row]}\n" if known else ""
-        rows.append((who + pictures.short_path(query.images.names[row]), cells))
+            color, mark = pictures.NEUTRAL, ""
+            if pids is not None:
+                same = pids[found] == pids[row]
+                color, mark = (pictures.RIGHT, " ✓") if same else (pictures.WRONG, " ✗")
+            name = pictures.short_name(gallery.names[found])
+            cells.append(table.cell(found, color, f"{rank}{mark}  {scores[found]:.3f}", name))
+        who = "" if pids is None else f"person {pids[row]}\n"
+        rows.append((who + pictures.short_path(query.names[index]), cells))
     pictures.draw_sheet(folder / "ranked.png", rows, lead=1)
     text = (
-        f"Infrared queries drawn at random ({len(rows)}), and their best answers among "
-        f"{len(gallery.images)} visible {'test' if held_out else 'training'} images, best first."
+        f"Infrared queries drawn at random ({len(rows)}), and their best answers among {len(gallery)} "
+        f"visible {kind} images, best first. "
+        + ("Identities are not known." if pids is None else "Green ✓: the same person; red ✗: another.")
+        + f" Below each: rank, cosine similarity{', camera' if gallery.camids.any() else ''}, file."
     )
-    text += " Green ✓: the same person; red ✗: another." if known else " Identities are not known."
-    cameras = ", camera" if gallery.images.camids.any() else ""
-    text += f" Below each: rank, cosine similarity{cameras}, file."
     return Section("Ranked lists", text, folder / "ranked.png")
 
 
-def choose_queries(images, count, seed=0):
+def choose_queries(images: Images, count: int, seed: int = 0) -> list[int]:
     """Rows of `count` images drawn at random, of as many different people where identities are known."""
     drawn = np.random.default_rng(seed).permutation(len(images))
     if images.pids is not None:
@@ -201,48 +229,63 @@ def choose_queries(images, count, seed=0):
     return drawn[:count].tolist()
 
 
-def ignored(protocol, query, row, gallery):
+def ignored(protocol: str | None, query: Images, row: int, gallery: Images) -> np.ndarray:
     """bool (len(gallery),): the answers that the protocol does not count for this query."""
-    camera = query.camids[row]
-    if protocol == "sysu":
-        return (gallery.camids == 2) & (camera == 3)
-    if protocol == "llcm" and query.pids is not None and gallery.pids is not None:
-        return (gallery.camids == camera) & (gallery.pids == query.pids[row])
-    return np.zeros(len(gallery), bool)
+    rule = RULES[protocol].ignored if protocol else None
+    if rule is None or query.pids is None or gallery.pids is None:
+        return np.zeros(len(gallery), bool)
+    return rule(query.pids[[row]], gallery.pids, query.camids[[row]], gallery.camids)[0]
 
 
-def _cluster_sections(folder, piles, saved):
-    features = torch.cat([piles[m].features for m in MODALITIES])
-    cameras = torch.cat([torch.as_tensor(piles[m].images.camids) for m in MODALITIES])
-    images = TrainImages(tuple(piles[m].pixels for m in MODALITIES), cameras)
+def _labels(table: Embedded, saved: SavedRun) -> Labels:
+    """The labels that the next epoch would learn from."""
+    cameras = torch.cat([torch.as_tensor(images.camids) for images in table.images])
     stage = 1 if len(saved.history) <= saved.config.epochs_intra else 2
-    labels = assign_labels(features, images, saved.config, stage)
+    return assign_labels(table.features, TrainImages(table.pixels, cameras), saved.config, stage)
+
+
+def _cluster_sections(folder: Path, table: Embedded, saved: SavedRun) -> list[Section]:
+    """Clusters and matches by the final weights, where there are two clusters in each modality."""
+    labels = _labels(table, saved)
     if not labels.enough:
         return []
     return [
-        _mosaic_section(folder, piles, features, labels),
-        _match_section(folder, piles, labels, saved.config.matching),
+        _mosaic_section(folder, table, labels.own, labels.joint),
+        _match_section(folder, table, labels.own, saved.config.matching),
     ]
 
 
-def _mosaic_section(folder, piles, features, labels, each=3, most=12):
-    kind, members = "cross-modality", labels.joint
-    if labels.joint is None:
-        visible, infrared = labels.sides.values()
-        kind = "one-modality"
-        members = torch.cat([visible, torch.where(infrared >= 0, infrared + visible.max() + 1, -1)])
-    sizes, margins = torch.bincount(members[members >= 0]), cluster_margins(features, members)
-    chosen: dict[int, list] = {}
+def _mosaic_section(
+    folder: Path,
+    table: Embedded,
+    own: torch.Tensor,
+    joint: torch.Tensor | None,
+    each: int = 3,
+    most: int = 12,
+) -> Section:
+    kind, labels = ("cross-modality", joint) if joint is not None else ("one-modality", own.clone())
+    if joint is None:
+        visible, infrared = table.by_modality(labels)
+        infrared[infrared >= 0] += visible.max() + 1
+    sizes, margins = torch.bincount(labels[labels >= 0]), cluster_margins(table.features, labels)
+    chosen: dict[int, list[str]] = {}
     for name, order in (("largest", -sizes), ("smallest", sizes), ("least certain", margins)):
         for cluster in order.argsort(stable=True)[:each].tolist():
             chosen.setdefault(cluster, []).append(name)
-    rows = [
-        _mosaic_row(", ".join(names), c, piles, members, float(margins[c]), most)
-        for c, names in chosen.items()
-    ]
+    pids, rows = table.pids(), []
+    for cluster, names in chosen.items():
+        members = torch.nonzero(labels == cluster)[:, 0].numpy()
+        seen = int((members < len(table.images[0])).sum())
+        label = "\n".join(textwrap.wrap(", ".join(names), 24))
+        label += f"\n{seen} visible, {len(members) - seen} infrared\nmargin {float(margins[cluster]):.3f}"
+        if pids is not None:
+            people = np.unique(pids[members], return_counts=True)[1]
+            label += f"\npurity {people.max() / len(members):.0%}, persons {len(people)}"
+        spread = np.linspace(0, len(members) - 1, min(most, len(members))).round().astype(int)
+        rows.append((label, [table.cell(row) for row in members[spread].tolist()]))
     pictures.draw_sheet(folder / "clusters.png", rows)
     text = (
-        f"{len(sizes)} {kind} clusters of the training images, {int((members < 0).sum())} outliers, by the "
+        f"{len(sizes)} {kind} clusters of the training images, {int((labels < 0).sum())} outliers, by the "
         "features of the final weights. Blue frame: visible, orange: infrared. Margin: how much more similar "
         "the members are to their own centre than to the nearest other one, on average; it is smallest for "
         "the least certain ones."
@@ -250,7 +293,7 @@ def _mosaic_section(folder, piles, features, labels, each=3, most=12):
     return Section("Clusters", text, folder / "clusters.png")
 
 
-def cluster_margins(features, labels):
+def cluster_margins(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean over each cluster's members of (cosine to the own centre - cosine to the nearest other one).
 
     features: (N, D) unit rows; labels: (N,) int64, -1 = outlier, contiguous from 0. Returns (C,) float32;
@@ -264,66 +307,32 @@ def cluster_margins(features, labels):
     return torch.zeros(cosines.shape[1]).index_add_(0, own[:, 0], margins) / torch.bincount(own[:, 0])
 
 
-def _mosaic_row(name, cluster, piles, members, margin, most):
-    """A cluster's members, both modalities in proportion, at most `most`."""
-    rows = torch.nonzero(members == cluster)[:, 0].tolist()
-    count = len(piles["visible"].images)
-    places = [("visible", r) if r < count else ("infrared", r - count) for r in rows]
-    shown = [places[i] for i in np.linspace(0, len(places) - 1, min(most, len(places))).round().astype(int)]
-    cells = [
-        Cell(piles[m].thumbnail(row), _camera(piles[m].images, row), pictures.MODALITY[m]) for m, row in shown
-    ]
-    sides = [sum(m == side for m, _ in places) for side in MODALITIES]
-    label = "\n".join(textwrap.wrap(name, 24))
-    label += f"\n{sides[0]} visible, {sides[1]} infrared\nmargin {margin:.3f}"
-    if all(piles[m].images.pids is not None for m in MODALITIES):
-        people = np.unique([piles[m].images.pids[row] for m, row in places], return_counts=True)[1]
-        label += f"\npurity {people.max() / len(places):.0%}, persons {len(people)}"
-    return label, cells
-
-
-def _match_section(folder, piles, labels, rule):
-    centers = [rows.numpy() for rows in labels.centers]
-    match = match_clusters(centers[0], centers[1], rule)
+def _match_section(folder: Path, table: Embedded, own: torch.Tensor, rule: str) -> Section:
+    labels = table.by_modality(own)
+    parts = zip(table.by_modality(table.features), labels, strict=True)
+    visible, infrared = (cluster_means(features, part).numpy() for features, part in parts)
+    match = match_clusters(visible, infrared, rule)
     same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities, many to many."
-    if all(piles[m].images.pids is not None for m in MODALITIES):
-        visible, infrared = (commonest(labels.sides[m].numpy(), piles[m].images.pids) for m in MODALITIES)
-        same = infrared[:, None] == visible[None, :]
+    if table.pids() is not None:
+        pairs = zip(labels, table.images, strict=True)
+        people = [commonest(part.numpy(), images.identities()) for part, images in pairs]
+        same = people[1][:, None] == people[0][None, :]
         text += f" In {(match & same).sum() / match.sum():.0%} of them the commonest person is the same"
         text += f" (of all pairs: {same.mean():.0%})."
         text += " The diagonal is the best one-to-one assignment, the most similar pairs first."
-    pictures.draw_matches(folder / "matches.png", centers[1] @ centers[0].T, match, same)
+    pictures.draw_matches(folder / "matches.png", infrared @ visible.T, match, same)
     return Section("Visible-infrared matches", text, folder / "matches.png")
 
 
-def commonest(labels, pids):
+def commonest(labels: np.ndarray, pids: np.ndarray) -> np.ndarray:
     """(C,): the identity that most members of each cluster have, the smallest among equals."""
     groups = [np.unique(pids[labels == c], return_counts=True) for c in range(labels.max() + 1)]
     return np.array([people[counts.argmax()] for people, counts in groups])
 
 
-def _camera(images, row):
-    return f"camera {images.camids[row]}" if images.camids[row] else ""
-
-
-def _html(saved, dataset, sections):
-    """The page: what the run is, its pictures, its data, its last epoch and its settings."""
-    last = saved.history[-1]
-    title = f"{saved.config.method} on {saved.dataset['dataset']}"
-    subtitle = (
-        f"{len(saved.history)} of {saved.config.epochs} epochs done, stage {last['stage']}; {saved.directory}"
-    )
-    settled = [
-        Section("Data", rows=_data_rows(saved, dataset)),
-        Section("Last epoch", rows=plain_rows({**last, "epoch": last["epoch"] + 1})),
-        Section("Settings", rows=plain_rows(saved.config.to_dict())),
-    ]
-    return page(title, subtitle, [*sections, *settled])
-
-
-def _data_rows(saved, dataset):
+def _data_rows(saved: SavedRun, dataset: Dataset | None) -> list[tuple]:
     if dataset is None:
-        return plain_rows(saved.dataset)
+        return list(saved.dataset.items())
     rows: list[tuple] = [("", "images", "identities", "cameras")]
     for name, images in dataset.piles().items():
         people = "unknown" if images.pids is None else len(np.unique(images.pids))

@@ -5,6 +5,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px;
@@ -27,36 +28,31 @@ class Section:
     title: str
     text: str = ""
     picture: Path | None = None
-    rows: Sequence = ()
+    rows: Sequence[Sequence[Any]] = ()
+
+    def html(self) -> str:
+        """The section with its picture inside."""
+        parts = [f"<h2>{html.escape(self.title)}</h2><p>{html.escape(self.text)}</p>"]
+        if self.picture is not None:
+            data = base64.b64encode(self.picture.read_bytes()).decode()
+            parts.append(f'<img alt="{html.escape(self.title)}" src="data:image/png;base64,{data}">')
+        lines = []
+        for row in self.rows:
+            head, *rest = (
+                html.escape(f"{value:.4g}" if isinstance(value, float) else str(value)) for value in row
+            )
+            lines.append(f"<tr><th>{head}</th>{''.join(f'<td>{value}</td>' for value in rest)}</tr>")
+        if lines:
+            columns = ' class="columns"' if len(lines) > 10 else ""
+            parts.append(f"<div{columns}><table>{''.join(lines)}</table></div>")
+        return "\n".join(parts)
 
 
-def page(title, subtitle, sections):
+def render_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The page's text, with all its pictures inside."""
-    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="sub">{html.escape(subtitle)}</p>']
-    for section in sections:
-        name = html.escape(section.title)
-        parts.append(f"<h2>{name}</h2><p>{html.escape(section.text)}</p>")
-        if section.picture is not None:
-            data = base64.b64encode(section.picture.read_bytes()).decode()
-            parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
-        if section.rows:
-            columns = ' class="columns"' if len(section.rows) > 10 else ""
-            parts.append(f"<div{columns}>{_table(section.rows)}</div>")
-    body = "\n".join(parts)
+    title, subtitle = html.escape(title), html.escape(subtitle)
+    body = "\n".join([f'<h1>{title}</h1>\n<p class="sub">{subtitle}</p>', *(s.html() for s in sections)])
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
-
-
-def plain_rows(values):
-    """A dict as rows of a table, floats with four digits."""
-    return [(k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in values.items()]
-
-
-def _table(rows):
-    lines = []
-    for head, *rest in rows:
-        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in rest)
-        lines.append(f"<tr><th>{html.escape(str(head))}</th>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
