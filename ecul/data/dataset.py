@@ -110,7 +110,7 @@ class Dataset:
         places = {"visible": Path(visible).absolute(), "infrared": Path(infrared).absolute()}
         require_apart(*places.values())
         advice = "; skip_unreadable=True leaves such images out"
-        splits: dict[str, Images] = {}
+        splits: dict[str, Any] = {}
         extra: list[str] = []
         for modality, folder in places.items():
             names, camids, others = find_images(folder, cameras, skip_unreadable)
@@ -173,7 +173,7 @@ def _open_layout(name: str, layout: Layout, root: Path, subset: bool, pack: Any,
     trial = options.get("trial")
     label = name if layout.shared or trial is None else f"{name}{trial}"
     sources: dict[str, Files] = {}
-    splits: dict[str, Images] = {}
+    splits: dict[str, Any] = {}
     for split, entries in found.items():
         modality = split.removeprefix("test_")
         home = modality if layout.shared else split.replace("_", "-")
