@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from numpy.typing import ArrayLike
-
 from ecul import MODALITIES
 from ecul.common.names import did_you_mean
 from ecul.data.checks import CheckResult, check_dataset
-from ecul.data.folders import find_images, require_apart
-from ecul.data.images import Images
+from ecul.data.folders import find_images
+from ecul.data.images import Column, Images, Pixels
 from ecul.data.layouts import LAYOUTS, SPLITS, Layout
 from ecul.data.pack import Files
 
@@ -64,13 +61,13 @@ class Dataset:
     @classmethod
     def from_arrays(
         cls,
-        visible: ArrayLike | torch.Tensor,
-        infrared: ArrayLike | torch.Tensor,
+        visible: Pixels,
+        infrared: Pixels,
         *,
-        visible_cameras: ArrayLike | None = None,
-        infrared_cameras: ArrayLike | None = None,
-        visible_pids: ArrayLike | None = None,
-        infrared_pids: ArrayLike | None = None,
+        visible_cameras: Column = None,
+        infrared_cameras: Column = None,
+        visible_pids: Column = None,
+        infrared_pids: Column = None,
         test: "Dataset | None" = None,
         protocol: str | None = None,
         name: str = "arrays",
@@ -108,7 +105,10 @@ class Dataset:
         in `open_dataset`. Errors: ValueError for a folder without images, or one that lies in the other.
         """
         places = {"visible": Path(visible).absolute(), "infrared": Path(infrared).absolute()}
-        require_apart(*places.values())
+        a, b = (folder.resolve() for folder in places.values())
+        if a == b or a in b.parents or b in a.parents:  # its images would count in both modalities
+            got = " and ".join(repr(str(folder)) for folder in places.values())
+            raise ValueError(f"visible and infrared: expected two folders apart, got {got}")
         advice = "; skip_unreadable=True leaves such images out"
         splits: dict[str, Any] = {}
         extra: list[str] = []
@@ -123,10 +123,9 @@ class Dataset:
         return cls("folders", str(root), **splits, extra=tuple(extra), options=options)
 
 
-_OWN_FOLDERS = {**{m: m for m in MODALITIES}, "cameras": False, "skip_unreadable": False, "pack": True}
-_OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults, by data set
+OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults, by data set
     **{name: {**layout.options, "subset": False, "pack": True} for name, layout in LAYOUTS.items()},
-    "folders": _OWN_FOLDERS,
+    "folders": {**{m: m for m in MODALITIES}, "cameras": False, "skip_unreadable": False, "pack": True},
 }
 
 
@@ -143,10 +142,10 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     default "visible" and "infrared"; cameras, skip_unreadable: as there.
     Raises ValueError naming what is missing and what the layout should be, or an option that is none.
     """
-    if name not in _OPTIONS:
-        listed = ", ".join(_OPTIONS)
-        raise ValueError(f"name: expected one of {listed}, not {name!r}{did_you_mean(name, _OPTIONS)}")
-    known = _OPTIONS[name]
+    if name not in OPTIONS:
+        listed = ", ".join(OPTIONS)
+        raise ValueError(f"name: expected one of {listed}, not {name!r}{did_you_mean(name, OPTIONS)}")
+    known = OPTIONS[name]
     for option, value in options.items():
         if option not in known:
             hint = did_you_mean(option, known)
@@ -176,20 +175,13 @@ def _open_layout(name: str, layout: Layout, root: Path, subset: bool, pack: Any,
     splits: dict[str, Any] = {}
     for split, entries in found.items():
         modality = split.removeprefix("test_")
+        names, pids, camids = (list(column) for column in zip(*entries, strict=True))
         home = modality if layout.shared else split.replace("_", "-")
-        names = [entry.name for entry in entries]
         if home not in sources:
-            every = {*names, *(entry.name for entry in found[f"test_{modality}"])} if layout.shared else None
-            sources[home] = Files(root, sorted(every) if every else names, f"{label}-{home}", pack)
+            held = sorted({*names, *(e.name for e in found[f"test_{modality}"])}) if layout.shared else names
+            sources[home] = Files(root, held, f"{label}-{home}", pack)
         row = {path: place for place, path in enumerate(sources[home].names)}
-        splits[split] = Images(
-            modality,
-            names,
-            sources[home],
-            [entry.camid for entry in entries],
-            [entry.pid for entry in entries],
-            [row[path] for path in names],
-        )
+        splits[split] = Images(modality, names, sources[home], camids, pids, [row[path] for path in names])
     given = {"subset": subset or None, **options}
     return Dataset(
         name,

@@ -70,15 +70,6 @@ def find_images(
     return list(camera_of), list(camera_of.values()), extra
 
 
-def require_apart(visible: Path, infrared: Path) -> None:
-    """A ValueError when one folder is or lies in the other: its images would count in both modalities."""
-    a, b = visible.resolve(), infrared.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise ValueError(
-            f"visible and infrared: expected two folders apart, got {str(visible)!r} and {str(infrared)!r}"
-        )
-
-
 def _walk(folder: Path, root: Path, above: list[Path]) -> Iterator[tuple[list[str], list[str]]]:
     """Images and other files of a folder and of those below it; a link back to one above is not followed."""
     here = folder.resolve()

@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike
 from ecul import MODALITIES
 from ecul.data.pack import Arrays, Files
 
+Pixels = ArrayLike | torch.Tensor
+Column = ArrayLike | None  # one integer for each image
+
 
 def check_modality(modality: Any) -> None:
     """A ValueError unless it is one of the two."""
@@ -30,14 +33,9 @@ class Images:
     """
 
     def __init__(
-        self,
-        modality: str,
-        names: Sequence[str],
-        source: Files | Arrays,
-        camids: ArrayLike | None = None,
-        pids: ArrayLike | None = None,
-        rows: ArrayLike | None = None,
-    ):
+        self, modality: str, names: Sequence[str], source: Files | Arrays,
+        camids: Column = None, pids: Column = None, rows: Column = None,
+    ):  # fmt: skip
         check_modality(modality)
         self.modality, self.names, self.source = modality, list(names), source
         count = len(self.names)
@@ -56,13 +54,7 @@ class Images:
         return values.astype(np.int64)
 
     @classmethod
-    def from_array(
-        cls,
-        pixels: ArrayLike | torch.Tensor,
-        modality: str,
-        camids: ArrayLike | None = None,
-        pids: ArrayLike | None = None,
-    ) -> Images:
+    def from_array(cls, pixels: Pixels, modality: str, camids: Column = None, pids: Column = None) -> Images:
         """Images in memory: uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W), NumPy or torch."""
         pixels = pixels.detach().cpu().numpy() if isinstance(pixels, torch.Tensor) else np.asarray(pixels)
         if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:

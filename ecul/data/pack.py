@@ -23,6 +23,8 @@ import torch
 from ecul.common.files import draft
 from ecul.data.decode import in_parallel, pillow, read_images, resize, unreadable
 
+Place = str | os.PathLike
+
 VERSION = 2  # of a pack; part of its stamp
 HASH = 16  # bytes at a pack's end
 ABANDONED = 3600  # seconds without a write after which a draft is nobody's
@@ -56,12 +58,7 @@ class Files:
     """
 
     def __init__(
-        self,
-        root: str | os.PathLike,
-        names: Sequence[str],
-        label: str = "",
-        pack: bool | str | os.PathLike = False,
-        advice: str = "",
+        self, root: Place, names: Sequence[str], label: str = "", pack: bool | Place = False, advice: str = ""
     ):
         self.root, self.names, self.label, self.advice = Path(root), list(names), label, advice
         key = hashlib.blake2b(os.fsencode(self.root.resolve()), digest_size=8).hexdigest()
