@@ -142,6 +142,50 @@ def test_an_id_file_with_rubbish_is_named(tmp_path, content, problem):
         open_dataset("sysu", root)
 
 
+HUGE = ["99999999999999999999", "1" * 5000]
+
+
+@pytest.mark.parametrize("number", HUGE)
+def test_numbers_out_of_range_are_named_with_file_and_line(tmp_path, number):
+    root = layouts.sysu(tmp_path / "sysu")
+    layouts.text(root / "exp/val_id.txt", f"4,{number}")
+    with pytest.raises(ValueError, match="val_id.txt': entry 2 .*at most 9 digits, not '") as error:
+        open_dataset("sysu", root)
+    assert len(str(error.value)) < 400
+    root = layouts.regdb(tmp_path / "regdb")
+    path = root / "idx/train_visible_1.txt"
+    path.write_text(path.read_text() + f"Visible/1/a.bmp {number}\n")
+    with pytest.raises(ValueError, match="train_visible_1.txt', line 7: the label .*at most 9 digits"):
+        open_dataset("regdb", root)
+    root = layouts.llcm(tmp_path / "llcm")
+    path = root / "idx/train_vis.txt"
+    path.write_text(f"vis/0001/0001_c{number}_s1.jpg 0\n" + path.read_text())
+    with pytest.raises(ValueError, match="train_vis.txt', line 1: the camera .*at most 9 digits"):
+        open_dataset("llcm", root)
+
+
+def test_numbers_out_of_range_in_names_and_arrays_are_named(tmp_path):
+    root = layouts.market(tmp_path)
+    layouts.picture(root / f"rgb_modify/bounding_box_train/{HUGE[0]}_c1_1.jpg")
+    with pytest.raises(ValueError, match=f"name 'rgb_modify/.*/{HUGE[0]}_c1_1.jpg' .*at most 9 digits"):
+        open_dataset("market", root)
+    gray = np.zeros((1, 4, 4), np.uint8)
+    with pytest.raises(ValueError, match="camids: expected numbers of int64, not 18446744073709551615"):
+        Images.from_array(gray, "visible", camids=np.array([2**64 - 1], np.uint64))
+
+
+@pytest.mark.parametrize(
+    "content", ["NaN", "Infinity", "1e400", "-1", "1.5", "true", "9" * 5000, "[" * 100_000]
+)
+def test_a_description_with_rubbish_is_named(tmp_path, content):
+    root = layouts.sysu(tmp_path)
+    described(root)
+    path = root / "synthetic.json"
+    path.write_text(re.sub('"visible": [0-9]+', f'"visible": {content}', path.read_text()))
+    report = open_dataset("sysu", root).check()
+    assert not report.ok and "synthetic.json' cannot be read" in report.errors[0]
+
+
 # RegDB, LLCM, Market-1501 style
 
 
@@ -430,6 +474,12 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
     np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, 2))
     Image.fromarray(np.full((12, 6), 65535, np.uint16)).save(tmp_path / f"b{suffix}")
     assert (read_image(tmp_path / f"b{suffix}", (12, 6)) == 255).all()
+
+
+def test_pixels_that_are_not_finite_are_refused(tmp_path):
+    Image.fromarray(np.array([[0, np.nan], [1, 2]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="unreadable image .*a.tif.*not finite"):
+        read_image(tmp_path / "a.tif", SIZE)
 
 
 def test_exif_orientation_is_honoured(tmp_path):
