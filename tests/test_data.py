@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import ecul.data.decode
+import ecul.data.pack
 from ecul.batches import identity
 from ecul.data import Dataset, Images, open_dataset
 from ecul.data.decode import read_image
@@ -589,7 +590,7 @@ def test_writing_to_loaded_pixels_changes_no_pack(packed):
 
 
 def test_two_that_pack_at_once_do_not_mix(tmp_path, monkeypatch):
-    """Two containers: equal process numbers and root, other images, one folder of packs."""
+    """Two containers: equal process numbers, roots and packs' names, one folder of packs, other pixels."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     roots = [layouts.sysu(tmp_path / name / "root", images=2) for name in ("a", "b")]
     for number, path in enumerate(sorted(roots[1].glob("cam*/*/*.jpg"))):
@@ -598,6 +599,7 @@ def test_two_that_pack_at_once_do_not_mix(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "resolve", lambda path, **_: Path("root") if "root" in path.parts else path)
     piles = [open_dataset("sysu", root, pack=tmp_path / "packs").visible for root in roots]
     assert piles[0].source.label == piles[1].source.label
+    monkeypatch.setattr(ecul.data.pack.Files, "_stamp", lambda *_: "0" * 16)
     real, loaded, meet = ecul.data.decode.read_image, {}, threading.Barrier(2, timeout=60)
     late = {str(pile.source.paths()[-1]) for pile in piles}
 
@@ -635,14 +637,14 @@ def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
     monkeypatch.setattr(ecul.data.decode, "read_image", real)
     stamped = root / ".ecul-pack/sysu-visible-16x8-0123456789abcdef"
     killed, older = stamped.with_name(f".{stamped.name}.npy.0123.tmp"), stamped.with_suffix(".uint8.part1")
-    another = stamped.with_name(".another.0123.tmp")
+    others, fresh = stamped.with_name(".another.0123.tmp"), stamped.with_name(f".{stamped.name}.npy.4567.tmp")
     old = time.time() - 7200
-    for draft in (killed, older, another):
+    for draft in (killed, older, others, fresh):
         draft.write_bytes(b"half")
-        os.utime(draft, (old, old) if draft != another else None)
+        os.utime(draft, (old, old) if draft != fresh else None)
     assert len(pile.load(SIZE)) == len(pile)
-    assert not killed.exists() and not older.exists() and another.exists()
-    assert len(packs_in(root / ".ecul-pack")) == 2
+    assert not killed.exists() and not older.exists() and others.exists() and fresh.exists()
+    assert len(packs_in(root / ".ecul-pack")) == 3
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(packed, monkeypatch):

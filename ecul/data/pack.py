@@ -176,11 +176,13 @@ def _can_write(folder: Path) -> bool:
 
 def _remove_others(folder: Path, prefix: str, name: str) -> None:
     """Remove older packs of this label and size, those of earlier versions too, and abandoned drafts."""
-    others = [path for path in folder.glob(f"{escape(prefix)}[-.]*") if path.name != name]
-    for path in [*others, *folder.glob(".*.tmp")]:
-        with suppress(OSError):  # another process may have it open, or have removed it
-            if path.suffix != ".tmp" or time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink()
+    start = escape(prefix)
+    for pattern in (f"{start}-*.npy", f"{start}-*.uint8*", f"{start}.json", f".{start}-*.npy.*.tmp"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):  # another process may have it open, or have removed it
+                fresh = path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ABANDONED
+                if path.name != name and not fresh:
+                    path.unlink()
 
 
 def _stack(images: Iterator[np.ndarray], count: int, size: tuple[int, int]) -> torch.Tensor:
