@@ -25,8 +25,8 @@ from ecul.config import Config
 
 
 @contextmanager
-def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterator[Path | None]:
-    """Make the run's directory and hold it alone (one process of a run does); None when there is no output.
+def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterator[Any]:
+    """The run's directory as a Path, made and held alone (by one process of a run); None without output.
 
     Errors, before any work: a directory that cannot be written, is nearly full (under 1 GiB free) or is
     held by another run.
