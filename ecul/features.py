@@ -1,8 +1,10 @@
 """From images to unit feature rows."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +12,25 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ecul.augment import normalize
+from ecul.data.decode import read_images, unreadable
 from ecul.data.images import Images, check_modality
 
+CHUNK = 4096  # image files decoded before they are embedded and forgotten
 
-def extract(model, images, modality, *, batch_size=256, flip=True, progress=True):
+
+@dataclass(frozen=True)
+class FolderFeatures:
+    """(N, num_features) float32 unit rows of image files, their paths, and the paths of those skipped."""
+
+    features: torch.Tensor
+    paths: list[str]
+    modality: str
+    unreadable: list[str]
+
+
+def extract(
+    model: Any, images: Any, modality: str, *, batch_size: int = 256, flip: bool = True, progress: bool = True
+) -> torch.Tensor:
     """Embeddings of one modality's images: the re-normalised mean with the mirror image.
 
         F.normalize(model.embed(x, modality) + model.embed(x.flip(3), modality), dim=1)
@@ -26,11 +43,53 @@ def extract(model, images, modality, *, batch_size=256, flip=True, progress=True
     Source: the test feature of ECUL's and MBCCM's published code.
     """
     require_model(model)
-    pixels = as_pixels(images, modality, model.input_size, progress)
+    images = _accepted(images, modality, model.input_size)
+    if isinstance(images, list):
+        found = extract_files(model, images, modality, batch_size=batch_size, flip=flip, progress=progress)
+        return found.features
+    pixels = images.load(model.input_size, progress) if isinstance(images, Images) else images
     return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
 
 
-def require_model(model):
+def extract_files(
+    model: Any,
+    paths: Sequence,
+    modality: str,
+    *,
+    skip_unreadable: bool = False,
+    batch_size: int = 256,
+    flip: bool = True,
+    progress: bool = True,
+) -> FolderFeatures:
+    """`extract` of image files, a chunk at a time: memory is bounded however many there are.
+
+    skip_unreadable: leave out and list files that cannot be read; otherwise, or when no other is left, they
+    are a ValueError that names them all.
+    """
+    check_modality(modality)
+    require_model(model)
+    kept: list[str] = []
+    rows = [torch.empty(0, model.num_features)]
+    problems: dict[str, ValueError] = {}
+    decoded = read_images(paths, model.input_size, progress, "reading")
+    for start in range(0, len(paths), CHUNK):
+        pixels = []
+        for path, image in zip(map(str, paths[start : start + CHUNK]), decoded, strict=False):
+            if isinstance(image, ValueError):
+                problems[path] = image
+            elif skip_unreadable or not problems:
+                kept.append(path)
+                pixels.append(image)
+        if pixels and (skip_unreadable or not problems):
+            stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+            rows.append(embed_pixels(model, stacked, modality, batch_size, flip, progress).cpu())
+    if problems and not (skip_unreadable and kept):
+        advice = "; skip_unreadable of extract_folder and search leaves such images out"
+        raise unreadable(problems, len(paths), "" if skip_unreadable else advice)
+    return FolderFeatures(torch.cat(rows), kept, modality, list(problems))
+
+
+def require_model(model: Any) -> None:
     """A TypeError unless this can embed: not for a path that is to be loaded first, nor a bare backbone."""
     lacking = [name for name in ("embed", "input_size", "num_features") if not hasattr(model, name)]
     if lacking:
@@ -42,7 +101,7 @@ def require_model(model):
 
 
 @contextmanager
-def evaluating(model):
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """In here the model is in eval mode; afterwards in the mode that it was in."""
     was_training = model.training
     model.eval()
@@ -52,8 +111,8 @@ def evaluating(model):
         model.train(was_training)
 
 
-def as_pixels(images, modality, size, progress=True):
-    """Any accepted form of images as one uint8 tensor (N, 3, H, W) of this size."""
+def _accepted(images: Any, modality: str, size: tuple[int, int]) -> torch.Tensor | Images | list:
+    """A uint8 tensor (N, 3, H, W) of this size, an `Images`, or a list of paths, from whatever was given."""
     check_modality(modality)
     if isinstance(images, str | os.PathLike):
         raise TypeError(
@@ -69,20 +128,28 @@ def as_pixels(images, modality, size, progress=True):
             return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()
     if isinstance(images, np.ndarray):
-        images = Images.from_array(images, modality)
-    elif not isinstance(images, Images):
-        if not isinstance(images, Iterable):
-            kinds = "an Images, a list of paths, or a uint8 array or tensor"
-            raise TypeError(f"images must be {kinds}, got {type(images).__name__}")
-        images = list(images)
-        if other := [type(image).__name__ for image in images if not isinstance(image, str | os.PathLike)]:
-            raise TypeError(f"images: a list must hold paths, not {other[0]}; stack arrays into one")
-        images = Images.from_paths(images, modality)
-    return images.load(size, progress=progress)
+        return Images.from_array(images, modality)
+    if isinstance(images, Images):
+        return images
+    if not isinstance(images, Iterable):
+        kinds = "an Images, a list of paths, or a uint8 array or tensor"
+        raise TypeError(f"images must be {kinds}, got {type(images).__name__}")
+    paths = list(images)
+    if other := [type(path).__name__ for path in paths if not isinstance(path, str | os.PathLike)]:
+        raise TypeError(f"images: a list must hold paths, not {other[0]}; stack arrays into one")
+    return paths
 
 
 @torch.no_grad()
-def embed_pixels(model, pixels, modality, batch_size=256, flip=True, progress=False, autocast=False):
+def embed_pixels(
+    model: Any,
+    pixels: torch.Tensor,
+    modality: str,
+    batch_size: int = 256,
+    flip: bool = True,
+    progress: bool = False,
+    autocast: bool = False,
+) -> torch.Tensor:
     """`extract` for a uint8 tensor (N, 3, H, W); the rows stay on the model's device.
 
     batch_size is halved while a batch does not fit the memory. Errors: ValueError for a batch_size below 1;
@@ -110,7 +177,7 @@ def embed_pixels(model, pixels, modality, batch_size=256, flip=True, progress=Fa
     return rows
 
 
-def _embed(model, pixels, modality, flip):
+def _embed(model: Any, pixels: torch.Tensor, modality: str, flip: bool) -> torch.Tensor:
     x = normalize(pixels).contiguous(memory_format=torch.channels_last)
     features = model.embed(x, modality)
     return F.normalize(features + model.embed(x.flip(3), modality), dim=1) if flip else features

@@ -2,31 +2,22 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from ecul.common.files import hash_file, prepare_output, write_tensors
 from ecul.common.pretrained import weights_file
-from ecul.data.decode import read_images, unreadable
-from ecul.data.folders import read_folder
+from ecul.data.folders import find_images
 from ecul.data.images import check_modality
-from ecul.features import embed_pixels, require_model
+from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
 
-CHUNK = 4096  # images decoded before they are embedded and forgotten
-
-
-@dataclass(frozen=True)
-class FolderFeatures:
-    """One folder's (N, num_features) float32 unit rows, each row's path, and what was skipped."""
-
-    features: torch.Tensor
-    paths: list
-    modality: str
-    unreadable: list
+__all__ = ["FolderFeatures", "Ranking", "extract_folder", "save_features", "search"]
 
 
 @dataclass(frozen=True)
@@ -38,16 +29,12 @@ class Ranking:
     rows: torch.Tensor
     scores: torch.Tensor
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Query path -> list of {"score", "path"}, best first."""
+        ranked = zip(self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True)
         return {
-            path: [
-                {"score": score, "path": self.gallery.paths[row]}
-                for row, score in zip(rows, scores, strict=True)
-            ]
-            for path, rows, scores in zip(
-                self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True
-            )
+            path: [{"score": s, "path": self.gallery.paths[row]} for row, s in zip(rows, scores, strict=True)]
+            for path, rows, scores in ranked
         }
 
     def table(self) -> str:
@@ -59,48 +46,29 @@ class Ranking:
         return "\n".join(lines)
 
 
-def extract_folder(model, folder, modality, *, skip_unreadable=False, batch_size=256, progress=True):
+def extract_folder(
+    model: Any,
+    folder: str | os.PathLike,
+    modality: str,
+    *,
+    skip_unreadable: bool = False,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> FolderFeatures:
     """Embeddings of every image below a folder, or of one image file, as a `FolderFeatures`.
 
-        extract(model, paths, modality)          # a chunk at a time, with the paths, and some left out
+        extract(model, paths, modality)          # with the paths, and some left out
 
     model: anything with `embed(x, modality)`, `input_size` and `num_features`, on any device. Images are
     decoded a chunk at a time; batch_size is halved while a batch does not fit the GPU's memory.
     skip_unreadable: leave such files out and list them in `unreadable`. Errors: ValueError for a folder
     without images, an unknown modality, or, naming all of them, files that cannot be read.
     """
-    return _extract_paths(model, _paths(folder), modality, skip_unreadable, batch_size, progress)
+    options: dict[str, Any] = {"skip_unreadable": skip_unreadable, "batch_size": batch_size}
+    return extract_files(model, _find(folder), modality, progress=progress, **options)
 
 
-def _extract_paths(model, paths, modality, skip_unreadable=False, batch_size=256, progress=True):
-    """`extract_folder` where the images have been found."""
-    check_modality(modality)
-    require_model(model)
-    kept, rows = [], []
-    problems: dict[str, ValueError] = {}
-    for start in range(0, len(paths), CHUNK):
-        chunk = paths[start : start + CHUNK]
-        decoded = zip(chunk, read_images(chunk, model.input_size, progress, "reading"), strict=True)
-        read = {str(path): image for path, image in decoded}
-        problems |= {path: image for path, image in read.items() if isinstance(image, ValueError)}
-        pixels = [image for path, image in read.items() if path not in problems]
-        if pixels and (skip_unreadable or not problems):
-            kept += [path for path in read if path not in problems]
-            stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-            rows.append(embed_pixels(model, stacked, modality, batch_size, progress=progress).cpu())
-    if problems and not (skip_unreadable and kept):
-        advice = "" if skip_unreadable else "; skip_unreadable leaves such images out"
-        raise unreadable(list(problems.values()), len(paths), advice)
-    return FolderFeatures(torch.cat(rows), kept, modality, list(problems))
-
-
-def _paths(folder):
-    """The files of a folder's images, or the one image."""
-    folder = Path(folder)
-    return [folder] if folder.is_file() else [folder / name for name in read_folder(folder)[0].names]
-
-
-def save_features(path, found, model_path):
+def save_features(path: str | os.PathLike, found: FolderFeatures, model_path: str | os.PathLike) -> None:
     """Write a `FolderFeatures` as safetensors: tensor "features", and names, modality, model hash beside it.
 
     The metadata's values are strings: `names` and `unreadable` JSON lists of paths, `modality`, `model` and
@@ -119,7 +87,16 @@ def save_features(path, found, model_path):
     write_tensors(path, {"features": found.features}, metadata)
 
 
-def search(model, query, gallery, query_modality, gallery_modality, *, top=10, **options):
+def search(
+    model: Any,
+    query: str | os.PathLike,
+    gallery: str | os.PathLike,
+    query_modality: str,
+    gallery_modality: str,
+    *,
+    top: int = 10,
+    **options: Any,
+) -> Ranking:
     """The `top` gallery images most like each query, best first, as a `Ranking`.
 
         (query_features @ gallery_features.T).topk(top, dim=1)
@@ -131,8 +108,14 @@ def search(model, query, gallery, query_modality, gallery_modality, *, top=10, *
     if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
     check_modality(gallery_modality)
-    asks, answers = _paths(query), _paths(gallery)
-    asked = _extract_paths(model, asks, query_modality, **options)
-    searched = _extract_paths(model, answers, gallery_modality, **options)
-    scores, rows = topk_similarity(asked.features, searched.features, min(int(top), len(searched.paths)))
-    return Ranking(asked, searched, rows, scores)
+    query_files, gallery_files = _find(query), _find(gallery)  # both are there before any work
+    queries = extract_files(model, query_files, query_modality, **options)
+    answers = extract_files(model, gallery_files, gallery_modality, **options)
+    scores, rows = topk_similarity(queries.features, answers.features, min(int(top), len(answers.paths)))
+    return Ranking(queries, answers, rows, scores)
+
+
+def _find(folder: str | os.PathLike) -> list[Path]:
+    """The files of a folder's images, or the one image."""
+    folder = Path(folder)
+    return [folder] if folder.is_file() else [folder / name for name in find_images(folder)[0]]

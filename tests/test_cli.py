@@ -200,7 +200,7 @@ def test_search_over_small_galleries_and_its_refusals(photos, model):
 
 def test_a_long_folder_is_read_in_chunks(photos, model, monkeypatch):
     whole = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False)
-    monkeypatch.setattr(sys.modules["ecul.search"], "CHUNK", 2)
+    monkeypatch.setattr(sys.modules["ecul.features"], "CHUNK", 2)
     parts = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False)
     assert parts.paths == whole.paths and torch.allclose(parts.features, whole.features, atol=1e-6)
     assert sorted(parts.unreadable) == sorted(whole.unreadable)

@@ -1,10 +1,14 @@
 """Readers on every layout, regular and not; pixels; packs; checks."""
 
+import errno
 import json
 import os
+import re
 import sys
+import threading
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import layouts
@@ -15,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import ecul.data.checks
 import ecul.data.decode
+import ecul.data.pack
 from ecul.batches import identity
 from ecul.data import Dataset, Images, open_dataset
 from ecul.data.decode import read_image
+from ecul.data.layouts import LAYOUTS
 
 SIZE = (16, 8)
 
@@ -30,7 +35,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def names_of(dataset):
-    return {name: pile.names for name, pile in dataset.piles().items()}
+    return {name: pile.names for name, pile in dataset.splits().items()}
 
 
 # SYSU-MM01
@@ -138,6 +143,50 @@ def test_an_id_file_with_rubbish_is_named(tmp_path, content, problem):
         open_dataset("sysu", root)
 
 
+HUGE = ["99999999999999999999", "1" * 5000]
+
+
+@pytest.mark.parametrize("number", HUGE)
+def test_numbers_out_of_range_are_named_with_file_and_line(tmp_path, number):
+    root = layouts.sysu(tmp_path / "sysu")
+    layouts.text(root / "exp/val_id.txt", f"4,{number}")
+    with pytest.raises(ValueError, match="val_id.txt': entry 2 .*at most 9 digits, not '") as error:
+        open_dataset("sysu", root)
+    assert len(str(error.value)) < 400
+    root = layouts.regdb(tmp_path / "regdb")
+    path = root / "idx/train_visible_1.txt"
+    path.write_text(path.read_text() + f"Visible/1/a.bmp {number}\n")
+    with pytest.raises(ValueError, match="train_visible_1.txt', line 7: the label .*at most 9 digits"):
+        open_dataset("regdb", root)
+    root = layouts.llcm(tmp_path / "llcm")
+    path = root / "idx/train_vis.txt"
+    path.write_text(f"vis/0001/0001_c{number}_s1.jpg 0\n" + path.read_text())
+    with pytest.raises(ValueError, match="train_vis.txt', line 1: the camera .*at most 9 digits"):
+        open_dataset("llcm", root)
+
+
+def test_numbers_out_of_range_in_names_and_arrays_are_named(tmp_path):
+    root = layouts.market(tmp_path)
+    layouts.picture(root / f"rgb_modify/bounding_box_train/{HUGE[0]}_c1_1.jpg")
+    with pytest.raises(ValueError, match=f"name 'rgb_modify/.*/{HUGE[0]}_c1_1.jpg' .*at most 9 digits"):
+        open_dataset("market", root)
+    gray = np.zeros((1, 4, 4), np.uint8)
+    with pytest.raises(ValueError, match="camids: expected numbers of int64, not 18446744073709551615"):
+        Images.from_array(gray, "visible", camids=np.array([2**64 - 1], np.uint64))
+
+
+@pytest.mark.parametrize(
+    "content", ["NaN", "Infinity", "1e400", "-1", "1.5", "true", "9" * 5000, "[" * 100_000]
+)
+def test_a_description_with_rubbish_is_named(tmp_path, content):
+    root = layouts.sysu(tmp_path)
+    described(root)
+    path = root / "synthetic.json"
+    path.write_text(re.sub('"visible": [0-9]+', f'"visible": {content}', path.read_text()))
+    report = open_dataset("sysu", root).check()
+    assert not report.ok and "synthetic.json' cannot be read" in report.errors[0]
+
+
 # RegDB, LLCM, Market-1501 style
 
 
@@ -151,10 +200,10 @@ def test_regdb_trials_differ_and_share_one_pack(tmp_path):
     assert second.infrared.names == [line.split(" ")[0] for line in lines]
     assert second.infrared.pids.tolist() == [int(line.split(" ")[1]) for line in lines]
     for dataset in (first, second):
-        for pile in dataset.piles().values():
+        for pile in dataset.splits().values():
             expected = np.stack([read_image(root / name, SIZE) for name in pile.names])
             np.testing.assert_array_equal(pile.load(SIZE).permute(0, 2, 3, 1).numpy(), expected)
-    assert len(list((root / ".ecul-pack").glob("*.uint8"))) == 2
+    assert len(list((root / ".ecul-pack").glob("*.npy"))) == 2
 
 
 def test_regdb_default_trial_is_the_first(tmp_path):
@@ -293,7 +342,7 @@ def test_a_run_reads_what_it_was_opened_with(tmp_path, monkeypatch):
     shared = [Dataset.from_folders(*pair, pack=packs) for pair in ((day, night), other)]
     for dataset in shared:
         dataset.visible.load(SIZE, progress=False)
-    assert len(list(packs.glob("*.uint8"))) == 2  # neither takes the other's place
+    assert len(list(packs.glob("*.npy"))) == 2  # neither takes the other's place
     root = layouts.sysu(tmp_path / "sysu")
     monkeypatch.chdir(root.parent)
     dataset = open_dataset("sysu", root.name, pack=False)
@@ -428,6 +477,12 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
     assert (read_image(tmp_path / f"b{suffix}", (12, 6)) == 255).all()
 
 
+def test_pixels_that_are_not_finite_are_refused(tmp_path):
+    Image.fromarray(np.array([[0, np.nan], [1, 2]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="unreadable image .*a.tif.*not finite"):
+        read_image(tmp_path / "a.tif", SIZE)
+
+
 def test_exif_orientation_is_honoured(tmp_path):
     image = Image.fromarray(layouts.noise("upright", size=(6, 12)))
     exif = Image.Exif()
@@ -479,9 +534,9 @@ def test_a_pack_holds_what_direct_reading_gives(packed, monkeypatch):
     direct = open_dataset("sysu", root, pack=False).visible.load(SIZE)
     assert not (root / ".ecul-pack").exists()
     assert torch.equal(pile.load(SIZE), direct)
-    manifest = json.loads((root / ".ecul-pack/sysu-visible-16x8.json").read_text())
-    assert [source[0] for source in manifest["sources"]] == pile.names
-    assert manifest["size"] == [16, 8] and len(manifest["hash"]) == 32
+    (name,) = packs_in(root / ".ecul-pack")
+    assert re.fullmatch("sysu-visible-16x8-[0-9a-f]{16}.npy", name)
+    assert torch.equal(torch.from_numpy(np.load(root / ".ecul-pack" / name)).permute(0, 3, 1, 2), direct)
     forbid_decoding(monkeypatch)
     assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), direct)
     with pytest.raises(AssertionError, match="decoded"):
@@ -498,24 +553,72 @@ def test_a_pack_is_rebuilt_when_a_source_changed(packed):
     after = open_dataset("sysu", root).visible.load(SIZE)
     assert after[3].max() == 0 and torch.equal(after[:3], before[:3])
     second = packs_in(root / ".ecul-pack")
-    assert len(second) == len(first) == 2 and second != first
+    assert len(second) == len(first) == 1 and second != first
     os.remove(path)
     assert len(open_dataset("sysu", root).visible.load(SIZE)) == len(before) - 1
 
 
-@pytest.mark.parametrize("harm", ["cut", "no manifest", "half manifest", "other manifest"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "no header", "half a header", "another's"])
 def test_a_damaged_pack_is_not_used(packed, harm):
     pile, root = packed
     before = pile.load(SIZE).clone()
-    folder = root / ".ecul-pack"
-    data, manifest = next(folder.glob("*.uint8")), next(folder.glob("*.json"))
-    if harm == "cut":
-        data.write_bytes(data.read_bytes()[:-1])
-    elif harm == "no manifest":
-        manifest.unlink()
+    pack = next((root / ".ecul-pack").glob("*.npy"))
+    content = pack.read_bytes()
+    if harm == "another's":
+        np.save(pack, np.zeros((len(pile), 3, *SIZE), np.uint8))
     else:
-        manifest.write_text(manifest.read_text()[:-9] if harm == "half manifest" else "[]")
+        kept = {"cut": content[:-17], "empty": b"", "no header": content[128:], "half a header": content[:50]}
+        pack.write_bytes(kept[harm])
     assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), before)
+    assert pack.read_bytes() == content  # written again
+
+
+def test_packs_of_earlier_versions_make_way(packed):
+    pile, root = packed
+    for name in ("sysu-visible-16x8.json", "sysu-visible-16x8-0123456789abcdef.uint8"):
+        layouts.text(root / ".ecul-pack" / name, "as version 1 wrote them")
+    others = [layouts.text(root / ".ecul-pack" / f"sysu-visible-{size}.npy", "") for size in ("16x80", "8x4")]
+    pile.load(SIZE)
+    assert len(packs_in(root / ".ecul-pack")) == 3 and all(other.exists() for other in others)
+
+
+def test_writing_to_loaded_pixels_changes_no_pack(packed):
+    pile, _ = packed
+    before = pile.load(SIZE).clone()
+    pile.load(SIZE).zero_()
+    assert torch.equal(pile.load(SIZE), before)
+
+
+def test_two_that_pack_at_once_do_not_mix(tmp_path, monkeypatch):
+    """Two containers: equal process numbers, roots and packs' names, one folder of packs, other pixels."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    roots = [layouts.sysu(tmp_path / name / "root", images=2) for name in ("a", "b")]
+    for number, path in enumerate(sorted(roots[1].glob("cam*/*/*.jpg"))):
+        Image.fromarray(np.full((12, 6, 3), number % 256, np.uint8)).save(path)
+    own = [open_dataset("sysu", root, pack=False).visible.load(SIZE) for root in roots]
+    monkeypatch.setattr(Path, "resolve", lambda path, **_: Path("root") if "root" in path.parts else path)
+    piles = [open_dataset("sysu", root, pack=tmp_path / "packs").visible for root in roots]
+    assert piles[0].source.label == piles[1].source.label
+    monkeypatch.setattr(ecul.data.pack.Files, "_stamp", lambda *_: "0" * 16)
+    real, loaded, meet = ecul.data.decode.read_image, {}, threading.Barrier(2, timeout=60)
+    late = {str(pile.source.paths()[-1]) for pile in piles}
+
+    def read(path, size):
+        if str(path) in late:
+            meet.wait()  # both have a draft by now
+        return real(path, size)
+
+    monkeypatch.setattr(ecul.data.decode, "read_image", read)
+    threads = [
+        threading.Thread(target=lambda i=i, pile=pile: loaded.update({i: pile.load(SIZE, progress=False)}))
+        for i, pile in enumerate(piles)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(loaded[0], own[0]) and torch.equal(loaded[1], own[1])
+    assert not torch.equal(*own) and all(".tmp" not in name for name in packs_in(tmp_path / "packs"))
 
 
 def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
@@ -532,12 +635,28 @@ def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
         pile.load(SIZE)
     assert packs_in(root / ".ecul-pack") == []
     monkeypatch.setattr(ecul.data.decode, "read_image", real)
-    killed = root / ".ecul-pack/sysu-visible-16x8-0123456789abcdef.uint8.part1"
-    killed.write_bytes(b"half")
+    stamped = root / ".ecul-pack/sysu-visible-16x8-0123456789abcdef"
+    killed, older = stamped.with_name(f".{stamped.name}.npy.0123.tmp"), stamped.with_suffix(".uint8.part1")
+    others, fresh = stamped.with_name(".another.0123.tmp"), stamped.with_name(f".{stamped.name}.npy.4567.tmp")
     old = time.time() - 7200
-    os.utime(killed, (old, old))
+    for draft in (killed, older, others, fresh):
+        draft.write_bytes(b"half")
+        os.utime(draft, (old, old) if draft != fresh else None)
     assert len(pile.load(SIZE)) == len(pile)
-    assert not killed.exists() and len(packs_in(root / ".ecul-pack")) == 2
+    assert not killed.exists() and not older.exists() and others.exists() and fresh.exists()
+    assert len(packs_in(root / ".ecul-pack")) == 3
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(packed, monkeypatch):
+    pile, root = packed
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="cannot pack into .*No space left.*pack=False reads directly"):
+        pile.load(SIZE)
+    assert packs_in(root / ".ecul-pack") == []
 
 
 def test_packs_go_elsewhere_when_the_root_cannot_be_written(packed, tmp_path, monkeypatch):
@@ -545,9 +664,9 @@ def test_packs_go_elsewhere_when_the_root_cannot_be_written(packed, tmp_path, mo
     direct = open_dataset("sysu", root, pack=False).visible.load(SIZE)
     layouts.text(root / ".ecul-pack", "in the way")
     assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), direct)
-    assert len(list((tmp_path / "cache").rglob("*.uint8"))) == 1
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 1
     chosen = open_dataset("sysu", root, pack=tmp_path / "chosen")
-    assert torch.equal(chosen.visible.load(SIZE), direct) and len(packs_in(tmp_path / "chosen")) == 2
+    assert torch.equal(chosen.visible.load(SIZE), direct) and len(packs_in(tmp_path / "chosen")) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(root / ".ecul-pack"))
     with pytest.warns(UserWarning, match="can be written; reading images directly"):
         assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), direct)
@@ -571,9 +690,9 @@ def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
     assert subset.ok and "a subset, as asked for" in subset.verdict
     published = {
         name: {"identities": len(set(pile.pids)), "images": len(pile)}
-        for name, pile in open_dataset("sysu", root).piles().items()
+        for name, pile in open_dataset("sysu", root).splits().items()
     }
-    monkeypatch.setitem(ecul.data.checks.PUBLISHED, "sysu", published)
+    monkeypatch.setitem(LAYOUTS, "sysu", replace(LAYOUTS["sysu"], counts=published))
     assert open_dataset("sysu", root).check().verdict == "OK: 'sysu', 144 images, as published"
     layouts.picture(root / "cam1/0001/0009.jpg")
     for option in (False, True):
@@ -583,7 +702,7 @@ def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
 
 
 def test_published_totals_add_up():
-    sysu, llcm = ecul.data.checks.PUBLISHED["sysu"], ecul.data.checks.PUBLISHED["llcm"]
+    sysu, llcm = LAYOUTS["sysu"].counts, LAYOUTS["llcm"].counts
     assert sysu["visible"]["images"] + sysu["infrared"]["images"] == 34_167
     assert sum(pile["images"] for pile in llcm.values()) == 46_767
     assert llcm["visible"]["identities"] + llcm["test_visible"]["identities"] == 1_064
@@ -633,7 +752,7 @@ def test_a_check_finds_a_damaged_pack(tmp_path):
     dataset = described(layouts.sysu(tmp_path))
     dataset.visible.load(SIZE)
     assert dataset.check(decode=True, progress=False).ok
-    data = next((tmp_path / ".ecul-pack").glob("*.uint8"))
+    data = next((tmp_path / ".ecul-pack").glob("*.npy"))
     content = bytearray(data.read_bytes())
     content[7] ^= 1
     data.write_bytes(content)

@@ -1,9 +1,12 @@
 """Networks in a directory: safetensors with complete metadata, and back."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ecul import __version__
 from ecul.common.files import write_json, write_tensors
@@ -12,7 +15,7 @@ from ecul.common.names import shorten
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 
 
-def weights_file(path):
+def weights_file(path: str | os.PathLike) -> Path:
     """The weights' file of a directory, or the file itself."""
     path = Path(path)
     return path / "model.safetensors" if path.is_dir() else path
@@ -23,11 +26,16 @@ class Pretrained(nn.Module):
 
     settings: dict
 
-    def described(self):
-        """What it is, for an error message."""
+    def described(self) -> str:
+        """What network this is, for an error message."""
         return f"this {type(self).__name__}"
 
-    def save_pretrained(self, directory, metadata=None, config=None):
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        metadata: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write `model.safetensors` and `config.json` into a directory.
 
         metadata: a dict for the former's header, beside architecture, sizes, mean, std and version; config: a
@@ -42,7 +50,7 @@ class Pretrained(nn.Module):
         write_json(directory / "config.json", {**(config or {}), "model": self.settings})
 
     @classmethod
-    def _find(cls, path):
+    def _find(cls, path: str | os.PathLike) -> tuple[Path, dict[str, str]]:
         """The weights file in a directory, or itself, and its metadata; a ValueError for another network."""
         file = weights_file(path)
         if not file.is_file():
@@ -63,8 +71,8 @@ class Pretrained(nn.Module):
             raise ValueError(f"{file} holds {found or 'no named network'}, not {cls.__name__}; {hint}")
         return file, metadata
 
-    def load(self, state, path, own=()):
-        """Take these weights from `path`; `own`: beginnings of names that it need not hold.
+    def load(self, state: Mapping[str, Tensor], path: str | os.PathLike, own: tuple[str, ...] = ()) -> None:
+        """Take these weights, read from `path`; own: beginnings of names that they need not hold.
 
         Errors: ValueError that lists what is missing, unknown or of another shape.
         """

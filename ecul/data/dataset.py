@@ -1,34 +1,32 @@
-"""Piles of images and the data sets made of them.
+"""Data sets: the images to train on and those to test on, from the field's downloads or a person's own.
 
-`Images` is one ordered pile of one modality, `Dataset` holds the piles to train and test on, and
-`open_dataset` reads the field's downloads as they are. Identities are only ever read by evaluation, by
-monitors and by checks.
+Identities are only ever read by evaluation, by monitors and by checks.
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from ecul import MODALITIES
 from ecul.common.names import did_you_mean
-from ecul.data import checks, folders, layouts
-from ecul.data.images import Images
+from ecul.data.checks import CheckResult, check_dataset
+from ecul.data.folders import find_images
+from ecul.data.images import Column, Images, Pixels
+from ecul.data.layouts import LAYOUTS, SPLITS, Layout
 from ecul.data.pack import Files
 
-PILES = ("visible", "infrared", "test_visible", "test_infrared")
+PROTOCOLS = ("sysu", "regdb", "llcm")
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The piles of one data set: `visible`, `infrared` to train on, `test_*` to evaluate with `protocol`.
+    """The splits of one data set: `visible`, `infrared` to train on, `test_*` to evaluate with `protocol`.
 
-    Each pile is an `Images`. trial: RegDB's. subset: fewer images than published were asked for. extra: paths
-    that the reader did not expect. options: what `open_dataset` needs besides name and root to open it again.
-    `check()` compares all of it with what was published. Errors: ValueError for an unknown protocol or a
-    pile of the other modality.
+    Each split is an `Images`. trial: RegDB's. subset: fewer images than published were asked for. extra:
+    paths that the reader did not expect. options: what `open_dataset` needs besides name and root to open it
+    again. `check()` compares all of it with what was published. Errors: ValueError for an unknown protocol
+    or a split of the other modality.
     """
 
     name: str
@@ -41,43 +39,35 @@ class Dataset:
     trial: int | None = None
     subset: bool = False
     extra: tuple[str, ...] = field(default=(), repr=False)
-    options: dict = field(default_factory=dict, repr=False)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self):
-        if self.protocol not in (None, "sysu", "regdb", "llcm"):
+    def __post_init__(self) -> None:
+        if self.protocol not in (None, *PROTOCOLS):
             raise ValueError(f"protocol: expected 'sysu', 'regdb', 'llcm' or None, not {self.protocol!r}")
-        for name in PILES:
-            pile = getattr(self, name)
-            if pile is not None and pile.modality != name.removeprefix("test_"):
-                raise ValueError(f"{name}: expected {name.removeprefix('test_')} images, not {pile.modality}")
+        for name, images in self.splits().items():
+            if images.modality != name.removeprefix("test_"):
+                raise ValueError(
+                    f"{name}: expected {name.removeprefix('test_')} images, not {images.modality}"
+                )
 
-    def piles(self) -> dict[str, Images]:
-        """The piles that are there, by name."""
-        return {name: pile for name in PILES if (pile := getattr(self, name)) is not None}
+    def splits(self) -> dict[str, Images]:
+        """The splits that are there, by name."""
+        return {name: images for name in SPLITS if (images := getattr(self, name)) is not None}
 
-    def check(self, decode: bool = False, progress: bool = True) -> checks.Report:
-        """Compare it with what was published, without raising; see `ecul.data.checks.check_images`."""
-        return checks.check_images(
-            self.piles(),
-            name=self.name,
-            root=self.root,
-            protocol=self.protocol,
-            subset=self.subset,
-            extra=self.extra,
-            decode=decode,
-            progress=progress,
-        )
+    def check(self, decode: bool = False, progress: bool = True) -> CheckResult:
+        """Compare it with what was published, without raising; see `ecul.data.checks.check_dataset`."""
+        return check_dataset(self, decode, progress)
 
     @classmethod
     def from_arrays(
         cls,
-        visible,
-        infrared,
+        visible: Pixels,
+        infrared: Pixels,
         *,
-        visible_cameras=None,
-        infrared_cameras=None,
-        visible_pids=None,
-        infrared_pids=None,
+        visible_cameras: Column = None,
+        infrared_cameras: Column = None,
+        visible_pids: Column = None,
+        infrared_pids: Column = None,
         test: "Dataset | None" = None,
         protocol: str | None = None,
         name: str = "arrays",
@@ -100,12 +90,12 @@ class Dataset:
     @classmethod
     def from_folders(
         cls,
-        visible,
-        infrared,
+        visible: str | os.PathLike,
+        infrared: str | os.PathLike,
         *,
         cameras: bool = False,
         skip_unreadable: bool = False,
-        pack: bool | str | Path = True,
+        pack: bool | str | os.PathLike = True,
     ) -> "Dataset":
         """Two folders of one's own images, read with all their sub-folders; no identity is needed.
 
@@ -115,34 +105,31 @@ class Dataset:
         in `open_dataset`. Errors: ValueError for a folder without images, or one that lies in the other.
         """
         places = {"visible": Path(visible).absolute(), "infrared": Path(infrared).absolute()}
-        folders.require_apart(*places.values())
+        a, b = (folder.resolve() for folder in places.values())
+        if a == b or a in b.parents or b in a.parents:  # its images would count in both modalities
+            got = " and ".join(repr(str(folder)) for folder in places.values())
+            raise ValueError(f"visible and infrared: expected two folders apart, got {got}")
         advice = "; skip_unreadable=True leaves such images out"
-        piles, extra = {}, []
+        splits: dict[str, Any] = {}
+        extra: list[str] = []
         for modality, folder in places.items():
-            found, others = folders.read_folder(folder, cameras)
-            if skip_unreadable:
-                found = folders.only_readable(found, folder)
-            source = Files(folder, found.names, f"folders-{modality}", pack, advice)
-            piles[modality] = Images._of(modality, found.names, found.camids, None, source)
+            names, camids, others = find_images(folder, cameras, skip_unreadable)
+            source = Files(folder, names, f"folders-{modality}", pack, advice)
+            splits[modality] = Images(modality, names, source, camids)
             extra += [str(folder / other) for other in others]
         root = places["visible"].parent
         given = {m: str(f.relative_to(root) if f.is_relative_to(root) else f) for m, f in places.items()}
-        options = {**given, **_packing(pack), "cameras": cameras, "skip_unreadable": skip_unreadable}
-        visible, infrared = (piles[m] for m in MODALITIES)
-        return cls("folders", str(root), visible, infrared, extra=tuple(extra), options=options)
+        options = {**given, "cameras": cameras, "skip_unreadable": skip_unreadable, **_packing(pack)}
+        return cls("folders", str(root), **splits, extra=tuple(extra), options=options)
 
 
-_OPTIONS = {
-    "sysu": ("subset", "pack"),
-    "regdb": ("trial", "subset", "pack"),
-    "llcm": ("subset", "pack"),
-    "market": ("trial", "protocol", "subset", "pack"),
-    "folders": ("visible", "infrared", "cameras", "skip_unreadable", "pack"),
+OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults, by data set
+    **{name: {**layout.options, "subset": False, "pack": True} for name, layout in LAYOUTS.items()},
+    "folders": {**{m: m for m in MODALITIES}, "cameras": False, "skip_unreadable": False, "pack": True},
 }
-_FLAGS = ("subset", "cameras", "skip_unreadable")
 
 
-def open_dataset(name: str, root, **options) -> Dataset:
+def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     """A data set in the folder `root`: "sysu", "regdb", "llcm" or "market" as downloaded, or "folders".
 
     Options, and the data sets that have them:
@@ -155,53 +142,52 @@ def open_dataset(name: str, root, **options) -> Dataset:
     default "visible" and "infrared"; cameras, skip_unreadable: as there.
     Raises ValueError naming what is missing and what the layout should be, or an option that is none.
     """
-    if name not in _OPTIONS:
-        listed = ", ".join(_OPTIONS)
-        raise ValueError(f"name: expected one of {listed}, not {name!r}{did_you_mean(name, _OPTIONS)}")
-    known = _OPTIONS[name]
+    if name not in OPTIONS:
+        listed = ", ".join(OPTIONS)
+        raise ValueError(f"name: expected one of {listed}, not {name!r}{did_you_mean(name, OPTIONS)}")
+    known = OPTIONS[name]
     for option, value in options.items():
         if option not in known:
             hint = did_you_mean(option, known)
             raise ValueError(f"{option}: no option of {name!r}{hint}; its options are {', '.join(known)}")
-        if option in _FLAGS and not isinstance(value, bool):
+        if known[option] is False and not isinstance(value, bool):
             raise ValueError(f"{option} must be True or False, got {value!r}")
     root = Path(root).absolute()
     if not root.is_dir():
         raise ValueError(f"root: {str(root)!r} is not a folder")
-    if name == "folders":
-        places = {m: root / options.get(m, m) for m in MODALITIES}
-        if absent := [str(folder) for folder in places.values() if not folder.is_dir()]:
-            raise ValueError(
-                f"root: {str(root)!r} should hold the folders visible and infrared, unless the options of "
-                f"these names say otherwise; there is no {' nor '.join(absent)}"
-            )
-        return Dataset.from_folders(**{**options, **places})
-    return _open_published(name, root, **options)
+    options = {**known, **options}
+    if name in LAYOUTS:
+        return _open_layout(name, LAYOUTS[name], root, **options)
+    places = {m: root / options[m] for m in MODALITIES}
+    if absent := [str(folder) for folder in places.values() if not folder.is_dir()]:
+        raise ValueError(
+            f"root: {str(root)!r} should hold the folders visible and infrared, unless the options of "
+            f"these names say otherwise; there is no {' nor '.join(absent)}"
+        )
+    return Dataset.from_folders(**{**options, **places})
 
 
-def _packing(pack) -> dict:
-    """The option `pack` where it is not the default, for `Dataset.options`."""
-    return {} if pack is True else {"pack": pack and os.path.abspath(pack)}
-
-
-_READERS: dict[str, Callable[..., layouts.Found]] = {
-    "sysu": layouts.read_sysu,
-    "regdb": layouts.read_regdb,
-    "llcm": layouts.read_llcm,
-    "market": layouts.read_market,
-}
-
-
-def _open_published(name: str, root: Path, pack=True, subset=False, trial=None, protocol=None) -> Dataset:
-    if name == "regdb" and trial is None:
-        trial = 1
-    found, extra = _READERS[name](root, trial) if name in ("regdb", "market") else _READERS[name](root)
-    given = {"subset": subset or None, "trial": trial, "protocol": protocol}
+def _open_layout(name: str, layout: Layout, root: Path, subset: bool, pack: Any, **options: Any) -> Dataset:
+    found, extra = layout.read(root, **options)
+    trial = options.get("trial")
+    label = name if layout.shared or trial is None else f"{name}{trial}"
+    sources: dict[str, Files] = {}
+    splits: dict[str, Any] = {}
+    for split, entries in found.items():
+        modality = split.removeprefix("test_")
+        names, pids, camids = (list(column) for column in zip(*entries, strict=True))
+        home = modality if layout.shared else split.replace("_", "-")
+        if home not in sources:
+            held = sorted({*names, *(e.name for e in found[f"test_{modality}"])}) if layout.shared else names
+            sources[home] = Files(root, held, f"{label}-{home}", pack)
+        row = {path: place for place, path in enumerate(sources[home].names)}
+        splits[split] = Images(modality, names, sources[home], camids, pids, [row[path] for path in names])
+    given = {"subset": subset or None, **options}
     return Dataset(
-        name=name,
-        root=str(root),
-        **_piles(root, name, trial, found, pack),
-        protocol=protocol if name == "market" else name,
+        name,
+        str(root),
+        **splits,
+        protocol=layout.protocol or options.get("protocol"),
         trial=trial,
         subset=subset,
         extra=tuple(extra),
@@ -209,25 +195,6 @@ def _open_published(name: str, root: Path, pack=True, subset=False, trial=None, 
     )
 
 
-def _piles(root: Path, name: str, trial, found: dict[str, layouts.Listing], pack) -> dict[str, Images]:
-    """RegDB's ten trials share one source a modality, so that its images are packed once."""
-    label = name if name == "regdb" or trial is None else f"{name}{trial}"
-    sources = {}
-    for key, listing in found.items():
-        if name != "regdb":
-            sources[key] = Files(root, listing.names, f"{label}-{key.replace('_', '-')}", pack)
-        elif not key.startswith("test_"):
-            names = sorted({*listing.names, *found["test_" + key].names})
-            sources[key] = sources["test_" + key] = Files(root, names, f"{label}-{key}", pack)
-    piles = {}
-    for key, listing in found.items():
-        row = {path: place for place, path in enumerate(sources[key].names)}
-        piles[key] = Images(
-            key.removeprefix("test_"),
-            listing.names,
-            np.array(listing.camids, np.int64),
-            np.array(listing.pids, np.int64),
-            sources[key],
-            np.array([row[path] for path in listing.names], np.int64),
-        )
-    return piles
+def _packing(pack: Any) -> dict[str, Any]:
+    """The option `pack` where it is not the default, for `Dataset.options`."""
+    return {} if pack is True else {"pack": pack and os.path.abspath(pack)}

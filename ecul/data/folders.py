@@ -1,61 +1,76 @@
-"""Folders of one's own images: no layout, no identities, sub-folders of any depth."""
+"""Images in folders: what one folder holds, and all below one of a person's own."""
 
 import logging
+import os
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from ecul.common.names import shorten
-from ecul.data.decode import read_images, unreadable
-from ecul.data.layouts import Listing, list_folder
+from ecul.data.decode import find_unreadable, pillow, unreadable
 
 log = logging.getLogger("ecul")
 
+# Images by their name, which Pillow reads with a plug-in or never: they count as unreadable, not as absent.
+CAMERA_FORMATS = frozenset((".heic", ".heif", ".hif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw"))
 
-def read_folder(folder: Path, cameras: bool = False) -> tuple[Listing, list[str]]:
-    """Every image below a folder, and all other files; with `cameras`, each sub-folder is one, by name."""
+
+@lru_cache(maxsize=1)
+def _extensions() -> frozenset[str]:
+    image_module = pillow()[0]
+    known = image_module.registered_extensions()
+    return frozenset(ending for ending, kind in known.items() if kind in image_module.OPEN) | CAMERA_FORMATS
+
+
+def list_folder(folder: Path, root: Path) -> tuple[list[str], list[str], list[str]]:
+    """Sorted images, other files and sub-folders of a folder, relative to root; hidden ones are left out."""
+    images, others, folders = [], [], []
+    prefix = folder.relative_to(root).as_posix()
+    for name in sorted(os.listdir(folder)):
+        if name.startswith("."):
+            continue
+        relative = name if prefix == "." else f"{prefix}/{name}"
+        if os.path.isdir(folder / name):
+            folders.append(relative)
+        elif os.path.splitext(name)[1].lower() in _extensions():
+            images.append(relative)
+        else:
+            others.append(relative)
+    return images, others, folders
+
+
+def find_images(
+    folder: Path, cameras: bool = False, skip_unreadable: bool = False
+) -> tuple[list[str], list[int], list[str]]:
+    """Every image below a folder, its camera, and all other files, by paths relative to the folder.
+
+    cameras: each sub-folder is one, numbered from 1 by name; otherwise all are 0. skip_unreadable: leave out
+    images that cannot be decoded, with a warning that names them. Errors: ValueError for no folder, none of
+    whose images is left, or an image in no camera's folder.
+    """
     if not folder.is_dir():
         kind = "is not a folder of images" if folder.exists() else "does not exist"
         raise ValueError(f"{str(folder)!r} {kind}")
-    images, extra, inner = list_folder(folder, folder)
-    if cameras and images:
-        raise ValueError(f"{str(folder)!r}: with a sub-folder a camera, {images[0]!r} belongs to no camera")
-    listing = Listing()
-    listing.add(images, 0, 0)
+    found, extra, inner = list_folder(folder, folder)
+    if cameras and found:
+        raise ValueError(f"{str(folder)!r}: with a sub-folder a camera, {found[0]!r} belongs to no camera")
+    camera_of = dict.fromkeys(found, 0)
     for number, name in enumerate(inner, 1):
-        for below, others in _walk(folder / name, folder, [folder.resolve()]):
-            listing.add(below, 0, number if cameras else 0)
+        for images, others in _walk(folder / name, folder, [folder.resolve()]):
+            camera_of |= dict.fromkeys(images, number if cameras else 0)
             extra += others
-    if not listing.names:
+    if not camera_of:
         held = f": {shorten(extra, 3)}" if extra else ""
         raise ValueError(f"{str(folder)!r} holds no image that Pillow reads{held}")
-    return listing, extra
+    if skip_unreadable and (problems := find_unreadable([folder / name for name in camera_of])):
+        if len(problems) == len(camera_of):
+            raise unreadable(problems, len(camera_of))
+        log.warning("%s", unreadable(problems, len(camera_of), " and are left out"))
+        camera_of = {name: c for name, c in camera_of.items() if str(folder / name) not in problems}
+    return list(camera_of), list(camera_of.values()), extra
 
 
-def require_apart(visible: Path, infrared: Path) -> None:
-    """A ValueError when one folder is or lies in the other: its images would count in both modalities."""
-    a, b = visible.resolve(), infrared.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise ValueError(
-            f"visible and infrared: expected two folders apart, got {str(visible)!r} and {str(infrared)!r}"
-        )
-
-
-def only_readable(found: Listing, folder: Path) -> Listing:
-    """The images of a folder that can be decoded; a warning names the others."""
-    kept, problems = Listing(), []
-    decoded = read_images([folder / name for name in found.names], (8, 4), True, "decoding")
-    for name, camid, image in zip(found.names, found.camids, decoded, strict=True):
-        if isinstance(image, ValueError):
-            problems.append(image)
-        else:
-            kept.add([name], 0, camid)
-    if not kept.names:
-        raise unreadable(problems, len(found.names))
-    if problems:
-        log.warning("%s", unreadable(problems, len(found.names), " and are left out"))
-    return kept
-
-
-def _walk(folder: Path, root: Path, above: list[Path]):
+def _walk(folder: Path, root: Path, above: list[Path]) -> Iterator[tuple[list[str], list[str]]]:
     """Images and other files of a folder and of those below it; a link back to one above is not followed."""
     here = folder.resolve()
     if here in above:

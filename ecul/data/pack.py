@@ -1,11 +1,12 @@
-"""Pixels of a pile of images: decoded in parallel, resized once, kept in one memory-mapped file.
+"""Where the pixels of images come from: memory, or files, whose pixels one memory-mapped pack keeps.
 
-A pack is `<label>-<H>x<W>-<stamp>.uint8`, the raw (N, H, W, 3) bytes, beside `<label>-<H>x<W>.json`, its
-manifest: sources with sizes and modification times, the stamp made of them, and the hash of the bytes.
-The manifest is written last, and both are renamed into place, so that a half pack is never found.
+A pack is one file `<label>-<H>x<W>-<stamp>.npy`: the (N, H, W, 3) uint8 pixels as `np.load` reads them, then
+16 bytes, the hash of all before. The stamp is that of the images' names, sizes and modification times, so a
+pack of other images is never found; the file is renamed into place when it is whole.
 """
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -13,26 +14,30 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ecul.common.files import hash_file, write_file
-from ecul.data.decode import in_parallel, pillow, read_all, resize
+from ecul.common.files import draft
+from ecul.data.decode import in_parallel, pillow, read_images, resize, unreadable
 
-_VERSION = 1
+Place = str | os.PathLike
+
+VERSION = 2  # of a pack; part of its stamp
+HASH = 16  # bytes at a pack's end
+ABANDONED = 3600  # seconds without a write after which a draft is nobody's
 
 
 class Arrays:
-    """Pixels that are already in memory: uint8 (N, H, W, 3) or (N, H, W)."""
+    """Pixels in memory: uint8 (N, H, W, 3) or (N, H, W)."""
 
     def __init__(self, pixels: np.ndarray):
         self.pixels = pixels
 
     def load(self, rows: np.ndarray, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
+        """The pixels of these rows as a (n, 3, H, W) uint8 tensor, resized where their size differs."""
         if self.pixels.shape[1:3] == tuple(size):
             chosen = torch.from_numpy(self.pixels[rows])
             chosen = chosen if chosen.ndim == 4 else chosen[..., None].expand(-1, -1, -1, 3)
@@ -45,49 +50,54 @@ class Arrays:
 
 
 class Files:
-    """Image files under one root; `label` names their pack, `folder` says where packs lie, `advice` what to
-    do about an image that cannot be read.
+    """Image files under one root, and the folders where their pack may lie.
 
-    folder: None reads directly; True is `<root>/.ecul-pack`, or the user's cache where the root cannot be
-    written; a path is that folder and no other.
+    label: the beginning of the pack's name. pack: False reads the files directly; True packs into
+    `<root>/.ecul-pack`, or into the user's cache where the root cannot be written; a path is that folder and
+    no other. advice: what to do about an image that cannot be read, for the error.
     """
 
-    def __init__(self, root, names: Sequence[str], label: str, folder=None, advice: str = ""):
+    def __init__(
+        self, root: Place, names: Sequence[str], label: str = "", pack: bool | Place = False, advice: str = ""
+    ):
         self.root, self.names, self.label, self.advice = Path(root), list(names), label, advice
         key = hashlib.blake2b(os.fsencode(self.root.resolve()), digest_size=8).hexdigest()
-        if folder is True:
+        self.folders: list[Path] = []
+        if pack is True:
             home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
             self.folders = [self.root / ".ecul-pack", Path(home) / "ecul" / key]
-        elif folder:  # which data sets may share
-            self.folders, self.label = [Path(folder)], f"{label}-{key}"
-        else:
-            self.folders = []
+        elif pack:  # which data sets may share
+            self.folders, self.label = [Path(pack)], f"{label}-{key}"
 
-    def paths(self, rows=None) -> list[Path]:
+    def paths(self, rows: np.ndarray | None = None) -> list[Path]:
         """Where the images at `rows` lie, or all of them."""
         return [self.root / self.names[row] for row in (range(len(self.names)) if rows is None else rows)]
 
     def load(self, rows: np.ndarray, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
-        packed = self.packed(size, progress) if self.folders else None
-        if packed is None:
-            decoded = read_all(self.paths(rows), size, progress, "reading", self.advice)
-            return _stack(decoded, len(rows), size)
-        whole = len(rows) == len(packed) and (rows == np.arange(len(rows))).all()
-        return torch.from_numpy(packed if whole else packed[rows]).permute(0, 3, 1, 2)
+        """The pixels of these rows as a (n, 3, H, W) uint8 tensor, from the pack where there may be one."""
+        pixels = self.packed(size, progress) if self.folders else None
+        if pixels is None:
+            return _stack(self._read(rows, size, progress, "reading"), len(rows), size)
+        whole = len(rows) == len(pixels) and (rows == np.arange(len(rows))).all()
+        return torch.from_numpy(pixels if whole else pixels[rows]).permute(0, 3, 1, 2)
 
     def packed(self, size: tuple[int, int], progress: bool = True) -> np.ndarray | None:
-        """The (N, H, W, 3) memory map of all names, written when no pack matches; None: nowhere to write."""
-        sources = self._sources()
-        stamp = _digest([_VERSION, list(size), "lanczos", sources])
+        """The (N, H, W, 3) memory map of all images, written when no pack matches; None: nowhere to write.
+
+        It is private to this process: writing to it changes no file.
+        """
+        prefix = f"{self.label}-{size[0]}x{size[1]}"
+        name = f"{prefix}-{self._stamp(size)}.npy"
         for folder in self.folders:
-            pack = _Pack(folder, self.label, size, stamp, len(self.names))
-            if pack.matches():
-                return pack.open()
+            with suppress(OSError, ValueError):
+                found = np.lib.format.open_memmap(folder / name, mode="c")
+                if found.dtype == np.uint8 and found.shape == (len(self.names), *size, 3):
+                    return found
         for folder in self.folders:
-            pack = _Pack(folder, self.label, size, stamp, len(self.names))
             if _can_write(folder):
-                pack.write(read_all(self.paths(), size, progress, "packing", self.advice), sources)
-                return pack.open()
+                pixels = self._pack(folder / name, size, progress)
+                _remove_others(folder, prefix, name)
+                return pixels
         warnings.warn(
             f"no pack: none of {[str(f) for f in self.folders]} can be written; reading images directly "
             "(pass pack=<folder> to pack elsewhere, pack=False to silence this)",
@@ -96,93 +106,63 @@ class Files:
         return None
 
     def damaged(self) -> list[Path]:
-        """Packs of these files whose bytes do not have the hash that their manifest states, or manifests."""
+        """Packs of these files whose bytes do not have the hash at their end."""
         found = []
         for folder in self.folders:
-            for path in sorted(folder.glob(f"{escape(self.label)}-*x*.json")):
+            for path in sorted(folder.glob(f"{escape(self.label)}-*x*.npy")):
                 try:
-                    manifest = json.loads(path.read_text(encoding="utf-8"))
-                    data = folder / f"{path.stem}-{manifest['stamp']}.uint8"
-                    if hash_file(data, _hash()) != manifest["hash"]:
-                        found.append(data)
-                except (OSError, ValueError, KeyError, TypeError):
+                    content = np.memmap(path, mode="r")
+                    stated = content[-HASH:].tobytes()
+                    whole = hashlib.blake2b(content[:-HASH].data, digest_size=HASH).digest() == stated
+                except (OSError, ValueError):
+                    whole = False
+                if not whole:
                     found.append(path)
         return found
 
-    def _sources(self) -> list:
-        def stat(name):
+    def _read(
+        self, rows: np.ndarray | None, size: tuple[int, int], progress: bool, what: str
+    ) -> Iterator[np.ndarray]:
+        """The images in order; where some cannot be read, in the end an error that names all of these."""
+        paths, problems = self.paths(rows), {}
+        for path, image in zip(paths, read_images(paths, size, progress, what), strict=True):
+            if isinstance(image, ValueError):
+                problems[str(path)] = image
+            elif not problems:
+                yield image
+        if problems:
+            raise unreadable(problems, len(paths), self.advice)
+
+    def _pack(self, path: Path, size: tuple[int, int], progress: bool) -> np.ndarray:
+        """Write the pack and map it, before another process may remove it."""
+        header = io.BytesIO()
+        shape = (len(self.names), *size, 3)
+        about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, about)
+        digest = hashlib.blake2b(header.getvalue(), digest_size=HASH)
+        try:
+            with draft(path) as file:
+                file.write(header.getvalue())
+                for image in self._read(None, size, progress, "packing"):
+                    digest.update(image.data)
+                    file.write(image.data)
+                file.write(digest.digest())
+                file.flush()
+                return np.lib.format.open_memmap(file.name, mode="c")
+        except OSError as error:
+            raise OSError(f"cannot pack into {str(path)!r}: {error}; pack=False reads directly") from error
+
+    def _stamp(self, size: tuple[int, int]) -> str:
+        """The hash of what the pixels are made from; a ValueError names an image that is missing."""
+        sources = []
+        for name in self.names:
             try:
                 entry = os.stat(self.root / name)
             except OSError as error:
                 raise ValueError(f"missing image {str(self.root / name)!r}: {error.strerror}") from error
-            return [name, entry.st_size, entry.st_mtime_ns]
-
-        return [stat(name) for name in self.names]
-
-
-@dataclass(frozen=True)
-class _Pack:
-    """One pack of `count` images: its two files in `folder`."""
-
-    folder: Path
-    label: str
-    size: tuple[int, int]
-    stamp: str
-    count: int
-
-    @property
-    def manifest(self) -> Path:
-        return self.folder / f"{self.label}-{self.size[0]}x{self.size[1]}.json"
-
-    @property
-    def data(self) -> Path:
-        return self.folder / f"{self.manifest.stem}-{self.stamp}.uint8"
-
-    def matches(self) -> bool:
-        try:
-            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
-            whole = self.data.stat().st_size == self.count * self.size[0] * self.size[1] * 3
-        except (OSError, ValueError):
-            return False
-        return whole and isinstance(manifest, dict) and manifest.get("stamp") == self.stamp
-
-    def open(self) -> np.ndarray:
-        return np.memmap(self.data, np.uint8, "c", shape=(self.count, *self.size, 3))
-
-    def write(self, pixels: Iterator[np.ndarray], sources: list) -> None:
-        """Bytes first, then the manifest that names them, then older packs of this name are removed."""
-        digest = _hash()
-        draft = self.data.with_name(f"{self.data.name}.part{os.getpid()}")
-        try:
-            with open(draft, "wb") as handle:
-                for image in pixels:
-                    digest.update(image)
-                    handle.write(image.data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(draft, self.data)
-        except OSError as error:
-            raise OSError(f"cannot pack into {str(draft)!r}: {error}; pack=False reads directly") from error
-        finally:
-            draft.unlink(missing_ok=True)
-        manifest = {
-            "version": _VERSION,
-            "size": self.size,
-            "filter": "lanczos",
-            "stamp": self.stamp,
-            "hash": digest.hexdigest(),
-            "sources": sources,
-        }
-        write_file(self.manifest, json.dumps(manifest).encode())
-        for old in self.folder.glob(f"{escape(self.manifest.stem)}-*.uint8*"):
-            abandoned = ".part" in old.name and time.time() - old.stat().st_mtime > 3600
-            if abandoned or (old.suffix == ".uint8" and old != self.data):
-                with suppress(OSError):  # another process may have it open
-                    old.unlink()
-
-
-def _hash():
-    return hashlib.blake2b(digest_size=16)
+            sources.append([name, entry.st_size, entry.st_mtime_ns])
+        made_of = json.dumps([VERSION, list(size), "lanczos", sources]).encode()
+        return hashlib.blake2b(made_of, digest_size=8).hexdigest()
 
 
 def _can_write(folder: Path) -> bool:
@@ -194,8 +174,15 @@ def _can_write(folder: Path) -> bool:
         return False
 
 
-def _digest(value) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+def _remove_others(folder: Path, prefix: str, name: str) -> None:
+    """Remove older packs of this label and size, those of earlier versions too, and abandoned drafts."""
+    start = escape(prefix)
+    for pattern in (f"{start}-*.npy", f"{start}-*.uint8*", f"{start}.json", f".{start}-*.npy.*.tmp"):
+        for path in folder.glob(pattern):
+            with suppress(OSError):  # another process may have it open, or have removed it
+                fresh = path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ABANDONED
+                if path.name != name and not fresh:
+                    path.unlink()
 
 
 def _stack(images: Iterator[np.ndarray], count: int, size: tuple[int, int]) -> torch.Tensor:

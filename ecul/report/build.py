@@ -334,7 +334,7 @@ def _data_rows(saved: SavedRun, dataset: Dataset | None) -> list[tuple]:
     if dataset is None:
         return list(saved.dataset.items())
     rows: list[tuple] = [("", "images", "identities", "cameras")]
-    for name, images in dataset.piles().items():
+    for name, images in dataset.splits().items():
         people = "unknown" if images.pids is None else len(np.unique(images.pids))
         cameras, counts = np.unique(images.camids, return_counts=True)
         named = ", ".join(f"{c}: {n}" for c, n in zip(cameras, counts, strict=True) if c) or "unknown"

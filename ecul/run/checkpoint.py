@@ -8,9 +8,12 @@ run's state is its weights, its optimiser's moments and its history.
 
 import errno
 import json
+import os
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +25,8 @@ from ecul.config import Config
 
 
 @contextmanager
-def run_directory(output, hold=True):
-    """Make the run's directory and hold it alone (one process of a run does); None when there is no output.
+def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterator[Any]:
+    """The run's directory as a Path, made and held alone (by one process of a run); None without output.
 
     Errors, before any work: a directory that cannot be written, is nearly full (under 1 GiB free) or is
     held by another run.
@@ -51,7 +54,7 @@ def run_directory(output, hold=True):
         yield output
 
 
-def _lock(file, output):
+def _lock(file: TextIO, output: Path) -> None:
     try:
         import fcntl
     except ImportError:  # no advisory locks on this platform
@@ -66,21 +69,22 @@ def _lock(file, output):
         ) from e
 
 
-def save_run(output, state, config, identity, source):
+def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Mapping) -> None:
     """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
 
-    identity: dict of what makes the data set the same; source: where it lies and how it was opened,
-    for `ecul report`.
+    state: `model`, `optimizer`, `history` (a dict an epoch), `labels` and `best` (dicts of tensors, or None)
+    and `kept`, the epochs behind the weights when these are not the last, else None. data: the data set's
+    fingerprint. source: where it lies and how it was opened, for `ecul report`.
     """
     model, history = state.model, state.history
-    metadata = {"method": config.method, "dataset": identity["dataset"], "epoch": state.kept or len(history)}
+    metadata = {"method": config.method, "dataset": data["dataset"], "epoch": state.kept or len(history)}
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
     if isinstance(model, Pretrained):
         model.save_pretrained(output, metadata, config.to_dict())
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
         write_json(output / "config.json", config.to_dict())
-    saved = {"config": config.to_dict(), "dataset": identity, **source, "history": history}
+    saved = {"config": config.to_dict(), "dataset": dict(data), **source, "history": history}
     write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors.update({} if state.labels is None else {"labels.own": state.labels})
@@ -91,14 +95,14 @@ def save_run(output, state, config, identity, source):
     write_tensors(output / "resume.safetensors", tensors, metadata)
 
 
-def load_run(output, state, config, identity):
-    """Put the state back to the last finished epoch.
+def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
+    """Put the state of `save_run` back to the last finished epoch.
 
     Errors: ValueError naming what differs when the configuration or the data set is another one, or a file
     that is damaged.
     """
     saved, metadata, tensors = _read_run(output)
-    now = {**config.to_dict(), **identity}
+    now = {**config.to_dict(), **data}
     then = {**Config.from_dict(saved["config"]).to_dict(), **saved["dataset"]}
     differs = [k for k in {**then, **now} if then.get(k) != now.get(k)]
     if differs:
@@ -114,12 +118,11 @@ def load_run(output, state, config, identity):
     state.best = part["best."] or None
     state.history = saved["history"][: int(metadata["epoch"])]
     state.kept = int(metadata.get("kept", 0)) or None
-    state.optimizer.load_state_dict(
-        {**state.optimizer.state_dict(), "state": _moments(part, state.optimizer)}
-    )
+    moments = _moments(part["optimizer."], state.optimizer)
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
 
 
-def _read_run(output):
+def _read_run(output: Path) -> tuple[dict, dict[str, str], dict[str, torch.Tensor]]:
     """What resume.json says, and the metadata and tensors of resume.safetensors."""
     try:
         saved = json.loads((output / "resume.json").read_text())
@@ -132,12 +135,13 @@ def _read_run(output):
         raise ValueError(f"{output}: resume.json or resume.safetensors is damaged ({e})") from e
 
 
-def _moments(part, optimizer):
+def _moments(tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict]:
     """The optimiser's tensors by parameter, in the parameter's memory format: a fused step relies on it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict] = {}
-    for key, value in part["optimizer."].items():
-        i, name = int(key.split(".")[0]), key.split(".")[1]
+    for key, value in tensors.items():
+        number, name = key.split(".")
+        i = int(number)
         if value.shape == parameters[i].shape:
             value = torch.empty_like(parameters[i]).copy_(value)
         moments.setdefault(i, {})[name] = value
