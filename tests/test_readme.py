@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -130,9 +131,8 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     for name in ("ecul", "kernels"):
-        (source / name).mkdir(parents=True)
-        for file in [*(ROOT / name).glob("*.py"), *(ROOT / name).glob("py.typed")]:
-            (source / name / file.name).write_bytes(file.read_bytes())
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     build = "from setuptools.build_meta import *; build_wheel('../dist'); build_sdist('../dist')"
@@ -143,10 +143,11 @@ def wheel(tmp_path_factory):
 
 def test_wheel_and_source_distribution_are_complete(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    expected = {f"ecul/{f.name}" for f in (ROOT / "ecul").glob("*.py")} | {"ecul/py.typed"}
+    expected = {f.relative_to(ROOT).as_posix() for f in (ROOT / "ecul").rglob("*.py")} | {"ecul/py.typed"}
     expected |= {f"ecul/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")}
     assert expected == {n for n in names if ".dist-info/" not in n}
     assert any(n.endswith("entry_points.txt") for n in names)
+    assert wheel.name.startswith(f"ecul-{ecul.__version__}-")
     assert len(list(wheel.parent.glob("*.tar.gz"))) == 1
 
 
