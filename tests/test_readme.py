@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY
 
 import ecul
 from ecul import Config, synthesize
@@ -18,9 +19,7 @@ from ecul.cli import _parser
 
 ROOT = Path(ecul.__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S)
-SMALL = {"depth": 10, "width": 8, "size": (32, 16), "pad": 2, "weights": None, "precision": "fp32"}
-SMALL |= {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 3, "instances": 2}
-SMALL |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
+SMALL = {**TINY, "weights": None, "precision": "fp32", "identities": 3}
 
 
 def blocks(text, language):
