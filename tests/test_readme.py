@@ -91,6 +91,11 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 300
 
 
+def test_every_file_that_contributing_names_is_there():
+    named = re.findall(r"(?:ecul|tests|scripts|kernels)/[\w./]*\w", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 20 and [name for name in named if not (ROOT / name).exists()] == []
+
+
 EXAMPLE = """
 ```python
 x = 1
