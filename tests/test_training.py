@@ -110,6 +110,12 @@ def test_resume_continues_to_the_same_weights(dataset, tmp_path):
         train(dataset, config, output=tmp_path / "parts", on_epoch=stop_after_two)
     resumed = train(dataset, config, output=tmp_path / "parts", resume=True)
     assert same(whole.model, resumed.model) and [r["epoch"] for r in resumed.history] == [0, 1, 2]
+    timed = ("seconds", "images_per_second")
+    untimed = [
+        [{k: v for k, v in row.items() if not k.startswith(timed)} for row in run.history]
+        for run in (whole, resumed)
+    ]
+    assert untimed[0] == untimed[1] and "score_stability" in untimed[1][2]
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
         tmp_path / "parts" / "model.safetensors"
     ).read_bytes()
