@@ -5,6 +5,7 @@ Public names are imported on first use, so that `import ecul` stays quick.
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 MODALITIES = ("visible", "infrared")
@@ -26,11 +27,11 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ecul' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"ecul.{_HOMES[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

@@ -11,18 +11,22 @@ import torch
 
 from ecul.common.pretrained import MEAN, STD
 
+Random = torch.Generator | None  # on the device of the images; None: the device's default generator
+
 ERASED = (0.4914, 0.4822, 0.4465)
 GRAY = (0.2989, 0.5870, 0.1140)
 TRIES = 100  # rectangles drawn at once, of which the first that fits is taken
 SCALINGS = 40  # rectangles that the linear transform scales at most; one photograph in 1000 has 33
 
 
-def normalize(images):
+def normalize(images: torch.Tensor) -> torch.Tensor:
     """`(images / 255 - mean) / std` for uint8 (B, 3, H, W) images; float32."""
     return _standardize(images.float() / 255)
 
 
-def train_view(images, view, pad, generator=None, linear_transform=False):
+def train_view(
+    images: torch.Tensor, view: str, pad: int, generator: Random = None, linear_transform: bool = False
+) -> torch.Tensor:
     """One random view of each uint8 (B, 3, H, W) image, normalised.
 
     Pad by `pad` zeros, crop, flip, normalise, erase; then by `view`: "visible" nothing more, "exchanged"
@@ -42,7 +46,7 @@ def train_view(images, view, pad, generator=None, linear_transform=False):
     return x
 
 
-def crop(images, pad, generator=None):
+def crop(images: torch.Tensor, pad: int, generator: Random = None) -> torch.Tensor:
     """Pad every side by `pad` zeros and cut the old size out at a random place."""
     if pad == 0:
         return images
@@ -56,25 +60,25 @@ def crop(images, pad, generator=None):
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def flip(images, generator=None):
+def flip(images: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Mirror each image with probability one half."""
     chosen = _rand(len(images), generator, images.device) < 0.5
     return torch.where(chosen[:, None, None, None], images.flip(3), images)
 
 
-def erase(images, probability, generator=None):
+def erase(images: torch.Tensor, probability: float, generator: Random = None) -> torch.Tensor:
     """Random erasing: fill a rectangle of area U(.02, .4) and aspect U(.3, 1/.3) with a constant colour."""
     chosen = _rand(len(images), generator, images.device) < probability
     inside = _rectangles(images, generator) & chosen[:, None, None, None]
     return torch.where(inside, _channels(ERASED, images), images)
 
 
-def exchange_channels(images, generator=None):
+def exchange_channels(images: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Copy one of the three channels, drawn uniformly, into all of them."""
     return _copy_channel(images, _integers(len(images), 3, generator, images.device))
 
 
-def adapt_channels(images, generator=None):
+def adapt_channels(images: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Each channel copied into all with 25 %, the gray image with 12.5 %, unchanged with 12.5 %."""
     kind = _integers(len(images), 8, generator, images.device)
     gray = (images * _channels(GRAY, images)).sum(1, keepdim=True).expand_as(images)
@@ -83,7 +87,7 @@ def adapt_channels(images, generator=None):
     return torch.where(kind < 6, copied, torch.where(kind == 6, gray, images))
 
 
-def scale_rectangles(images, probability, generator=None):
+def scale_rectangles(images: torch.Tensor, probability: float, generator: Random = None) -> torch.Tensor:
     """MBCCM's linear transform of images in [0, 1].
 
     Again and again a rectangle is drawn and each of its channels scaled by b / its maximum, b ~ Beta(.5, .5),
@@ -104,7 +108,7 @@ def scale_rectangles(images, probability, generator=None):
     return images
 
 
-def _rectangles(images, generator):
+def _rectangles(images: torch.Tensor, generator: Random) -> torch.Tensor:
     """A random rectangle of each image as a bool (B, 1, H, W) mask, the first of TRIES that fits inside."""
     b, _, h, w = images.shape
     draws = torch.rand(4, b, TRIES, generator=generator, device=images.device)
@@ -122,27 +126,27 @@ def _rectangles(images, generator):
     return (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
 
 
-def _copy_channel(images, channel):
+def _copy_channel(images: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
     return images.gather(1, channel[:, None, None, None].expand(-1, 1, *images.shape[2:])).expand_as(images)
 
 
-def _standardize(x):
+def _standardize(x: torch.Tensor) -> torch.Tensor:
     return (x - _channels(MEAN, x)) / _channels(STD, x)
 
 
-def _channels(values, images):
+def _channels(values: tuple[float, float, float], images: torch.Tensor) -> torch.Tensor:
     return _constant(values, images.device)
 
 
 @functools.lru_cache
-def _constant(values, device):
+def _constant(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
     """(3, 1, 1) numbers, sent to a device once: each copy would make it wait."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
-def _rand(count, generator, device):
+def _rand(count: int, generator: Random, device: torch.device) -> torch.Tensor:
     return torch.rand(count, generator=generator, device=device)
 
 
-def _integers(count, high, generator, device):
+def _integers(count: int, high: int, generator: Random, device: torch.device) -> torch.Tensor:
     return torch.randint(high, (count,), generator=generator, device=device)

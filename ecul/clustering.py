@@ -9,6 +9,8 @@ torch tensors on any device, or NumPy arrays, and returns the same kind.
 import contextlib
 import functools
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +20,18 @@ from tqdm import tqdm
 
 from ecul.kernels import jaccard_neighbors, topk_similarity
 
+CSR = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # indptr, indices, values
 ROWS = 8192  # rows handled at a time by the steps that need more than O(k) room a row
 
 
-def _same_kind(function):
+def _same_kind(function: Callable) -> Callable[..., Any]:
     """Let a function of tensors take NumPy arrays too; where no argument is a tensor, NumPy comes back."""
 
-    def as_tensor(argument):
+    def as_tensor(argument: Any) -> Any:
         return torch.as_tensor(argument) if isinstance(argument, np.ndarray) else argument
 
     @functools.wraps(function)
-    def wrapper(*args, **options):
+    def wrapper(*args: Any, **options: Any) -> Any:
         result = function(*map(as_tensor, args), **{name: as_tensor(a) for name, a in options.items()})
         if any(isinstance(argument, torch.Tensor) for argument in (*args, *options.values())):
             return result
@@ -38,7 +41,7 @@ def _same_kind(function):
 
 
 @contextlib.contextmanager
-def _beta_allowed():
+def _beta_allowed() -> Iterator[None]:
     """Without torch's notice that its CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR", category=UserWarning)
@@ -47,16 +50,16 @@ def _beta_allowed():
 
 @_same_kind
 def emcc(
-    features,
-    cameras=None,
-    modalities=None,
+    features: torch.Tensor,
+    cameras: torch.Tensor | None = None,
+    modalities: torch.Tensor | None = None,
     *,
     k1: int = 30,
     k2: int = 6,
     k3: int | None = 12,
     eps: float = 0.6,
     min_samples: int = 4,
-):
+) -> torch.Tensor:
     """Cluster features across cameras and modalities; -1 marks outliers.
 
     DBSCAN(eps, min_samples) on the Jaccard distance between the extended k-reciprocal encodings of the
@@ -96,7 +99,7 @@ def emcc(
         return torch.full((size,), 0 if size >= min_samples else -1, device=points.device)
     with tqdm(total=5, desc="emcc", unit="step", delay=2, leave=False, disable=None) as bar:
 
-        def done(result):
+        def done(result: Any) -> Any:
             bar.update()
             return result
 
@@ -108,7 +111,7 @@ def emcc(
 
 
 @_same_kind
-def rank_neighbors(features, k: int):
+def rank_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
     """The k nearest points of every point by cosine similarity, the point itself first: (N, min(k, N)) int64.
 
     `(x @ x.T).fill_diagonal_(inf).topk(k).indices`, ties to the lower index, for `x = normalize(features)` in
@@ -119,7 +122,7 @@ def rank_neighbors(features, k: int):
 
 
 @_same_kind
-def reciprocal_encodings(features, ranks, k1: int = 30):
+def reciprocal_encodings(features: torch.Tensor, ranks: torch.Tensor, k1: int = 30) -> CSR:
     """Encode each point by its expanded k-reciprocal neighbours: CSR (N, N) float64, rows sum to 1.
 
     Row i is `softmax(2 * cos(f_i, f_j) - 2)` over j in E(i): the points R(i, k1) that hold i among their own
@@ -143,8 +146,15 @@ def reciprocal_encodings(features, ranks, k1: int = 30):
 @_same_kind
 @_beta_allowed()
 def extend_encodings(
-    indptr, indices, values, ranks, cameras=None, modalities=None, k2: int = 6, k3: int | None = 12
-):
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    ranks: torch.Tensor,
+    cameras: torch.Tensor | None = None,
+    modalities: torch.Tensor | None = None,
+    k2: int = 6,
+    k3: int | None = 12,
+) -> CSR:
     """Average encodings over the first k2 members of every camera within the k3 nearest: CSR (N, N) float32.
 
     `V'_i = mean over modalities (mean over their cameras (mean over the camera's members j of V_j))`, over
@@ -182,7 +192,9 @@ def extend_encodings(
 
 
 @_same_kind
-def neighbor_graph(indptr, indices, values, eps: float = 0.6):
+def neighbor_graph(
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float = 0.6
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The pairs of points whose encodings have Jaccard distance d <= eps: CSR (N, N) without values.
 
     Symmetric, and every point lists itself; see `ecul.kernels.jaccard_neighbors`.
@@ -191,7 +203,7 @@ def neighbor_graph(indptr, indices, values, eps: float = 0.6):
 
 
 @_same_kind
-def dbscan(indptr, indices, min_samples: int = 4):
+def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) -> torch.Tensor:
     """DBSCAN labels from the graph of the pairs within eps: scikit-learn's, -1 = outlier; (N,) int64.
 
     Clusters count from 0 in the order of their smallest core point; a point that is no core joins the
@@ -223,7 +235,7 @@ def dbscan(indptr, indices, min_samples: int = 4):
     return torch.from_numpy(labels.astype(np.int64)).to(indptr.device)
 
 
-def _rank(points, k):
+def _rank(points: torch.Tensor, k: int) -> torch.Tensor:
     itself = torch.arange(len(points), device=points.device)[:, None]
     k = min(k, len(points))
     if k <= 1:
@@ -232,7 +244,7 @@ def _rank(points, k):
 
 
 @_beta_allowed()
-def _encode(points, ranks, k1):
+def _encode(points: torch.Tensor, ranks: torch.Tensor, k1: int) -> CSR:
     mutual, half = _reciprocal(ranks, k1), _reciprocal(ranks, round(k1 / 2) + 1)
     inside = (torch.sparse.mm(mutual, half) * mutual).coalesce()  # |H(j) & R(i)| for j in R(i)
     i, j = inside.indices()
@@ -246,7 +258,7 @@ def _encode(points, ranks, k1):
     return indptr, expanded.col_indices(), weights / totals.repeat_interleave(indptr.diff())
 
 
-def _reciprocal(ranks, k):
+def _reciprocal(ranks: torch.Tensor, k: int) -> torch.Tensor:
     """R(i, k) as a sparse (N, N) matrix of ones; it is symmetric."""
     near = ranks[:, :k]
     itself = torch.arange(len(near), device=near.device)[:, None]
@@ -255,7 +267,7 @@ def _reciprocal(ranks, k):
     return _sparse(rows, near[mutual], torch.ones(len(rows), device=near.device), (len(near), len(near)))
 
 
-def _member_weights(cameras, modalities, k2):
+def _member_weights(cameras: torch.Tensor, modalities: torch.Tensor, k2: int) -> torch.Tensor:
     """Each neighbour's weight in the extension, (rows, k3) float64, 0 for those left out; a row sums to 1.
 
     A member counts 1 / (modalities present * cameras of its modality present * members of its camera).
@@ -271,12 +283,14 @@ def _member_weights(cameras, modalities, k2):
     return (place < k2) / (modalities_present * cameras_present * members).double()
 
 
-def _sparse(rows, cols, values, shape):
+def _sparse(
+    rows: torch.Tensor, cols: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]
+) -> torch.Tensor:
     matrix = torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False)
     return matrix.coalesce()
 
 
-def _normalize(features):
+def _normalize(features: torch.Tensor) -> torch.Tensor:
     if not isinstance(features, torch.Tensor):
         raise TypeError(f"features must be a torch tensor or a NumPy array, got {type(features).__name__}")
     if not features.is_floating_point():
@@ -292,7 +306,7 @@ def _normalize(features):
     return points / norms
 
 
-def _check_codes(name, codes, points, largest=None):
+def _check_codes(name: str, codes: Any, points: torch.Tensor, largest: int | None = None) -> torch.Tensor:
     if codes is None:
         return torch.zeros(len(points), dtype=torch.int64, device=points.device)
     codes = torch.as_tensor(codes, device=points.device)
@@ -307,7 +321,7 @@ def _check_codes(name, codes, points, largest=None):
     return codes
 
 
-def _check_sizes(**sizes):
+def _check_sizes(**sizes: Any) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | np.integer):
             raise TypeError(f"{name} must be an integer, got {size!r}")
@@ -315,12 +329,12 @@ def _check_sizes(**sizes):
             raise ValueError(f"{name} must be at least 1, got {size}")
 
 
-def _check_range(k2, k3):
+def _check_range(k2: int, k3: int | None) -> None:
     _check_sizes(k2=k2, **({} if k3 is None else {"k3": k3}))
     if k3 is not None and k3 < k2:
         raise ValueError(f"k3 must be at least k2 = {k2}, or None for plain query expansion, got {k3}")
 
 
-def _check_ranks(ranks, size, k):
+def _check_ranks(ranks: torch.Tensor, size: int, k: int) -> None:
     if ranks.ndim != 2 or len(ranks) != size or ranks.shape[1] < min(k, size):
         raise ValueError(f"ranks must have shape ({size}, {min(k, size)} or more), got {tuple(ranks.shape)}")

@@ -10,8 +10,9 @@ papers' public description is silent.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ecul.common.names import did_you_mean
 
@@ -21,50 +22,75 @@ METHODS: dict[str, dict[str, Any]] = {
     "united": {},
     "ecul": {"update_rule": "tsmem", "pairs": "joint", "weight_agnostic": 0.0, "weight_consistency": 0.0},
     "mbccm": {
-        "weight_instance": 0.0,
-        "weight_joint": 0.0,
-        "linear_transform": True,
-        "k3": None,
-        "identities": 12,
-        "instances": 12,
-        "iterations": 300,
-        "epochs_intra": 40,
-        "epochs_cross": 40,
-        "lr_milestones": (20, 50, 70),
+        "weight_instance": 0.0, "weight_joint": 0.0, "linear_transform": True, "k3": None,
+        "identities": 12, "instances": 12, "iterations": 300,
+        "epochs_intra": 40, "epochs_cross": 40, "lr_milestones": (20, 50, 70),
     },
-}
+}  # fmt: skip
 
 DATASETS: dict[str, dict[str, Any]] = {
     "sysu": {},
     "regdb": {
-        "eps": 0.3,
-        "eps_joint": 0.3,
-        "k1_joint": 38,
-        "k2_joint": 10,
-        "k3_joint": 38,
-        "iterations": 100,
+        "eps": 0.3, "eps_joint": 0.3, "k1_joint": 38, "k2_joint": 10, "k3_joint": 38, "iterations": 100,
     },
     "llcm": {},
     "demo": {
-        "depth": 10,
-        "width": 32,
-        "size": (64, 32),
-        "pad": 4,
-        "identities": 8,
-        "instances": 4,
-        "iterations": 40,
-        "epochs_intra": 10,
-        "epochs_cross": 14,
-        "tsmem_switch": 10,
-        "lr": 1e-3,
-        "lr_milestones": (16, 21),
-        "k1": 12,
-        "k2": 4,
-        "k1_joint": 20,
-        "k2_joint": 4,
-        "k3_joint": 20,
+        "depth": 10, "width": 32, "size": (64, 32), "pad": 4,
+        "identities": 8, "instances": 4, "iterations": 40,
+        "epochs_intra": 10, "epochs_cross": 14, "tsmem_switch": 10, "lr": 1e-3, "lr_milestones": (16, 21),
+        "k1": 12, "k2": 4, "k1_joint": 20, "k2_joint": 4, "k3_joint": 20,
     },
-}
+}  # fmt: skip
+
+
+class Rule(NamedTuple):
+    """What a value must do, in words and as a test; the names to choose from, where there are any."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    choices: tuple = ()
+
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _at_least(least: int) -> Rule:
+    return Rule(f"be a whole number of at least {least}", lambda v: _is_whole(v, least))
+
+
+def _or_none(rule: Rule) -> Rule:
+    return Rule(f"{rule.words}, or None", lambda v: v is None or rule.holds(v))
+
+
+def _one_of(*choices: str | int) -> Rule:
+    return Rule(f"be one of {', '.join(map(str, choices))}", lambda v: v in choices, choices)
+
+
+FLAG = Rule("be True or False", lambda v: isinstance(v, bool))
+NUMBER = Rule("be a number", lambda v: isinstance(v, float | int) and not isinstance(v, bool))
+ABOVE_0 = Rule("be above 0", lambda v: v > 0)
+NOT_NEGATIVE = Rule("not be negative", lambda v: v >= 0)
+DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: 0 < v <= 1)
+MOMENTUM = Rule("be in [0, 1)", lambda v: 0 <= v < 1)
+FILE = Rule("be the path of a file", lambda v: isinstance(v, str))
+EPOCHS = Rule("be whole numbers like (20, 40, 60)", lambda v: isinstance(v, tuple) and all(map(_is_whole, v)))
+PIXELS = Rule(
+    "be (height, width), whole numbers of at least 16 pixels",
+    lambda v: isinstance(v, tuple) and len(v) == 2 and all(_is_whole(n, 16) for n in v),
+)
+
+
+def _require(name: str, value: Any, *rules: Rule) -> None:
+    for rule in rules:
+        if not rule.holds(value):
+            hint = did_you_mean(value, rule.choices)
+            raise ValueError(f"{name} must {rule.words}, got {value!r}{hint}")
+
+
+def _held(default: Any, *rules: Rule) -> Any:
+    """A field of this default, held to these rules one after the other."""
+    return field(default=default, metadata={"rules": rules})
 
 
 @dataclass(frozen=True)
@@ -75,179 +101,113 @@ class Config:
     Errors: an unknown field or value is a ValueError that names the nearest real one.
     """
 
-    method: str = "united"
+    method: str = _held("united", _one_of(*METHODS))
 
     # network: the two-stream ResNet
-    depth: int = field(default=50, metadata={"choices": (10, 18, 34, 50, 101)})
-    width: int = 64
-    non_local: bool = False
-    weights: str | None = None  # a local torchvision ResNet state dict, .safetensors or .pth
-    size: tuple[int, int] = (288, 144)  # height, width in pixels
+    depth: int = _held(50, _one_of(10, 18, 34, 50, 101))
+    width: int = _held(64, _at_least(1))
+    non_local: bool = _held(False, FLAG)
+    weights: str | None = _held(None, _or_none(FILE))  # a torchvision ResNet's, .safetensors or .pth
+    size: tuple[int, int] = _held((288, 144), PIXELS)  # height, width
 
     # batches: identities x instances images from each modality
-    identities: int = 8
-    instances: int = 16
-    iterations: int = 200
-    pairs: str = field(default="matched", metadata={"choices": ("matched", "joint")})  # joint [R]
-    matching: str = field(default="bilateral", metadata={"choices": ("bilateral", "nearest")})
-    pad: int = 10
-    linear_transform: bool = False
+    identities: int = _held(8, _at_least(2))
+    instances: int = _held(16, _at_least(1))
+    iterations: int = _held(200, _at_least(1))
+    pairs: str = _held("matched", _one_of("matched", "joint"))  # joint [R]
+    matching: str = _held("bilateral", _one_of("bilateral", "nearest"))
+    pad: int = _held(10, _at_least(0))
+    linear_transform: bool = _held(False, FLAG)
 
     # schedule; epochs are counted over the whole run
-    epochs_intra: int = 25
-    epochs_cross: int = 50
-    lr: float = 3.5e-4
-    weight_decay: float = 5e-4
-    lr_milestones: tuple[int, ...] = (20, 40, 60)
-    lr_gamma: float = 0.1
+    epochs_intra: int = _held(25, _at_least(0))
+    epochs_cross: int = _held(50, _at_least(0))
+    lr: float = _held(3.5e-4, NUMBER, ABOVE_0)
+    weight_decay: float = _held(5e-4, NUMBER, NOT_NEGATIVE)
+    lr_milestones: tuple[int, ...] = _held((20, 40, 60), EPOCHS)
+    lr_gamma: float = _held(0.1, NUMBER, ABOVE_0)
 
     # clustering, all sizes [R]; k3=None is the plain k-reciprocal Jaccard clustering
-    k1: int = 30
-    k2: int = 6
-    k3: int | None = 12
-    k1_joint: int = 40
-    k2_joint: int = 16
-    k3_joint: int | None = 40
-    eps: float = 0.6
-    eps_joint: float = 0.6
-    min_samples: int = 4
-    k_select: int | None = 4  # inter-modality instance selection [R]; None keeps every image
+    k1: int = _held(30, _at_least(1))
+    k2: int = _held(6, _at_least(1))
+    k3: int | None = _held(12, _or_none(_at_least(1)))
+    k1_joint: int = _held(40, _at_least(1))
+    k2_joint: int = _held(16, _at_least(1))
+    k3_joint: int | None = _held(40, _or_none(_at_least(1)))
+    eps: float = _held(0.6, NUMBER, DISTANCE)
+    eps_joint: float = _held(0.6, NUMBER, DISTANCE)
+    min_samples: int = _held(4, _at_least(1))
+    k_select: int | None = _held(4, _or_none(_at_least(1)))  # instance selection [R]; None keeps every image
 
     # memories
-    temp: float = 0.05
-    momentum: float = 0.1
-    update_rule: str = field(
-        default="sequential", metadata={"choices": ("tsmem", "sequential", "mean", "instance", "hard")}
-    )
-    tsmem_switch: int = 25  # TSMem's second step begins at this epoch [R]
+    temp: float = _held(0.05, NUMBER, ABOVE_0)
+    momentum: float = _held(0.1, NUMBER, MOMENTUM)
+    update_rule: str = _held("sequential", _one_of("tsmem", "sequential", "mean", "instance", "hard"))
+    tsmem_switch: int = _held(25, _at_least(0))  # TSMem's second step begins at this epoch [R]
 
     # loss weights
-    weight_instance: float = 1.0
-    weight_joint: float = 0.7  # [R]
-    weight_agnostic: float = 0.9
-    weight_consistency: float = 0.5
+    weight_instance: float = _held(1.0, NUMBER, NOT_NEGATIVE)
+    weight_joint: float = _held(0.7, NUMBER, NOT_NEGATIVE)  # [R]
+    weight_agnostic: float = _held(0.9, NUMBER, NOT_NEGATIVE)
+    weight_consistency: float = _held(0.5, NUMBER, NOT_NEGATIVE)
 
     # engine
-    seed: int = (
-        0  # the same weights again: bit for bit on a CPU with as many threads, on a GPU up to rounding
-    )
-    precision: str = field(default="auto", metadata={"choices": ("auto", "fp32", "bf16")})
-    compile: bool = False
-    checkpointing: bool = False  # recompute activations in backward: less memory, more time, the same result
-    keep: str = field(default="last", metadata={"choices": ("last", "score")})
-    batch_extract: int = 256
+    # the same seed, the same weights: bit for bit on a CPU with as many threads, on a GPU up to rounding
+    seed: int = _held(0, _at_least(0))
+    precision: str = _held("auto", _one_of("auto", "fp32", "bf16"))
+    compile: bool = _held(False, FLAG)
+    checkpointing: bool = _held(False, FLAG)  # recompute activations in backward: less memory, more time
+    keep: str = _held("last", _one_of("last", "score"))
+    batch_extract: int = _held(256, _at_least(1))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            choices = f.metadata.get("choices")
-            if choices and value not in choices:
+            value = tuple(value) if isinstance(value, list) else value
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            object.__setattr__(self, f.name, value)
+            _require(f.name, value, *f.metadata["rules"])
+        for small, large in (("k2", "k3"), ("k2_joint", "k3_joint")):
+            least, most = getattr(self, small), getattr(self, large)
+            if most is not None and most < least:
                 raise ValueError(
-                    f"{f.name} must be one of {_joined(choices)}, got {value!r}{did_you_mean(value, choices)}"
+                    f"{large} must be at least {small}, or None for plain clustering, got {most} and {least}"
                 )
-            if isinstance(value, list):
-                object.__setattr__(self, f.name, tuple(value))
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, f.name, os.fspath(value))
-        if self.method not in METHODS:
-            raise ValueError(
-                f"method must be one of {_joined(METHODS)}, got {self.method!r}"
-                f"{did_you_mean(self.method, METHODS)}"
-            )
-        self._check_numbers()
-
-    def _check_numbers(self):
-        least = {
-            "width": 1, "identities": 2, "instances": 1, "iterations": 1, "pad": 0, "epochs_intra": 0,
-            "epochs_cross": 0, "k1": 1, "k2": 1, "k3": 1, "k1_joint": 1, "k2_joint": 1, "k3_joint": 1,
-            "min_samples": 1, "k_select": 1, "tsmem_switch": 0, "seed": 0, "batch_extract": 1,
-        }  # fmt: skip
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is None and name in ("k3", "k3_joint", "k_select"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-        for name in ("non_local", "linear_transform", "compile", "checkpointing"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("size", "lr_milestones"):
-            value = getattr(self, name)
-            if not isinstance(value, tuple) or not all(isinstance(v, int) and v >= 0 for v in value):
-                raise ValueError(f"{name} must be whole numbers like {Config.__dict__[name]}, got {value!r}")
-        self._check_reals()
-        if len(self.size) != 2 or min(self.size) < 16:
-            raise ValueError(f"size must be (height, width) of at least 16 pixels each, got {self.size!r}")
         if self.pairs == "joint" and max(self.weight_agnostic, self.weight_consistency) > 0:
             raise ValueError(
                 'pairs="joint" has no matched pairs: set weight_agnostic and weight_consistency to 0'
             )
 
-    def _check_reals(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.type in (float, "float") and (isinstance(value, bool) or not isinstance(value, float | int)):
-                raise ValueError(f"{f.name} must be a number, got {value!r}")
-        for name in ("lr", "temp", "eps", "eps_joint", "lr_gamma"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        for name in (
-            "weight_decay",
-            "weight_instance",
-            "weight_joint",
-            "weight_agnostic",
-            "weight_consistency",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
-        for small, large in (("k2", "k3"), ("k2_joint", "k3_joint")):
-            if getattr(self, large) is not None and getattr(self, large) < getattr(self, small):
-                got = f"{getattr(self, large)} and {getattr(self, small)}"
-                raise ValueError(f"{large} must be at least {small}, or None for plain clustering, got {got}")
-        if max(self.eps, self.eps_joint) > 1:
-            raise ValueError(
-                f"eps and eps_joint are Jaccard distances in (0, 1], got {self.eps} and {self.eps_joint}"
-            )
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
-
     @property
-    def epochs(self):
+    def epochs(self) -> int:
         """Epochs of the whole run: stage 1 (intra-modality), then stage 2 (cross-modality)."""
         return self.epochs_intra + self.epochs_cross
 
     @classmethod
-    def preset(cls, dataset, method="united", **overrides):
+    def preset(cls, dataset: str, method: str = "united", **overrides: Any) -> "Config":
         """The settings of `dataset` ("sysu", "regdb", "llcm", "demo") with `method`, then `overrides`.
 
         Source: the papers' implementation details. "demo" is our own small recipe for the synthetic world on
         two CPU cores.
         """
         for name, value, known in (("dataset", dataset, DATASETS), ("method", method, METHODS)):
-            if value not in known:
-                raise ValueError(
-                    f"{name} must be one of {_joined(known)}, got {value!r}{did_you_mean(value, known)}"
-                )
+            _require(name, value, _one_of(*known))
         return cls.from_dict({**METHODS[method], **DATASETS[dataset], "method": method, **overrides})
 
     @classmethod
-    def from_dict(cls, values):
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
         """The configuration with these fields; a name that is no field is an error with the nearest one."""
         names = [f.name for f in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
                 hint = did_you_mean(name, names)
-                raise ValueError(f"Config has no field {name!r}{hint}; its fields are {_joined(names)}")
+                raise ValueError(f"Config has no field {name!r}{hint}; its fields are {', '.join(names)}")
         return cls(**values)
 
-    def replace(self, **overrides):
+    def replace(self, **overrides: Any) -> "Config":
         """A copy with some fields changed."""
         return type(self).from_dict({**self.to_dict(), **overrides})
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON-ready values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-
-def _joined(names):
-    return ", ".join(map(str, names))

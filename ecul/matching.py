@@ -3,6 +3,8 @@
 MBCCM: https://arxiv.org/abs/2305.12673, ECUL: https://arxiv.org/abs/2412.19134
 """
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -10,9 +12,10 @@ from scipy.optimize import linear_sum_assignment
 from ecul.kernels import topk_similarity
 
 RULES = ("bilateral", "nearest")
+Rows = TypeVar("Rows", torch.Tensor, np.ndarray)
 
 
-def match_clusters(visible, infrared, rule="bilateral"):
+def match_clusters(visible: Rows, infrared: Rows, rule: str = "bilateral") -> Rows:
     """Which infrared cluster belongs with which visible one: two assignments, each widened, united.
 
         D = 2 - 2 * infrared @ visible.T
@@ -28,17 +31,18 @@ def match_clusters(visible, infrared, rule="bilateral"):
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    is_tensor = isinstance(visible, torch.Tensor)
     unit_visible, unit_infrared = _unit_rows(visible, "visible"), _unit_rows(infrared, "infrared")
     if unit_visible.shape[1] != unit_infrared.shape[1]:
         sizes = f"{unit_visible.shape[1]} and {unit_infrared.shape[1]}"
         raise ValueError(f"visible and infrared must have as many features as each other, got {sizes}")
     distance = 2 - 2 * unit_infrared @ unit_visible.T
     matched = _nearest(distance) if rule == "nearest" else _bilateral(distance)
-    return torch.from_numpy(matched).to(visible.device) if is_tensor else matched
+    if isinstance(visible, torch.Tensor):
+        return torch.from_numpy(matched).to(visible.device)
+    return matched
 
 
-def _bilateral(distance):
+def _bilateral(distance: np.ndarray) -> np.ndarray:
     matched = np.zeros(distance.shape, dtype=bool)
     one_to_one, covering = _assign(distance)
     for i, j in zip(*one_to_one, strict=True):
@@ -48,11 +52,11 @@ def _bilateral(distance):
     return matched
 
 
-def _nearest(distance):
+def _nearest(distance: np.ndarray) -> np.ndarray:
     return (distance == distance.min(0)) | (distance == distance.min(1, keepdims=True))
 
 
-def _assign(distance):
+def _assign(distance: np.ndarray) -> list[tuple]:
     """Minimum-cost pairs (rows, columns): one-to-one, and with each cluster of the bigger side once."""
     if distance.shape[0] > distance.shape[1]:
         return [pairs[::-1] for pairs in _assign(distance.T)]
@@ -62,7 +66,7 @@ def _assign(distance):
     return [linear_sum_assignment(distance), (rows % small, columns)]
 
 
-def _unit_rows(centers, name):
+def _unit_rows(centers: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
     rows = np.asarray(
         centers.detach().cpu() if isinstance(centers, torch.Tensor) else centers, dtype=np.float64
     )
@@ -78,7 +82,13 @@ def _unit_rows(centers, name):
     return rows / norms
 
 
-def select_instances(visible, infrared, labels_visible, labels_infrared, k=4):
+def select_instances(
+    visible: torch.Tensor,
+    infrared: torch.Tensor,
+    labels_visible: torch.Tensor,
+    labels_infrared: torch.Tensor,
+    k: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inter-modality instance selection: joint labels that a mutual neighbour across modalities confirms.
 
         keeps its label <=> some j of the k nearest of the other modality has the same joint label
@@ -97,7 +107,9 @@ def select_instances(visible, infrared, labels_visible, labels_infrared, k=4):
     return torch.where(kept_v, labels_visible, -1), torch.where(kept_r, labels_infrared, -1)
 
 
-def _confirmed(nearest, nearest_back, labels, labels_across):
+def _confirmed(
+    nearest: torch.Tensor, nearest_back: torch.Tensor, labels: torch.Tensor, labels_across: torch.Tensor
+) -> torch.Tensor:
     own = torch.arange(len(nearest), device=nearest.device)[:, None, None]
     mutual = (nearest_back[nearest] == own).any(dim=2)
     return (mutual & (labels_across[nearest] == labels[:, None])).any(dim=1) & (labels >= 0)

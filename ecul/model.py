@@ -4,7 +4,9 @@ ResNet: https://arxiv.org/abs/1512.03385, two-stream and BNNeck as in ECUL: http
 """
 
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +27,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs, width, stride):
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, width, 3, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
         self.downsample = _shortcut(inputs, width, stride)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
 
@@ -41,14 +43,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs, width, stride):
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, width, 1), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
         self.downsample = _shortcut(inputs, 4 * width, stride)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
@@ -57,14 +59,14 @@ class Bottleneck(nn.Module):
 class NonLocal(nn.Module):
     """Non-local block with one inner channel, starting as the identity (as in AGW's published code)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.g, self.theta, self.phi = (nn.Conv2d(channels, 1, 1) for _ in range(3))
         norm = nn.BatchNorm2d(channels)
         nn.init.zeros_(norm.weight)
         self.W = nn.Sequential(nn.Conv2d(1, channels, 1), norm)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         g, theta, phi = (m(x).flatten(2) for m in (self.g, self.theta, self.phi))
         attention = theta.transpose(1, 2) @ phi / theta.shape[2]
         y = (attention @ g.transpose(1, 2)).transpose(1, 2)
@@ -74,11 +76,11 @@ class NonLocal(nn.Module):
 class Stem(nn.Module):
     """conv1, bn1, relu, maxpool of a ResNet: the part that each modality has for itself."""
 
-    def __init__(self, width):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(3, width, 7, 2), nn.BatchNorm2d(width)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
 
 
@@ -93,7 +95,7 @@ class Backbone(Pretrained):
     Errors: TypeError for a network without `num_features`.
     """
 
-    def __init__(self, network, input_size):
+    def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
         super().__init__()
         if not hasattr(network, "num_features"):
             raise TypeError(
@@ -102,20 +104,20 @@ class Backbone(Pretrained):
         self.network, self.num_features, self.input_size = network, network.num_features, tuple(input_size)
         self.settings = {"network": type(network).__name__, "input_size": list(input_size)}
 
-    def forward(self, visible, infrared):
+    def forward(self, visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
         """Unit embeddings of both modalities, visible rows first."""
         return self.embed(torch.cat([visible, infrared]), "both")
 
-    def embed(self, x, modality):
+    def embed(self, x: torch.Tensor, modality: str) -> torch.Tensor:
         """Unit embeddings (N, num_features) float32; the modality makes no difference to this network."""
         return F.normalize(self.network(x).float(), dim=1)
 
-    def described(self):
+    def described(self) -> str:
         """What it is, for an error message."""
         return f"this {self.settings['network']}"
 
     @classmethod
-    def from_pretrained(cls, path, network):
+    def from_pretrained(cls, path: str | Path, network: nn.Module) -> "Backbone":
         """`network` with the weights that `train` wrote into a run directory, ready for `extract`.
 
         network: a fresh module of the class that was trained. Errors: FileNotFoundError; ValueError for
@@ -143,7 +145,13 @@ class TwoStreamResNet(Pretrained):
     Source: ECUL and MBCCM, implementation details; their published code.
     """
 
-    def __init__(self, depth=50, width=64, non_local=False, input_size=(288, 144)):
+    def __init__(
+        self,
+        depth: int = 50,
+        width: int = 64,
+        non_local: bool = False,
+        input_size: tuple[int, int] = (288, 144),
+    ) -> None:
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth!r}")
@@ -169,7 +177,7 @@ class TwoStreamResNet(Pretrained):
         self.bottleneck = nn.BatchNorm1d(inputs)
         self._initialize()
 
-    def _initialize(self):
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -177,17 +185,17 @@ class TwoStreamResNet(Pretrained):
         self.bottleneck.bias.requires_grad_(False)
         self.infrared.load_state_dict(self.visible.state_dict())
 
-    def forward(self, visible, infrared):
+    def forward(self, visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
         """Unit embeddings (A + B, num_features) float32 of (A, 3, H, W) and (B, 3, H, W), visible first."""
         streams = ((self.visible, visible), (self.infrared, infrared))
         return self._shared(torch.cat([stem(x) for stem, x in streams if len(x)]))
 
-    def embed(self, x, modality):
+    def embed(self, x: torch.Tensor, modality: str) -> torch.Tensor:
         """Unit embeddings (N, num_features) float32 of images of one modality, "visible" or "infrared"."""
         check_modality(modality)
         return self._shared(getattr(self, modality)(x))
 
-    def _shared(self, x):
+    def _shared(self, x: torch.Tensor) -> torch.Tensor:
         for stage in range(1, 5):
             for i, block in enumerate(getattr(self, f"layer{stage}")):
                 recompute = self.checkpointing and self.training and torch.is_grad_enabled()
@@ -198,7 +206,7 @@ class TwoStreamResNet(Pretrained):
         with torch.autocast(x.device.type, enabled=False):
             return F.normalize(self.bottleneck(pooled), dim=1)
 
-    def load_backbone(self, path):
+    def load_backbone(self, path: str | Path) -> None:
         """Start from a torchvision ResNet state dict in a local file; both stems start equal.
 
         path: `.safetensors`, or a `.pth` read with weights only. The classifier `fc.*` is left out. Every
@@ -211,12 +219,12 @@ class TwoStreamResNet(Pretrained):
         state.update({f"{m}.{k}": v for m in MODALITIES for k, v in stem.items()})
         self.load(state, path, own=("bottleneck.", "non_local."))
 
-    def described(self):
+    def described(self) -> str:
         """What it is, for an error message."""
         return f"a ResNet-{self.settings['depth']} of width {self.settings['width']}"
 
     @classmethod
-    def from_pretrained(cls, path):
+    def from_pretrained(cls, path: str | Path) -> "TwoStreamResNet":
         """The model saved in a directory (a run directory, too) or in a `model.safetensors` file."""
         file, metadata = cls._find(path)
         names = ("depth", "width", "non_local", "input_size")
@@ -225,14 +233,14 @@ class TwoStreamResNet(Pretrained):
         return model.eval()
 
 
-def _checkpointed(block, x):
+def _checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`block(x)`, computed again in backward; the running statistics move once, as without it."""
     if torch.compiler.is_compiling():  # the compiler keeps the second run free of side effects by itself
         return checkpoint(block, x, use_reentrant=False)
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     @contextmanager
-    def statistics_kept():
+    def statistics_kept() -> Iterator[None]:
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
             norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -245,17 +253,17 @@ def _checkpointed(block, x):
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept()))
 
 
-def _conv(inputs, outputs, kernel, stride=1):
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
 
-def _shortcut(inputs, outputs, stride):
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
 
-def _non_local(channels, counts):
+def _non_local(channels: int, counts: tuple[int, ...]) -> nn.ModuleDict:
     """Blocks after the last two of layer2 and the last three of layer3, by the name "stage_index"."""
     places = [(stage, i) for stage, last in ((2, 2), (3, 3)) for i in range(counts[stage - 1])[-last:]]
     return nn.ModuleDict({f"{stage}_{i}": NonLocal(channels * 2 ** (stage - 1)) for stage, i in places})

@@ -11,6 +11,7 @@ Without Triton installed everything runs on the references.
 """
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 ENABLED = triton is not None and os.environ.get("ECUL_KERNELS") != "reference"
 
 
-def jit(function):
+def jit(function: Callable) -> Any:
     """`triton.jit`, or the function itself where there is no Triton to compile it."""
     return function if triton is None else triton.jit(function)
 
@@ -49,7 +50,7 @@ class Config(NamedTuple):
     stages: int
     shared: int
 
-    def launch(self, kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """Start `kernel` over `grid`, on the stream and device of its tensors."""
         stages = min(self.stages, 2) if torch.version.hip else self.stages
         kernel[grid](*args, **constants, **self.blocks, num_warps=self.warps, num_stages=stages)

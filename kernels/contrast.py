@@ -64,7 +64,9 @@ def memory_contrast_reference(
     return scores.logsumexp(1) - scores.masked_fill(~own, -torch.inf).logsumexp(1)
 
 
-def _check(x, bank, bank_labels, labels, temperature):
+def _check(
+    x: torch.Tensor, bank: torch.Tensor, bank_labels: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> None:
     check_matrix("x", x)
     check_matrix("bank", bank, columns=x.shape[1])
     check_vector("bank_labels", bank_labels, length=bank.shape[0])
@@ -77,7 +79,7 @@ def _check(x, bank, bank_labels, labels, temperature):
         raise ValueError(f"temperature must be above 0; got {temperature}")
 
 
-def _check_finite(loss, labels):
+def _check_finite(loss: torch.Tensor, labels: torch.Tensor) -> None:
     """A label without a slot gives an infinite loss, a broken feature a NaN: one look at (B,) finds both."""
     wrong = ~loss.detach().isfinite()
     if not wrong.any():

@@ -75,7 +75,7 @@ def jaccard_neighbors_reference(
     longest = int(np.diff(encodings.indptr).max(initial=0))
     reach = least / (1 + (longest + 4) * 2**-23)  # what the bound may lack by its rounding in float32
 
-    def search(second):
+    def search(second: int) -> np.ndarray:
         """The pairs (i, j) within eps, i < j, with j in one block of rows."""
         columns, found = roots[second].T.tocsr(), []
         for first in range(second + 1):
@@ -98,16 +98,16 @@ def jaccard_neighbors_reference(
     return _graph(torch.from_numpy(pairs).to(device), size)
 
 
-def _units(values):
+def _units(values: torch.Tensor) -> torch.Tensor:
     return torch.round(values * UNIT).to(torch.int32)
 
 
-def _least_overlap(eps):
+def _least_overlap(eps: float) -> int:
     """The smallest overlap, in units, whose distance is eps or less; every step of d is monotone in s."""
     return bisect_left(range(UNIT + 1), True, key=lambda s: 1 - (s / UNIT) / (2 - s / UNIT) <= eps)
 
 
-def _graph(pairs, size):
+def _graph(pairs: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j: (2, pairs)."""
     i, j = pairs
     itself = torch.arange(size, device=i.device)
@@ -134,7 +134,7 @@ def _(indptr, indices, values, eps):
     return torch.empty_like(indptr), indices.new_empty(pairs)
 
 
-def _check_matrix(indptr, indices, values):
+def _check_matrix(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
     if len(indptr) == 0:
         raise ValueError("indptr must hold N + 1 offsets, a single 0 for no rows; got none")
     if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr.diff() < 0).any():
@@ -174,7 +174,9 @@ def _add_overlaps(
         tl.atomic_add(strip + row * size + other, smaller, within, sem="relaxed")
 
 
-def _launch(indptr, indices, values, eps):
+def _launch(
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     size, device = len(indptr) - 1, indptr.device
     units = _units(values)
     rows = torch.arange(size, device=device).repeat_interleave(indptr.diff())

@@ -91,7 +91,15 @@ def momentum_update_reference(
     return bank
 
 
-def _by_rounds(rows, x, order, first, counts, momentum, rule):
+def _by_rounds(
+    rows: torch.Tensor,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    first: torch.Tensor,
+    counts: torch.Tensor,
+    momentum: float,
+    rule: str,
+) -> torch.Tensor:
     total = torch.zeros_like(rows)
     for r in range(int(counts.max()) if len(counts) else 0):
         live = (counts > r).nonzero()[:, 0]
@@ -105,14 +113,14 @@ def _by_rounds(rows, x, order, first, counts, momentum, rule):
     return rows
 
 
-def _draw(labels, generator):
+def _draw(labels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """An independent uniform number a sample: the sample with its label's smallest is a uniform draw."""
     device = labels.device if generator is None else generator.device
     drawn = torch.rand(labels.shape[0], device=device, generator=generator)
     return drawn.to(labels.device, non_blocking=True)
 
 
-def _check(bank, x, labels, momentum, rule):
+def _check(bank: torch.Tensor, x: torch.Tensor, labels: torch.Tensor, momentum: float, rule: str) -> None:
     check_matrix("bank", bank)
     check_matrix("x", x, columns=bank.shape[1])
     check_vector("labels", labels, length=x.shape[0])
@@ -190,7 +198,14 @@ def _update_kernel(
 WIDEST = 16384  # features a program can keep in registers; wider rows take the reference
 
 
-def _launch(bank, x, labels, momentum, rule, priority):
+def _launch(
+    bank: torch.Tensor,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    momentum: float,
+    rule: str,
+    priority: torch.Tensor | None,
+) -> None:
     x, labels = rows_contiguous(x), labels.contiguous()
     (C, D), B = bank.shape, x.shape[0]
     if B == 0 or C == 0:

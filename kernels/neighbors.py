@@ -40,7 +40,9 @@ def topk_similarity_reference(
     return _by_strips(x, y, k, itself)
 
 
-def _by_strips(x, y, k, itself, rows=512):
+def _by_strips(
+    x: torch.Tensor, y: torch.Tensor, k: int, itself: torch.Tensor | None, rows: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best for every row of `x`; `itself`, where given, names the row of `y` to leave out for each."""
     values = torch.empty(x.shape[0], k, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
@@ -56,7 +58,7 @@ def _by_strips(x, y, k, itself, rows=512):
     return values, indices
 
 
-def _topk(scores, k):
+def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`scores.topk(k)` with the lower index first among equals, which `torch.topk` leaves open."""
     values, indices = scores.topk(min(k + 1, scores.shape[1]))
     cut = (values[:, k - 1 : k] == values[:, k:]).any(1).nonzero()[:, 0]  # a tie across the k-th place
@@ -66,7 +68,7 @@ def _topk(scores, k):
     return values, indices.gather(1, order)
 
 
-def _lowest(scores, bound, k):
+def _lowest(scores: torch.Tensor, bound: torch.Tensor, k: int) -> torch.Tensor:
     """Each row's columns above `bound` and the lowest of those at it: k a row, in ascending order."""
     above, equal = scores > bound, scores == bound
     room = k - above.sum(1, keepdim=True)
@@ -74,7 +76,7 @@ def _lowest(scores, bound, k):
     return chosen.nonzero()[:, 1].view(-1, k)
 
 
-def _check(x, y, k, exclude_self):
+def _check(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool) -> None:
     check_matrix("x", x)
     check_matrix("y", y, columns=x.shape[1], dtypes=(x.dtype,))
     check_device("y", y, x.device)
@@ -88,7 +90,7 @@ def _check(x, y, k, exclude_self):
         raise ValueError(f"k must be from 1 to {most}, the rows of y to choose from; got {k}")
 
 
-def _check_finite(x, y):
+def _check_finite(x: torch.Tensor, y: torch.Tensor) -> None:
     for name, tensor in (("x", x), ("y", y)):
         if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise ValueError(f"{name} holds NaN or infinite features")
@@ -228,7 +230,7 @@ KEYS = Config({"BLOCK": 32, "BLOCK_D": 128}, warps=4, stages=2, shared=1024)
 STRIP = 65536  # rows of x at a time: bounds the memory of the maxima, a number per row and group
 
 
-def _round(matrix, width):
+def _round(matrix: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """float16 rows, W of each group side by side, zeros in the padding; norms of the rows and of the errors.
 
     A power of two brings the entries into float16's range: it rescales all products alike.
@@ -250,7 +252,15 @@ def _round(matrix, width):
     return rounded, sizes, errors
 
 
-def _bounds(maxima, k, D, x_sizes, x_errors, y_sizes, y_errors):
+def _bounds(
+    maxima: torch.Tensor,
+    k: int,
+    D: int,
+    x_sizes: torch.Tensor,
+    x_errors: torch.Tensor,
+    y_sizes: torch.Tensor,
+    y_errors: torch.Tensor,
+) -> torch.Tensor:
     """Below these no column can be among the row's k best: the k-th largest maximum less twice the error."""
     lowest = torch.finfo(torch.float32).min  # above the padding's minus infinity
     if maxima.shape[1] < k:
@@ -261,7 +271,7 @@ def _bounds(maxima, k, D, x_sizes, x_errors, y_sizes, y_errors):
     return (maxima.topk(k).values[:, -1] - 2 * margin).clamp_min(lowest)
 
 
-def _best(keys, k):
+def _best(keys: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and indices of the k largest keys."""
     best = keys.topk(k).values
     ordered = (best >> 32).int()
@@ -269,12 +279,15 @@ def _best(keys, k):
     return values, 0xFFFFFFFF - (best & 0xFFFFFFFF)
 
 
-def _launch(x, y, k, exclude_self, offset=0):
+def _launch(
+    x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, offset: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best for rows `offset` and on; the one wait on the host asks which lists overflowed."""
     if x.shape[0] > STRIP:
         starts = range(0, x.shape[0], STRIP)
         strips = [_launch(x[start : start + STRIP], y, k, exclude_self, start) for start in starts]
-        return tuple(torch.cat(parts) for parts in zip(*strips, strict=True))
+        values, indices = (torch.cat(parts) for parts in zip(*strips, strict=True))
+        return values, indices
     if x.shape[0] == 0:
         return x.new_empty((0, k), dtype=torch.float32), x.new_empty((0, k), dtype=torch.int64)
     symmetric = x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()

@@ -8,6 +8,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from ecul import open_dataset, synthesize  # noqa: E402
+
 torch.set_num_threads(1)
 settings.register_profile(
     "ecul", derandomize=True, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck)
@@ -21,3 +23,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The folder of a synthetic world of 10 training and 5 held-out people, 3 images a camera."""
+    root = tmp_path_factory.mktemp("shared") / "world"
+    return synthesize(root, identities=10, images=3, size=(32, 16), progress=False)
+
+
+@pytest.fixture(scope="session")
+def dataset(world):
+    """That world, opened."""
+    return open_dataset("sysu", world)

@@ -102,6 +102,29 @@ def test_views_are_independent_between_images_and_repeat_with_the_seed(view):
     assert len(first.flatten(1).unique(dim=0)) > 50
 
 
+@pytest.mark.parametrize(
+    ("view", "expected"), [("visible", 0.0), ("exchanged", 1.0), ("infrared", 7 / 8)], ids=lambda v: str(v)
+)
+def test_each_view_has_its_own_colours(view, expected, generator):
+    """Channels are alike in all exchanged images and, copied or gray, in seven of eight infrared ones."""
+    colours = torch.tensor([200, 90, 20], dtype=torch.uint8)[:, None, None]
+    seen = augment.train_view(colours.expand(1000, 3, 16, 8), view, 0, generator)
+    alike = torch.isclose(seen, seen[:, :1]).flatten(1).all(1)
+    assert share(alike) == pytest.approx(expected, abs=0.03)
+
+
+def test_the_linear_transform_scales_four_of_five_images_before_they_are_normalised(generator):
+    plain = torch.full((1000, 3, 16, 8), 100, dtype=torch.uint8)
+    seen = augment.train_view(plain, "visible", 0, generator, linear_transform=True)
+    erased = torch.tensor(augment.ERASED)[:, None, None]
+    untouched = torch.isclose(seen, augment.normalize(plain)) | torch.isclose(seen, erased)
+    assert share(~untouched.flatten(1).all(1)) == pytest.approx(0.8, abs=0.05)
+    assert (
+        seen.min() >= augment.normalize(plain * 0).min()
+        and seen.max() <= augment.normalize(plain + 155).max()
+    )
+
+
 def test_an_unknown_view_is_named():
     with pytest.raises(ValueError, match="'thermal'"):
         augment.train_view(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "thermal", 2)

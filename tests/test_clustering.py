@@ -184,6 +184,15 @@ def test_dbscan_equals_scikit_learn_on_any_graph(seed, size, spread, min_samples
     np.testing.assert_array_equal(labels, expected)
 
 
+def test_a_border_point_joins_the_lowest_numbered_cluster_that_reaches_it():
+    links = np.zeros((9, 9), dtype=bool)
+    links[:4, :4] = links[4:8, 4:8] = True
+    for core in (4, 0):
+        links[8, core] = links[core, 8] = True
+    indptr, indices = np.append(0, links.sum(1).cumsum()), links.nonzero()[1]
+    assert dbscan(indptr, indices, min_samples=4).tolist() == [0] * 4 + [1] * 4 + [0]
+
+
 def test_half_sets_round_half_to_even_as_published():
     """k1 = 25 takes 13 half neighbours, 35 takes 19, 41 takes 21: seen on a line of equally spaced angles."""
     for k1, half in ((25, 13), (35, 19), (41, 21), (27, 15)):

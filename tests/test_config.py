@@ -56,11 +56,22 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"weight_joint": -0.1}, "weight_joint"),
         ({"size": (288,)}, "size must be"),
         ({"iterations": True}, "iterations must be a whole number"),
+        ({"k_select": 0}, "k_select must be a whole number of at least 1, or None, got 0"),
+        ({"size": (288, 8)}, "size must be .height, width., whole numbers of at least 16 pixels, got"),
+        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"compile": 1}, "compile must be True or False, got 1"),
+        ({"pairs": "joint"}, "has no matched pairs: set weight_agnostic and weight_consistency to 0"),
     ],
 )
 def test_errors_name_the_field(fields, message):
     with pytest.raises(ValueError, match=message):
         Config.from_dict(fields)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
+def test_every_field_is_held_to_something(name):
+    with pytest.raises(ValueError, match=f"^{name} must "):
+        Config(**{name: object()})
 
 
 def test_unknown_preset_names_the_nearest():

@@ -68,6 +68,20 @@ def test_forward_and_backward_change_no_state():
         assert all(torch.equal(before[k], v) for k, v in memory.state_dict().items())
 
 
+def test_the_length_of_a_feature_makes_no_difference():
+    rng = np.random.default_rng(0)
+    rows, x, labels = unit(rng, 4, 6).float(), unit(rng, 5, 6).float(), torch.tensor([0, 1, 1, 3, -1])
+    long = x * torch.tensor([[0.1], [2], [3], [0.5], [7]])
+    results = []
+    for features in (x, long):
+        memory = ClusterMemory.from_clusters(rows, momentum=0.3)
+        found = [memory(features, labels), memory.logits(features)]
+        memory.update(features, labels)
+        results.append([*found, memory.features])
+    for plain, scaled in zip(*results, strict=True):
+        assert torch.allclose(plain, scaled, atol=1e-5)
+
+
 def test_an_outlier_row_is_nobodys_positive():
     features = F.normalize(torch.eye(4) + 0.1, dim=1)
     memory = InstanceMemory.from_features(features, torch.tensor([0, 0, -1, -1]))
@@ -137,6 +151,8 @@ def test_agreement_vanishes_for_equal_memories_and_teaches_x():
     others = [ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for _ in ("visible", "infrared")]
     x = unit(rng, 3, 6).float().requires_grad_()
     assert agreement_loss(banks, banks, x).item() == pytest.approx(0, abs=1e-6)
+    each = [consistency_loss(banks[m].logits(x), others[m].logits(x)).item() for m in banks]
+    assert min(each) > 0 and agreement_loss(banks, others, x).item() == pytest.approx(sum(each))
     agreement_loss(banks, others, x).backward()
     assert x.grad.abs().sum() > 0
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY
 
 import ecul
 from ecul import Config, synthesize
@@ -17,9 +19,7 @@ from ecul.cli import _parser
 
 ROOT = Path(ecul.__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S)
-SMALL = {"depth": 10, "width": 8, "size": (32, 16), "pad": 2, "weights": None, "precision": "fp32"}
-SMALL |= {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 3, "instances": 2}
-SMALL |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
+SMALL = {**TINY, "weights": None, "precision": "fp32", "identities": 3}
 
 
 def blocks(text, language):
@@ -91,6 +91,11 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 300
 
 
+def test_every_file_that_contributing_names_is_there():
+    named = re.findall(r"(?:ecul|tests|scripts|kernels)/[\w./]*\w", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 20 and [name for name in named if not (ROOT / name).exists()] == []
+
+
 EXAMPLE = """
 ```python
 x = 1
@@ -130,9 +135,8 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     for name in ("ecul", "kernels"):
-        (source / name).mkdir(parents=True)
-        for file in [*(ROOT / name).glob("*.py"), *(ROOT / name).glob("py.typed")]:
-            (source / name / file.name).write_bytes(file.read_bytes())
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     build = "from setuptools.build_meta import *; build_wheel('../dist'); build_sdist('../dist')"
@@ -143,10 +147,11 @@ def wheel(tmp_path_factory):
 
 def test_wheel_and_source_distribution_are_complete(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    expected = {f"ecul/{f.name}" for f in (ROOT / "ecul").glob("*.py")} | {"ecul/py.typed"}
+    expected = {f.relative_to(ROOT).as_posix() for f in (ROOT / "ecul").rglob("*.py")} | {"ecul/py.typed"}
     expected |= {f"ecul/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")}
     assert expected == {n for n in names if ".dist-info/" not in n}
     assert any(n.endswith("entry_points.txt") for n in names)
+    assert wheel.name.startswith(f"ecul-{ecul.__version__}-")
     assert len(list(wheel.parent.glob("*.tar.gz"))) == 1
 
 

@@ -53,6 +53,16 @@ def test_matched_positions_hold_matched_clusters(a, b, identities, seed):
         assert match[y_r[r], y_v[v]].all()
 
 
+def test_half_of_the_matched_pairs_start_from_each_modality():
+    labels, one = np.arange(12), np.zeros(4, dtype=int)
+    many, single = Clusters(labels, labels * 0), Clusters(one, one)
+    for visible, infrared, match in ((many, single, np.ones((1, 12))), (single, many, np.ones((12, 1)))):
+        batches = list(matched_batches(visible, infrared, match, 8, 2, 3, np.random.default_rng(0)))
+        drawn = [pair[int(infrared is many)].reshape(-1, 2)[:, 0] for pair in batches]
+        started = [batch[-4:] if visible is many else batch[:4] for batch in drawn]
+        assert sorted(np.concatenate(started)) == list(labels)  # a deck of 12, drawn four at a time
+
+
 @given(st.integers(2, 10), st.integers(2, 6), st.integers(0, 10**6))
 def test_joint_batches_take_clusters_of_both_modalities_first(clusters, identities, seed):
     rng = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ import torch
 from torch import distributed as dist
 
 
-def choose_device(device=None):
+def choose_device(device: torch.device | str | None = None) -> torch.device:
     """The device asked for, by default the GPU when there is one; a ValueError for a GPU that is absent."""
     found = torch.cuda.is_available()
     try:
@@ -26,7 +26,7 @@ def choose_device(device=None):
     return device
 
 
-def start(device=None):
+def start(device: torch.device | str | None = None) -> torch.device:
     """Join the process group if torchrun started this process; returns this process's device."""
     device = choose_device(device)
     if device.type == "cuda":
@@ -38,23 +38,23 @@ def start(device=None):
     return device
 
 
-def size():
+def size() -> int:
     """Number of processes; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank():
+def rank() -> int:
     """This process's number; process 0 writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(count):
+def share(count: int) -> slice:
     """The slice of `count` rows that is this process's own: contiguous, sizes differing by at most one."""
     bounds = [round(count * r / size()) for r in range(size() + 1)]
     return slice(bounds[rank()], bounds[rank() + 1])
 
 
-def gather(rows, count):
+def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
     """All processes' rows (n, D) of a table of `count`, in order; gradients flow into one's own rows."""
     if size() == 1:
         return rows
@@ -69,14 +69,14 @@ def gather(rows, count):
     return torch.cat(cut)
 
 
-def broadcast(tensor):
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Process 0's tensor, in place, on every process."""
     if size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
 
 
-def require_same(text, what):
+def require_same(text: str, what: str) -> None:
     """A RuntimeError in each process whose text is not process 0's."""
     if size() > 1:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -85,19 +85,19 @@ def require_same(text, what):
             raise RuntimeError(f"{what} are not those of process 0; every process must see the same files")
 
 
-def wait():
+def wait() -> None:
     """Go on when every process has come this far."""
     if size() > 1:
         dist.barrier()
 
 
-def finish(device):
+def finish(device: torch.device) -> None:
     """Wait until the device has done what was asked of it, so that a clock may be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def stop():
+def stop() -> None:
     """Leave the process group together, at the end of a command."""
     if dist.is_initialized():
         dist.barrier()

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -11,12 +12,12 @@ from tqdm import tqdm
 class _BesideBars(logging.Handler):
     """Lines on stderr that do not tear a progress bar."""
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 @contextmanager
-def logging_to_stderr():
+def logging_to_stderr() -> Iterator[None]:
     """Log lines on stderr in here, where nobody has set up logging; of several processes the first speaks.
 
     `logging.getLogger("ecul").setLevel("ERROR")` makes it quiet.

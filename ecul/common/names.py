@@ -1,9 +1,10 @@
 """Names for people: hints for misspelt ones, long lists shortened."""
 
 import difflib
+from collections.abc import Iterable
 
 
-def did_you_mean(value, names):
+def did_you_mean(value: object, names: Iterable[object]) -> str:
     """A hint for an error message: the name most like this value, or nothing."""
     known = [str(n) for n in names]
     longer = [n for n in known if str(value) and n.startswith(str(value))]
@@ -11,7 +12,7 @@ def did_you_mean(value, names):
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def shorten(names, most=10, between=", "):
+def shorten(names: Iterable[str], most: int = 10, between: str = ", ") -> str:
     """The first `most` names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
