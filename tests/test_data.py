@@ -363,9 +363,6 @@ def test_names_that_are_not_utf8_are_files_like_others(tmp_path):
     dataset = Dataset.from_folders(visible=day, infrared=night)
     assert len(dataset.visible.load(SIZE, progress=False)) == 6
     assert dataset_fingerprint(dataset)["names_and_cameras"]
-        len(dataset.visible.load(SIZE, progress=False)) == 6
-        and dataset_fingerprint(dataset)["names_and_cameras"]
-    )
 
 
 def test_every_unreadable_photograph_is_named_and_left_out_on_request(tmp_path, caplog):

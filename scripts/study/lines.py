@@ -1,0 +1,61 @@
+"""What is compared: the worlds, and the configurations ("lines") that run on each of them."""
+
+from dataclasses import dataclass, field
+
+PRESET = "demo"
+
+
+@dataclass(frozen=True)
+class World:
+    """A synthetic world: what renders it, and the settings that all lines share on it.
+
+    render: arguments of `synthesize`; fields: of `Config`, beside the preset's; start: whether the network
+    begins with the weights that `study.start` makes.
+    """
+
+    render: dict = field(default_factory=dict)
+    fields: dict = field(default_factory=dict)
+    start: bool = False
+
+
+WORLDS = {
+    "shared": World(),
+    "gap": World(
+        render={"identities": 320, "test_identities": 96, "images": 3, "gap": 1.0},
+        fields={
+            "identities": 16, "instances": 2, "iterations": 75, "epochs_intra": 12, "lr_milestones": (8, 11),
+            "lr": 2e-3, "min_samples": 3,
+        },
+        start=True,
+    ),
+}  # fmt: skip
+NO_CROSS = {"weight_agnostic": 0.0, "weight_consistency": 0.0}
+PARTS = {  # what a line changes
+    "plain Jaccard instead of EMCC": {"k3": None, "k3_joint": None},
+    "k3 halved": {"k3": 6, "k3_joint": 10},
+    "k3 doubled": {"k3": 24, "k3_joint": 40},
+    "no cross-modality stage": {"stages": 1},
+    "no instance selection": {"k_select": None},
+    "no joint contrast": {"weight_joint": 0.0},
+    "nearest centre instead of bilateral": {"matching": "nearest"},
+    "no consistency": {"weight_consistency": 0.0},
+    "no consistency, no agnostic contrast": NO_CROSS,
+    "half the images, P x K = 8 x 2": {"instances": 2},
+    "half the identities, P x K = 4 x 4": {"identities": 4},
+}
+TSMEM, MBCCM = {"update_rule": "tsmem"}, {"method": "mbccm"}
+LINES = {  # name: (the line it is compared with, its fields)
+    "untrained": (None, {}),
+    "supervised": (None, {}),
+    "united": (None, {}),
+    "united with TSMem": ("united", TSMEM),
+    "ecul": ("united", {"method": "ecul"}),
+    "mbccm": ("united", MBCCM),
+    **{f"united, {part}": ("united", fields) for part, fields in PARTS.items()},
+    **{f"TSMem, {part}": ("united with TSMem", {**TSMEM, **fields}) for part, fields in PARTS.items()},
+    "TSMem, first step alone": ("united with TSMem", {**TSMEM, "tsmem_switch": 24}),
+    "TSMem, second step alone": ("united with TSMem", {**TSMEM, "tsmem_switch": 0}),
+    "mbccm, nearest centre": ("mbccm", {**MBCCM, "matching": "nearest"}),
+    "mbccm, no consistency": ("mbccm", {**MBCCM, "weight_consistency": 0.0}),
+    "mbccm, no consistency, no agnostic contrast": ("mbccm", {**MBCCM, **NO_CROSS}),
+}

@@ -1,0 +1,101 @@
+"""One run: a line on the world of a seed, trained and evaluated on held-out identities."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ecul import Config, evaluate, open_dataset, optim, train
+from ecul.batches import make_batches
+from ecul.labels import Labels
+from ecul.memory import cluster_means
+from ecul.stages import make_terms
+from ecul.training import extract_all, train_batches
+from ecul.trainset import load_images
+
+from .lines import LINES, PRESET, WORLDS
+
+# Fields that only stage 2 reads: lines that differ in these alone share their first stage.
+CROSS = (
+    "pairs", "matching", "k1_joint", "k2_joint", "k3_joint", "eps_joint", "k_select", "weight_joint",
+    "weight_agnostic", "weight_consistency",
+)  # fmt: skip
+
+
+def configure(line: str, world: str, seed: int, weights: str | None, overrides: dict) -> Config:
+    """The configuration of a line on a world."""
+    fields = {"weights": weights, **WORLDS[world].fields, **LINES[line][1], **overrides, "seed": seed}
+    whole = fields.pop("stages", 2) == 1
+    config = Config.preset(PRESET, **fields)
+    return config.replace(epochs_intra=config.epochs, epochs_cross=0) if whole else config
+
+
+def run_line(line: str, root: str, config: Config, shared: int, folder: Path) -> dict:
+    """Metrics, seconds and peak memory of one run; `shared`: epochs of stage 1 that lines have in common."""
+    torch.set_num_threads(1)
+    logging.getLogger("ecul").setLevel(logging.WARNING)
+    dataset, began = open_dataset("sysu", root), time.perf_counter()
+    history: list[dict] = []
+    if line == "untrained":
+        model = optim.build_model(config, torch.device("cpu")).eval()
+    elif line == "supervised":
+        model = supervise(optim.build_model(config, torch.device("cpu")), dataset, config)
+    else:
+        model, history = train_shared(dataset, config, min(shared, config.epochs_intra), folder)
+    seconds = time.perf_counter() - began
+    tested = evaluate(model, dataset, modes=["all"], progress=False).rows[0]
+    result = {"mAP": tested["mAP"], "rank1": tested["rank1"], "seconds": seconds}
+    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    last = history[-1] if history else {}
+    return result | {k: v for k, v in last.items() if k.startswith(("clusters_", "monitor_", "score"))}
+
+
+def train_shared(dataset, config: Config, epochs: int, folder: Path):
+    """`train(dataset, config)`, going on from the first epochs of stage 1, which equal lines train once.
+
+    The randomness of an epoch follows from the seed and the epoch, so the weights are those of a whole run.
+    """
+    default = Config()
+    first = config.replace(
+        **{name: getattr(default, name) for name in CROSS}, epochs_intra=epochs, epochs_cross=0
+    )
+    name = hashlib.sha256(json.dumps(first.to_dict()).encode()).hexdigest()[:12]
+    begun, own = folder / f"stage-1-{name}", folder / f"run-{os.getpid()}"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two lines that want it, one makes it
+        train(dataset, first, output=begun, resume=begun.exists())
+    shutil.rmtree(own, ignore_errors=True)
+    try:
+        shutil.copytree(begun, own)
+        saved = json.loads((own / "resume.json").read_text())
+        (own / "resume.json").write_text(json.dumps({**saved, "config": config.to_dict()}))
+        run = train(dataset, config, output=own, resume=True)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    return run.model, run.history
+
+
+def supervise(model: torch.nn.Module, dataset, config: Config) -> torch.nn.Module:
+    """Train with the same losses and batches, and identities in the place of the pseudo labels."""
+    optimizer = optim.build_optimizer(model, config)
+    images = load_images(dataset, config.size, torch.device("cpu"))
+    people, own = np.unique(images.identities, return_inverse=True)
+    own, match, border = torch.from_numpy(own), np.eye(len(people), dtype=bool), images.num_visible
+    for epoch in range(config.epochs):
+        rng = np.random.default_rng([config.seed, epoch])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        optim.set_lr(optimizer, config, epoch)
+        features = extract_all(model, images, config)
+        sides = zip(features.tensor_split([border]), own.tensor_split([border]), strict=True)
+        labels = Labels(own, border, tuple(cluster_means(x, y) for x, y in sides), own, own, match)
+        terms = make_terms(features, labels, config, epoch, generator)
+        train_batches(model, optimizer, terms, make_batches(labels, images, config, rng, generator), config)
+    return model.eval()
