@@ -79,6 +79,19 @@ def test_every_method_runs_and_leaves_a_run_directory(method, dataset, tmp_path)
     assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model)
 
 
+def test_losses_are_weighted_and_summed_over_views(dataset):
+    """At a high temperature all rows of a bank are alike: the loss is weight * views * log(rows)."""
+    config = tiny(temp=1e6, weight_joint=0.7, weight_agnostic=0.9)
+    row = train(dataset, config).history[-1]
+    for name, views, weight, bank in (
+        ("cluster_visible", 2, 1, "visible"), ("cluster_infrared", 1, 1, "infrared"),
+        ("agnostic_visible", 3, 0.9, "visible"), ("agnostic_infrared", 3, 0.9, "infrared"),
+        ("cluster_joint", 3, 0.7, "joint"),
+    ):  # fmt: skip
+        rows = row[f"clusters_{bank}"]
+        assert row[f"loss_{name}"] == pytest.approx(weight * views * math.log(rows), rel=1e-3), name
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(dataset):
     first, again, other = (train(dataset, tiny(seed=s)).model for s in (0, 0, 1))
     assert same(first, again) and not same(first, other)
