@@ -80,7 +80,7 @@ def import_checkpoint(
             f"so nothing was imported: {shorten(unknown)}. Known are visible_module.visible.*, "
             "thermal_module.thermal.*, base_resnet.base.*, NL_*, bottleneck.* and what only training uses"
         )
-    model = TwoStreamResNet(**_settings(renamed, path), input_size=tuple(input_size))
+    model = TwoStreamResNet(**_settings(renamed, path), input_size=(input_size[0], input_size[1]))
     model.load(_place_non_local(renamed, sorted(model.non_local), path), path)
     return model.eval(), unused
 

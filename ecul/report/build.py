@@ -52,7 +52,7 @@ class Embedded:
     """Visible and infrared images, pixels uint8 (n, 3, H, W) each, and features (N, D), visible first."""
 
     images: tuple[Images, Images]
-    pixels: list[torch.Tensor]
+    pixels: tuple[torch.Tensor, torch.Tensor]
     features: torch.Tensor
 
     def by_modality(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -171,11 +171,10 @@ def _require_same(saved: SavedRun, dataset: Dataset) -> None:
 
 
 def _embed(model: Any, images: tuple[Images, Images], progress: bool) -> Embedded:
-    pixels = [pile.load(model.input_size, progress=progress) for pile in images]
-    pairs = zip(pixels, MODALITIES, strict=True)
-    return Embedded(
-        images, pixels, torch.cat([embed_pixels(model, *pair, progress=progress).cpu() for pair in pairs])
-    )
+    visible, infrared = (side.load(model.input_size, progress=progress) for side in images)
+    pairs = zip((visible, infrared), MODALITIES, strict=True)
+    features = torch.cat([embed_pixels(model, *pair, progress=progress).cpu() for pair in pairs])
+    return Embedded(images, (visible, infrared), features)
 
 
 def _accuracy(dataset: Dataset, features: dict) -> list[Section]:
