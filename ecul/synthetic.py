@@ -27,10 +27,10 @@ SEEN_FROM_BEHIND = (2, 5, 6)
 _PERSON, _TONES, _CAMERA, _IMAGE, _MISSING, _SPLIT, _TYPE, _CLOTH, _LIGHT = range(9)
 # What sets the modalities apart in a world whose gap is 1; another gap scales all of it.
 GAP = {
-    "alike": 0.15,  # probability that a trait is not a person's own but that of one of TYPES people
-    "law": 0.4,  # share of the hue in a reflectance in infrared: what pairs teach, and one modality cannot
-    "redrawn": 0.08,  # probability that a trait of the cloth is another one in infrared, by chance
-    "weave": 0.1,  # brightness of a cloth's weave: it tells people apart, in infrared alone
+    "alike": 0.1,  # probability that a trait is not a person's own but that of one of TYPES people
+    "law": 0.6,  # share of the hue in a reflectance in infrared: what pairs teach, and one modality cannot
+    "redrawn": 0.05,  # probability that a trait of the cloth is another one in infrared, by chance
+    "weave": 0.05,  # brightness of a cloth's weave: it tells people apart, in infrared alone
     "slope": 0.3,  # how much brighter one side of a camera's picture is, at most
     "cast": 0.1,  # how far a camera's channels are off, at most
 }
