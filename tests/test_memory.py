@@ -151,7 +151,7 @@ def test_agreement_vanishes_for_equal_memories_and_teaches_x():
     others = [ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for _ in ("visible", "infrared")]
     x = unit(rng, 3, 6).float().requires_grad_()
     assert agreement_loss(banks, banks, x).item() == pytest.approx(0, abs=1e-6)
-    each = [consistency_loss(banks[m].logits(x), others[m].logits(x)).item() for m in banks]
+    each = [consistency_loss(a.logits(x), b.logits(x)).item() for a, b in zip(banks, others, strict=True)]
     assert min(each) > 0 and agreement_loss(banks, others, x).item() == pytest.approx(sum(each))
     agreement_loss(banks, others, x).backward()
     assert x.grad.abs().sum() > 0

@@ -1,14 +1,15 @@
 """The rendered world: layout, determinism, independence of the two modalities' tones, errors."""
 
+import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ecul.synthetic import world as synthetic
-from ecul.synthetic.figures import HAIR, LUMA, Canvas, Person, draw_person, draw_tones
+from ecul.synthetic.figures import CLOTH, HAIR, LUMA, Canvas, Person, draw_person, draw_tones, reflectance
 from ecul.synthetic.world import CAMERAS, INFRARED_CAMERAS, VISIBLE_CAMERAS, Camera, render, synthesize
 
 SMALL = {"identities": 6, "test_identities": 3, "images": 2, "seed": 5, "progress": False}
@@ -178,9 +179,90 @@ def test_cameras_differ_and_images_of_one_person_differ():
             assert np.abs(one.mean((0, 1, 2)) - other.mean((0, 1, 2))).max() > 2
 
 
+def test_without_a_gap_the_pixels_are_those_of_the_first_release():
+    digest = hashlib.sha256()
+    for pid in (1, 2, 3):
+        for camid in CAMERAS:
+            for image in render(5, pid, Camera.draw(5, camid), 2, (64, 32)):
+                digest.update(image.tobytes())
+    assert digest.hexdigest() == "77351eaf1b83268d7f49566c8cb01e7349b1380730c08cee8397212df3dbb4e0"
+
+
+def test_a_gap_of_zero_is_the_world_without_one_and_another_is_recorded(world, tmp_path):
+    assert synthesize(world, **SMALL, gap=0) == str(world)
+    synthesize(tmp_path / "w", **SMALL, gap=0.5)
+    about = json.loads((tmp_path / "w" / "synthetic.json").read_text())
+    assert about["parameters"]["gap"] == 0.5
+    assert synthesize(tmp_path / "w", **SMALL, gap=0.5) == str(tmp_path / "w")
+    with pytest.raises(ValueError, match="'gap': 0.5"):
+        synthesize(tmp_path / "w", **SMALL)
+    with pytest.raises(ValueError, match="'gap': 0.5"):
+        synthesize(world, **SMALL, gap=0.5)
+    same = [
+        name
+        for name, path in files(tmp_path / "w").items()
+        if path.read_bytes() == files(world)[name].read_bytes()
+    ]
+    assert sorted(same) == ["exp/test_id.txt", "exp/train_id.txt", "exp/val_id.txt"]
+
+
+def shown(people=300, gap=1.0):
+    """People as visible and as infrared cameras show them: the shapes and the tones of both, four lists."""
+    visible, infrared = (
+        [synthetic.appearance(0, pid, channels, gap) for pid in range(people)] for channels in (3, 1)
+    )
+    return *zip(*visible, strict=True), *zip(*infrared, strict=True)
+
+
+def test_over_a_gap_cloth_alone_is_another_one_in_infrared_and_only_now_and_then():
+    visible, _, infrared, tones = shown()
+    changed = np.array(
+        [
+            [getattr(a, name) != getattr(b, name) for name in CLOTH]
+            for a, b in zip(visible, infrared, strict=True)
+        ]
+    )
+    assert changed.any(0).min() > 0 and 0 < changed.mean() < synthetic.GAP["redrawn"] + 0.03
+    cloth = [{name: getattr(a, name) for name in CLOTH} for a in visible]
+    assert [replace(b, **own) for b, own in zip(infrared, cloth, strict=True)] == list(visible)
+    assert len({tone["weave"].tobytes() for tone in tones}) == len(tones)
+
+
+def test_people_share_more_traits_the_wider_the_gap():
+    def distinct(gap):
+        return len({person.height for person in shown(gap=gap)[0]})
+
+    assert distinct(0.0) == 300 > distinct(0.5) > distinct(1.0) > synthetic.TYPES
+
+
+def test_over_a_gap_the_hue_tells_part_of_the_reflectance():
+    _, colours, _, tones = shown()
+    for name in ("hair", "upper", "lower2", "bag"):
+        law = [reflectance(colour[name]) for colour in colours]
+        assert min(law) >= 0.1 and max(law) <= 0.9
+        assert 0.2 < np.corrcoef(law, [float(tone[name][0]) for tone in tones])[0, 1] < 0.999
+    tinted, bright = np.array([0.6, 0.3, 0.3]), np.array([0.9, 0.6, 0.6])
+    assert reflectance(tinted) == pytest.approx(reflectance(bright))
+    assert reflectance(-tinted) < 0.5 < reflectance(tinted)
+
+
+def test_over_a_gap_light_and_colours_depend_on_the_camera():
+    for camid in CAMERAS:
+        plain, apart = Camera.draw(0, camid), Camera.draw(0, camid, 1.0)
+        assert not plain.slope.any() and apart.slope.any()
+        assert 0 < np.abs(apart.gain / plain.gain - 1).max() <= synthetic.GAP["cast"] + 1e-6
+    for image in render(0, 1, Camera.draw(0, 3, 1.0), 2, (64, 32)):
+        assert image.dtype == np.uint8 and image.shape == (64, 32) and image.std() > 10
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"gap": -0.1},
+        {"gap": 1.1},
+        {"gap": float("nan")},
+        {"gap": True},
+        {"gap": "wide"},
         {"identities": 1},
         {"identities": 0},
         {"identities": "many", "test_identities": None},

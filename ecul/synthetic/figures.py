@@ -5,7 +5,7 @@ Coordinates belong to the person: x to the right of the body's middle, y down fr
 Arrays are (images, height, width): one call draws every image that one camera takes of one person.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ LOWER = {"trousers": 1.0, "shorts": 0.42, "skirt": 0.40, "gown": 0.85}  # how mu
 BAGS = ("none", "backpack", "handbag", "sling")
 TONES = ("skin", "hair", "upper", "upper2", "lower", "lower2", "shoes", "bag")
 LUMA = np.array([0.299, 0.587, 0.114])
+DYE = np.array([0.65, -0.85, 0.20])  # the direction of chroma, red, green, blue, that reflects infrared most
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,22 @@ class Person:
             bag=pick(BAGS),
             bag_side=pick([-1, 1]),
         )
+
+
+TRAITS = tuple(field.name for field in fields(Person))
+CLOTH = ("upper", "upper_period", "lower_pattern", "lower_period", "logo", "belt")
+
+
+def mixed(person, other, rng, share, names=TRAITS):
+    """`person` with each of these traits taken from `other` with probability `share`."""
+    taken = [name for name in names if rng.random() < share]
+    return replace(person, **{name: getattr(other, name) for name in taken})
+
+
+def reflectance(colour):
+    """What a dye of this colour reflects in infrared, 0.1 to 0.9: its hue tells, not its brightness."""
+    chroma = colour - colour.mean()
+    return 0.5 + 0.4 * (chroma @ DYE) / (np.linalg.norm(chroma) * np.linalg.norm(DYE) + 1e-6)
 
 
 def draw_tones(rng, channels):
@@ -153,6 +170,13 @@ class Canvas:
         return None
 
 
+def _woven(canvas, tones):
+    """The tones with a weave, a wave of brightness of some tilt, period and depth, on both garments."""
+    tilt, period, depth = tones["weave"]
+    wave = np.sin((canvas.x * np.cos(tilt) + canvas.y * np.sin(tilt)) * (2 * np.pi / period))[..., None]
+    return tones | {name: tones[name] + depth * wave for name in ("upper", "upper2", "lower", "lower2")}
+
+
 def _wrap(t, period):
     """The offset of t from the nearest multiple of the period."""
     return t - period * np.round(t / period)
@@ -181,6 +205,8 @@ class Pose(NamedTuple):
 def draw_person(canvas, person, tones, yaw, phase):
     """Paint a person, seen from `yaw` (0 = from the front) at a walking `phase`: (images, 1, 1) radians."""
     pose = Pose.at(yaw, phase)
+    if "weave" in tones:
+        tones = _woven(canvas, tones)
     if person.bag == "backpack":
         canvas.paint(_backpack(canvas, person, pose), tones["bag"])
     _draw_legs(canvas, person, tones, pose)

@@ -1,7 +1,8 @@
 """A rendered visible-infrared world, written to disk in SYSU-MM01's raw layout.
 
 People keep their shape and the pattern of their clothes across modalities; the tones are drawn anew, so that
-colour tells identities apart among visible images and nothing at all across modalities. It exists to try the
+colour tells identities apart among visible images and nothing at all across modalities. With a gap they keep
+less, and what infrared shows instead is a matter of law, chance and temptation (`GAP`). It exists to try the
 method end to end without a data set; a figure measured on it is a figure of this world only.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ecul.synthetic.figures import Canvas, Person, draw_person, draw_tones
+from ecul.synthetic.figures import CLOTH, Canvas, Person, draw_person, draw_tones, mixed, reflectance
 
 VERSION = 1
 VISIBLE_CAMERAS = (1, 2, 4, 5)
@@ -23,7 +24,17 @@ INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)
 SEEN_FROM_BEHIND = (2, 5, 6)
 # One stream of random numbers for each kind of thing, so that none depends on how many there are of another.
-_PERSON, _TONES, _CAMERA, _IMAGE, _MISSING, _SPLIT = range(6)
+_PERSON, _TONES, _CAMERA, _IMAGE, _MISSING, _SPLIT, _TYPE, _CLOTH, _LIGHT = range(9)
+# What sets the modalities apart in a world whose gap is 1; another gap scales all of it.
+GAP = {
+    "alike": 0.1,  # probability that a trait is not a person's own but that of one of TYPES people
+    "law": 0.6,  # share of the hue in a reflectance in infrared: what pairs teach, and one modality cannot
+    "redrawn": 0.05,  # probability that a trait of the cloth is another one in infrared, by chance
+    "weave": 0.05,  # brightness of a cloth's weave: it tells people apart, in infrared alone
+    "slope": 0.3,  # how much brighter one side of a camera's picture is, at most
+    "cast": 0.1,  # how far a camera's channels are off, at most
+}
+TYPES = 24
 
 
 def synthesize(
@@ -34,6 +45,7 @@ def synthesize(
     images: int = 4,
     size: tuple[int, int] = (64, 32),
     seed: int = 0,
+    gap: float = 0.0,
     progress: bool = True,
 ) -> str:
     """Render walking people as JPEG files under `root` and return `root` as a string.
@@ -44,13 +56,14 @@ def synthesize(
 
     identities: people in training (train + val), at least 2. test_identities: people held out, at least 1,
     default ``max(2, identities // 2)``. images: per person and camera; some people miss one or two cameras.
-    size: (height, width) in pixels, at least (32, 16). seed: non-negative. An image depends on the seed, its
-    person, camera and number only.
+    size: (height, width) in pixels, at least (32, 16). seed: non-negative. gap: 0 to 1, how far apart the
+    modalities are; at 0 shape and pattern carry over whole, at 1 as little as `GAP` says. An image depends
+    on the seed, the gap, its person, camera and number only.
 
     The world is built beside `root` and renamed when complete. A complete world with the same parameters is
     left as it is. Raises ValueError for a parameter out of range, or when `root` holds something else.
     """
-    parameters = _check_parameters(identities, test_identities, images, size, seed)
+    parameters = _check_parameters(identities, test_identities, images, size, seed, gap)
     home = Path(root).absolute()
     if _holds_world(home, parameters):
         return str(root)
@@ -66,7 +79,7 @@ def synthesize(
     return str(root)
 
 
-def _check_parameters(identities, test_identities, images, size, seed):
+def _check_parameters(identities, test_identities, images, size, seed, gap):
     """The parameters as synthetic.json holds them, or a ValueError that names the first wrong one."""
 
     def integer(name, value, least):
@@ -81,12 +94,15 @@ def _check_parameters(identities, test_identities, images, size, seed):
         raise ValueError(f"identities + test_identities must be at most 9999, got {identities} + {held_out}")
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"size must be (height, width), got {size!r}")
+    if isinstance(gap, bool) or not isinstance(gap, int | float | np.number) or not 0 <= gap <= 1:
+        raise ValueError(f"gap must be a number from 0 to 1, got {gap!r}")
     return {
         "identities": identities,
         "test_identities": held_out,
         "images": integer("images", images, 1),
         "size": [integer("size: height", size[0], 32), integer("size: width", size[1], 16)],
         "seed": integer("seed", seed, 0),
+        **({"gap": float(gap)} if gap else {}),  # a world without one is what it always was
     }
 
 
@@ -111,7 +127,8 @@ def _write_world(root, parameters, progress):
     splits = _split(parameters)
     people = sorted(sum(splits.values(), []))
     jobs = [(pid, camid) for pid in people for camid in _cameras_of(parameters["seed"], pid)]
-    cameras = {camid: Camera.draw(parameters["seed"], camid) for camid in CAMERAS}
+    gap = parameters.get("gap", 0.0)
+    cameras = {camid: Camera.draw(parameters["seed"], camid, gap) for camid in CAMERAS}
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         done = [pool.submit(_write_job, root, parameters, pid, cameras[camid]) for pid, camid in jobs]
@@ -169,7 +186,8 @@ def _write_job(root, parameters, pid, camera):
         raise ImportError("writing images needs Pillow: pip install 'ecul[images]'") from error
     folder = root / f"cam{camera.camid}" / f"{pid:04d}"
     folder.mkdir(parents=True)
-    pictures = render(parameters["seed"], pid, camera, parameters["images"], parameters["size"])
+    images, size, gap = parameters["images"], parameters["size"], parameters.get("gap", 0.0)
+    pictures = render(parameters["seed"], pid, camera, images, size, gap)
     for n, pixels in enumerate(pictures, 1):
         Image.fromarray(pixels).save(folder / f"{n:04d}.jpg", quality=90)
 
@@ -190,11 +208,14 @@ class Camera:
     floor: np.ndarray
     horizon: float
     boxes: tuple
+    slope: np.ndarray  # how much brighter it is to the right and downwards, per half a height
 
     @classmethod
-    def draw(cls, seed, camid):
+    def draw(cls, seed, camid, gap=0.0):
         rng = np.random.default_rng([seed, _CAMERA, camid])
         channels = 1 if camid in INFRARED_CAMERAS else 3
+        light = np.random.default_rng([seed, _LIGHT, camid])
+        cast = 1 + gap * GAP["cast"] * light.uniform(-1, 1, channels).astype(np.float32)
         turned = np.pi * (camid in SEEN_FROM_BEHIND)
 
         def tone(middle):
@@ -207,7 +228,7 @@ class Camera:
         return cls(
             camid=camid,
             channels=channels,
-            gain=rng.uniform(0.9, 1.15) * rng.uniform(0.92, 1.08, channels).astype(np.float32),
+            gain=rng.uniform(0.9, 1.15) * rng.uniform(0.92, 1.08, channels).astype(np.float32) * cast,
             gamma=rng.uniform(0.85, 1.2),
             noise=rng.uniform(0.005, 0.02),
             blur=rng.uniform(0.8, 1.5) / 64,
@@ -217,6 +238,7 @@ class Camera:
             floor=tone(0.5),
             horizon=rng.uniform(0.6, 0.85),
             boxes=tuple(box() for _ in range(4)),
+            slope=gap * GAP["slope"] * light.uniform(-1, 1, 2).astype(np.float32),
         )
 
 
@@ -236,15 +258,32 @@ SHOT = {
 }
 
 
-def appearance(seed, pid, channels):
-    """The shape of a person, the same in both modalities, and the tones of one: 3 or 1 channels."""
-    tones = draw_tones(np.random.default_rng([seed, _TONES, pid, channels]), channels)
-    return Person.draw(np.random.default_rng([seed, _PERSON, pid])), tones
+def appearance(seed, pid, channels, gap=0.0):
+    """A person's shape, and the tones, as one modality shows them: 3 or 1 channels.
+
+    Without a gap both modalities show the same shape, and the tones of one tell nothing about the other's.
+    """
+
+    def rng(*stream):
+        return np.random.default_rng([seed, *stream])
+
+    person, tones = Person.draw(rng(_PERSON, pid)), draw_tones(rng(_TONES, pid, channels), channels)
+    if gap == 0:
+        return person, tones
+    own = rng(_TYPE, pid)
+    person = mixed(person, Person.draw(rng(_TYPE, 0, own.integers(TYPES))), own, gap * GAP["alike"])
+    if channels == 1:
+        cloth = rng(_CLOTH, pid)
+        person = mixed(person, Person.draw(cloth), cloth, gap * GAP["redrawn"], CLOTH)
+        for name, colour in draw_tones(rng(_TONES, pid, 3), 3).items():
+            tones[name] += gap * GAP["law"] * (reflectance(colour) - tones[name])
+        tones["weave"] = cloth.uniform([0, 0.06, 0.0], [np.pi, 0.14, gap * GAP["weave"]]).astype(np.float32)
+    return person, tones
 
 
-def render(seed, pid, camera, images, size):
+def render(seed, pid, camera, images, size, gap=0.0):
     """The images of one person before one camera: a list of uint8 (H, W, 3) visible or (H, W) infrared."""
-    person, tones = appearance(seed, pid, camera.channels)
+    person, tones = appearance(seed, pid, camera.channels, gap)
     rngs = [np.random.default_rng([seed, _IMAGE, pid, camera.camid, n]) for n in range(images)]
     drawn = np.stack([rng.uniform(*zip(*SHOT.values(), strict=True)) for rng in rngs], 1)
     shot = dict(zip(SHOT, drawn.astype(np.float32)[..., None, None], strict=True))
@@ -260,7 +299,8 @@ def render(seed, pid, camera, images, size):
     draw_person(figure, person, tones, camera.yaw + shot["yaw"], shot["phase"])
     _occlude(Canvas(pixels, x, y, camera.blur), shot)
 
-    pixels = np.clip(pixels * camera.gain * shot["light"][..., None], 0, 1) ** camera.gamma
+    light = shot["light"] * (1 + 2 * (camera.slope[0] * x + camera.slope[1] * (y - 0.5)))
+    pixels = np.clip(pixels * camera.gain * light[..., None], 0, 1) ** camera.gamma
     pixels += camera.noise * np.stack([rng.standard_normal(pixels.shape[1:], np.float32) for rng in rngs])
     pixels = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
     return list(pixels if camera.channels == 3 else pixels[..., 0])
