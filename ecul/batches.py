@@ -61,7 +61,7 @@ def make_batches(
     generator: torch.Generator | None = None,
 ) -> Iterator[Batch]:
     """The epoch's batches: `rng` draws the images, `generator` (of the images' device) their views."""
-    device = images.cameras.device
+    device = images.device
     for drawn in draw_batches(labels, images, config, rng):
         rows = [torch.from_numpy(r) for r in drawn]
         taken = [images.take(r, modality) for modality, r in enumerate(rows)]

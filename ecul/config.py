@@ -3,9 +3,9 @@
     Config.preset("sysu")                                  # the library's default: the united method
     Config.preset("regdb", method="mbccm", seed=1)
 
-A method and a data set are rows of numbers here, never branches elsewhere: the loop reads weights and
-sizes, and a loss whose weight is 0 is not computed. Values marked [R] are our reconstruction where the
-papers' public description is silent.
+A method and a data set are rows of numbers here, never branches elsewhere: the loop reads weights and sizes.
+A loss whose weight is 0 is not computed, but for the agnostic ones, whose memories consistency reads. Values
+marked [R] are our reconstruction where the papers' public description is silent.
 """
 
 import dataclasses

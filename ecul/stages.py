@@ -22,18 +22,19 @@ from ecul.labels import Labels, count_clusters
 from ecul.losses import Bank, agreement_loss
 from ecul.memory import ClusterMemory, InstanceMemory, cluster_means, random_members, tsmem
 
-Rows = torch.Tensor
-
 
 class Term(Protocol):
     """One loss of a batch's features x (2P + Q, D), times its weight, and what moves after the step."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the log calls it."""
 
-    def loss(self, x: torch.Tensor, batch: Batch) -> torch.Tensor: ...
+    def loss(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """A scalar, with its weight."""
 
-    def update(self, x: torch.Tensor, batch: Batch) -> None: ...
+    def update(self, x: torch.Tensor, batch: Batch) -> None:
+        """Move the memory towards these features, after the optimiser's step."""
 
 
 @dataclass(frozen=True)
@@ -98,38 +99,40 @@ def make_terms(
     if rule == "tsmem":
         start, rule, momentum = tsmem(epoch, config.tsmem_switch, momentum)
 
-    def cluster_term(
-        name: str, weight: float, modality: str | None, x: Rows, y: Rows, means: Rows, table: Rows
-    ) -> Contrast:
-        rows = means if start == "mean" else random_members(x, y, generator)
+    own, border = labels.own, labels.num_visible
+    parts = {"visible": slice(border), "infrared": slice(border, None), "joint": slice(None)}
+
+    def cluster_term(kind: str, weight: float, table: torch.Tensor, means: torch.Tensor | None) -> Contrast:
+        rows = means
+        if rows is None:
+            rows = random_members(features[parts[kind]], table[parts[kind]], generator)
         memory = ClusterMemory.from_clusters(rows, config.temp, momentum, rule)
         distributed.broadcast(memory.features)
-        return Contrast(name, weight, memory, modality, table, table, generator=generator)
+        modality = None if kind == "joint" else kind
+        return Contrast(f"cluster_{kind}", weight, memory, modality, table, table, generator=generator)
 
-    def instance_term(
-        name: str, weight: float, modality: str | None, x: Rows, y: Rows, table: Rows, first: int
-    ) -> Contrast:
-        memory = InstanceMemory.from_features(x, y, config.temp, momentum)
+    def instance_term(kind: str, weight: float, table: torch.Tensor) -> Contrast:
+        rows, labelled = features[parts[kind]], table[parts[kind]]
+        memory = InstanceMemory.from_features(rows, labelled, config.temp, momentum)
         distributed.broadcast(memory.features)
-        slots = torch.arange(len(table), device=table.device) - first
-        return Contrast(name, weight, memory, modality, table, slots)
+        modality = None if kind == "joint" else kind
+        slots = torch.arange(len(table), device=table.device) - (parts[kind].start or 0)
+        return Contrast(f"instance_{kind}", weight, memory, modality, table, slots)
 
-    own, border = labels.own, labels.num_visible
     contrasts: list[Contrast] = []
-    sides = zip(MODALITIES, features.tensor_split([border]), labels.centers, (0, border), strict=True)
-    for m, x, centers, first in sides:
-        y = labels.sides[m]
-        contrasts.append(cluster_term(f"cluster_{m}", 1.0, m, x, y, centers, own))
+    for m, centers in zip(MODALITIES, labels.centers, strict=True):
+        contrasts.append(cluster_term(m, 1.0, own, centers if start == "mean" else None))
         if config.weight_instance > 0:
-            contrasts.append(instance_term(f"instance_{m}", config.weight_instance, m, x, y, own, first))
+            contrasts.append(instance_term(m, config.weight_instance, own))
     specific = [term for term in contrasts if isinstance(term.memory, ClusterMemory)]
-    if labels.joint is not None and count_clusters(labels.joint) >= 2:
-        joint, weight = labels.joint, config.weight_joint
-        chosen = joint if labels.selected is None else labels.selected
-        means = cluster_means(features, joint, (torch.arange(len(own), device=own.device) >= border).long())
-        contrasts.append(cluster_term("cluster_joint", weight, None, features, joint, means, joint))
+    joint, weight = labels.joint, config.weight_joint
+    if joint is not None and count_clusters(joint) >= 2:
+        groups = (torch.arange(len(own), device=own.device) >= border).long()
+        means = cluster_means(features, joint, groups) if start == "mean" else None
+        contrasts.append(cluster_term("joint", weight, joint, means))
         if config.weight_instance > 0:
-            contrasts.append(instance_term("instance_joint", weight, None, features, chosen, chosen, 0))
+            selected = joint if labels.selected is None else labels.selected
+            contrasts.append(instance_term("joint", weight, selected))
     if labels.match is None or max(config.weight_agnostic, config.weight_consistency) == 0:
         return [*contrasts]
     agnostic = [_agnostic(term, config.weight_agnostic) for term in specific]

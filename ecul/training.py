@@ -4,7 +4,7 @@
            - emcc -> labels per modality, joint labels          (N,)  -1 = outlier
            - match_clusters -> visible <-> infrared cluster pairs
            - memories -> prototypes (C, D), instance slots (N, D)
-    per batch: augment -> model -> losses -> backward -> step -> memory.update
+    per batch: augment -> model -> losses -> backward -> step -> term.update
 
 ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
@@ -85,8 +85,8 @@ def train(
     `TwoStreamResNet`. Under torchrun the processes share one run. Returns a `Run`: the last epoch's weights,
     or those of the best label-free score with `keep="score"`.
 
-    Errors, all before any work: an incomplete data set, an output directory that cannot be used or holds
-    another run, weights of another architecture. An epoch without two clusters a modality is skipped with a
+    Errors, before any work: an incomplete data set, an output directory that cannot be used or holds another
+    run, weights of another architecture. Later: an epoch without two clusters a modality is skipped with a
     warning; a loss that is not finite ends the run with a RuntimeError that names the last good checkpoint.
     Source: ECUL and MBCCM.
     """
@@ -140,18 +140,19 @@ def train(
 
 def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> dict:
     """One epoch: extract, cluster, match, remember, learn. Returns its row of the log."""
-    clock = _Clock(images.cameras.device)
+    clock = _Clock(images.device)
     rng = np.random.default_rng([config.seed, epoch])
-    generators = _generators(int(rng.integers(2**62)), images.cameras.device)
+    on_host, on_device = _generators(int(rng.integers(2**62)), images.device)
     stage = 1 if epoch < config.epochs_intra else 2
     set_lr(state.optimizer, config, epoch)
 
     features = extract_all(state.model, images, config)
     extracted = clock.seconds()
-    labels = assign_labels(features, images, config, stage)
+    labels = assign_labels(features, images, config, stage)  # emcc, match_clusters
     row = {"epoch": epoch, "stage": stage, "lr": state.optimizer.param_groups[0]["lr"]}
     row |= {"seconds_extract": extracted, "seconds_labels": clock.seconds() - extracted}
-    row |= _rate(state, features, labels, images)
+    row |= _score_labels(features, labels, state.labels, images)
+    state.labels = labels.own
     _keep_best(state, row, config)
     if not labels.enough:
         scattered = any(2 * int((side < 0).sum()) > len(side) for side in labels.sides.values())
@@ -159,21 +160,21 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
         log.warning("epoch %d skipped: fewer than two clusters in a modality; %s", epoch + 1, advice)
         return row | {"skipped": True, "seconds": clock.seconds()}
 
-    looked = clock.seconds()
-    terms = make_terms(features, labels, config, epoch, generators["cpu"])
-    batches = make_batches(labels, images, config, rng, generators[images.cameras.device.type])
+    labelled = clock.seconds()
+    terms = make_terms(features, labels, config, epoch, on_host)
+    batches = make_batches(labels, images, config, rng, on_device)
     row |= train_batches(state.forward, state.optimizer, terms, batches, config)
-    row |= {"seconds_train": clock.seconds() - looked, "seconds": clock.seconds()}
+    row |= {"seconds_train": clock.seconds() - labelled, "seconds": clock.seconds()}
     return row | {"images_per_second": row.pop("images") / row["seconds_train"]}
 
 
 def extract_all(model: torch.nn.Module, images: TrainImages, config: Config) -> torch.Tensor:
     """Unit features (N, D) of every image on every process, each process embedding its share."""
-    autocast, rows = uses_bf16(config, images.cameras.device), []
+    autocast, rows = uses_bf16(config, images.device), []
     for modality, pixels in zip(MODALITIES, images.pixels, strict=True):
-        own = pixels[distributed.share(len(pixels))]
+        share = pixels[distributed.share(len(pixels))]
         found = embed_pixels(
-            model, own, modality, config.batch_extract, progress=not _quiet(), autocast=autocast
+            model, share, modality, config.batch_extract, progress=not _quiet(), autocast=autocast
         )
         rows.append(distributed.gather(found, len(pixels)))
     return torch.cat(rows)
@@ -207,9 +208,10 @@ def train_batches(
 def embed_batch(forward: torch.nn.Module, batch: Batch, config: Config) -> torch.Tensor:
     """The features (2P + Q, D) of a batch; each process embeds its share of both modalities, all get all."""
     views = (batch.visible_views, batch.infrared_views)
-    own = [v[distributed.share(len(v))] for v in views]
-    with torch.autocast(own[0].device.type, torch.bfloat16, enabled=uses_bf16(config, own[0].device)):
-        parts = forward(*own).float().split([len(v) for v in own])
+    shares = [v[distributed.share(len(v))] for v in views]
+    device = batch.visible_views.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device)):
+        parts = forward(*shares).float().split([len(v) for v in shares])
     return torch.cat([distributed.gather(part, len(v)) for part, v in zip(parts, views, strict=True)])
 
 
@@ -232,16 +234,17 @@ class _Clock:
         return time.perf_counter() - self.began
 
 
-def _generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
-    """A generator for draws on the host and one for those on the device; on a CPU they are the same."""
-    return {d: torch.Generator(d).manual_seed(seed) for d in dict.fromkeys(("cpu", device.type))}
+def _generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+    """Generators for draws on the host and on the device; on a CPU they are one, whose draws take turns."""
+    on_host = torch.Generator().manual_seed(seed)
+    return on_host, on_host if device.type == "cpu" else torch.Generator(device.type).manual_seed(seed)
 
 
-def _rate(state: State, features: torch.Tensor, labels: Labels, images: TrainImages) -> dict:
-    """What the log says of an epoch's labels; they are kept for the next epoch's stability."""
-    scores = label_scores(features, labels, state.labels)
-    state.labels = labels.own
-    return labels.counts() | scores | monitors(labels, images.identities)
+def _score_labels(
+    features: torch.Tensor, labels: Labels, previous: torch.Tensor | None, images: TrainImages
+) -> dict:
+    """What the log says of an epoch's labels; previous: those (N,) of the epoch before."""
+    return labels.counts() | label_scores(features, labels, previous) | monitors(labels, images.identities)
 
 
 def _keep_best(state: State, row: dict, config: Config) -> None:
@@ -297,7 +300,9 @@ def _require_finite(epoch: int, row: dict, model: torch.nn.Module, directory: Pa
 def _put_best_back(state: State, images: TrainImages, config: Config) -> None:
     """Rate the last weights too, then put the best ones back."""
     features = extract_all(state.model, images, config)
-    row = _rate(state, features, assign_labels(features, images, config, stage=1), images)
+    labels = assign_labels(features, images, config, stage=1)
+    row = _score_labels(features, labels, state.labels, images)
+    state.labels = labels.own
     _keep_best(state, row, config)
     scores = [r["score"] for r in (*state.history[1:], row)]  # of the weights after 1, 2, ... epochs
     state.kept = 1 + scores.index(max(scores))
@@ -312,12 +317,12 @@ def _check(dataset: Dataset, config: Config) -> None:
     for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    report = dataset.check()
-    if report.unreadable:  # then all of them are named at once
-        report = dataset.check(decode=True)
-    if not report.ok:
-        raise ValueError(f"the data set is not what it should be:\n{report}")
-    for warning in report.warnings:
+    found = dataset.check()
+    if found.unreadable:  # then all of them are named at once
+        found = dataset.check(decode=True)
+    if not found.ok:
+        raise ValueError(f"the data set is not what it should be:\n{found}")
+    for warning in found.warnings:
         log.warning("%s", warning)
 
 

@@ -25,7 +25,7 @@ class TrainImages:
     """All N training images, visible ones first, decoded once and kept on the device, else on the host.
 
     pixels: visible and infrared uint8 (n, 3, H, W); cameras: (N,) int64; identities: (N,) int64 for
-    monitors, None where unknown.
+    monitors, None unless both modalities' are known.
     """
 
     pixels: tuple[torch.Tensor, torch.Tensor]
@@ -37,7 +37,13 @@ class TrainImages:
 
     @property
     def num_visible(self) -> int:
+        """The number of visible images, which are the first rows of every table."""
         return len(self.pixels[0])
+
+    @property
+    def device(self) -> torch.device:
+        """The device that trains; the pixels may lie on the host."""
+        return self.cameras.device
 
     @cached_property
     def modalities(self) -> torch.Tensor:
@@ -46,7 +52,7 @@ class TrainImages:
 
     def take(self, rows: torch.Tensor, modality: int) -> torch.Tensor:
         """The pixels of these images of one modality, on the device that trains; the host does not wait."""
-        pixels, device = self.pixels[modality], self.cameras.device
+        pixels, device = self.pixels[modality], self.device
         index = rows - modality * self.num_visible
         if pixels.device.type == device.type:
             return pixels[index.to(device, non_blocking=True)]

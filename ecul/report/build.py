@@ -250,7 +250,7 @@ def _cluster_sections(folder: Path, table: Embedded, saved: SavedRun) -> list[Se
         return []
     return [
         _mosaic_section(folder, table, labels.own, labels.joint),
-        _match_section(folder, table, labels.own, saved.config.matching),
+        _match_section(folder, table, labels, saved.config.matching),
     ]
 
 
@@ -306,14 +306,12 @@ def cluster_margins(features: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     return torch.zeros(cosines.shape[1]).index_add_(0, own[:, 0], margins) / torch.bincount(own[:, 0])
 
 
-def _match_section(folder: Path, table: Embedded, own: torch.Tensor, rule: str) -> Section:
-    labels = table.by_modality(own)
-    parts = zip(table.by_modality(table.features), labels, strict=True)
-    visible, infrared = (cluster_means(features, part).numpy() for features, part in parts)
-    match = match_clusters(visible, infrared, rule)
+def _match_section(folder: Path, table: Embedded, labels: Labels, rule: str) -> Section:
+    visible, infrared = (centers.numpy() for centers in labels.centers)
+    match = match_clusters(visible, infrared, rule) if labels.match is None else labels.match
     same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities, many to many."
     if table.pids() is not None:
-        pairs = zip(labels, table.images, strict=True)
+        pairs = zip(labels.sides.values(), table.images, strict=True)
         people = [commonest(part.numpy(), images.identities()) for part, images in pairs]
         same = people[1][:, None] == people[0][None, :]
         text += f" In {(match & same).sum() / match.sum():.0%} of them the commonest person is the same"

@@ -15,6 +15,7 @@ import torch
 
 from ecul import Config, evaluate, open_dataset, optim, train
 from ecul.batches import make_batches
+from ecul.common.files import hash_file
 from ecul.labels import Labels
 from ecul.memory import cluster_means
 from ecul.stages import make_terms
@@ -34,7 +35,10 @@ def configure(line: str, world: str, seed: int, weights: str | None, overrides: 
     """The configuration of a line on a world."""
     fields = {"weights": weights, **WORLDS[world].fields, **LINES[line][1], **overrides, "seed": seed}
     whole = fields.pop("stages", 2) == 1
+    scaled = [(fields.pop(word, ()), factor) for word, factor in (("halved", 0.5), ("doubled", 2))]
     config = Config.preset(PRESET, **fields)
+    for names, factor in scaled:
+        config = config.replace(**{name: int(factor * getattr(config, name)) for name in names})
     return config.replace(epochs_intra=config.epochs, epochs_cross=0) if whole else config
 
 
@@ -50,7 +54,7 @@ def run_line(line: str, root: str, config: Config, shared: int, folder: Path) ->
         model = supervise(optim.build_model(config, torch.device("cpu")), dataset, config)
     else:
         model, history = train_shared(dataset, config, min(shared, config.epochs_intra), folder)
-    seconds = time.perf_counter() - began
+    seconds = sum(row["seconds"] for row in history) if history else time.perf_counter() - began
     tested = evaluate(model, dataset, modes=["all"], progress=False).rows[0]
     result = {"mAP": tested["mAP"], "rank1": tested["rank1"], "seconds": seconds}
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -63,11 +67,16 @@ def train_shared(dataset, config: Config, epochs: int, folder: Path):
 
     The randomness of an epoch follows from the seed and the epoch, so the weights are those of a whole run.
     """
+    if config.keep == "score":  # a first stage would put its own best weights back
+        run = train(dataset, config)
+        return run.model, run.history
     default = Config()
     first = config.replace(
         **{name: getattr(default, name) for name in CROSS}, epochs_intra=epochs, epochs_cross=0
     )
-    name = hashlib.sha256(json.dumps(first.to_dict()).encode()).hexdigest()[:12]
+    start = hash_file(first.weights, hashlib.sha256()) if first.weights else None
+    world = Path(dataset.root, "synthetic.json").read_text()
+    name = hashlib.sha256(json.dumps([first.to_dict(), start, world]).encode()).hexdigest()[:12]
     begun, own = folder / f"stage-1-{name}", folder / f"run-{os.getpid()}"
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two lines that want it, one makes it

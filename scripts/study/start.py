@@ -4,11 +4,13 @@ The images are those of a world that no line runs on; nothing infrared is ever s
 torchvision's names, as `Config(weights=...)` reads them.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from tqdm import tqdm
 
 from ecul import Config, open_dataset, synthesize
@@ -22,10 +24,17 @@ SEED = 900
 def make_start(
     path: Path, folder: Path, render: dict, preset: str, steps: int = 1500, batch: int = 96
 ) -> Path:
-    """Train on the visible images of world SEED, rendered in `folder`, and write the weights."""
-    if path.exists():
-        return path
+    """Train on the visible images of world SEED, rendered in `folder`, and write the weights.
+
+    A file that is there is taken when it was made in the same way; ValueError otherwise.
+    """
     world = {**render, "identities": 480, "test_identities": 1, "images": 2}
+    made = {"world": json.dumps(world), "preset": preset, "steps": str(steps), "batch": str(batch)}
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if {k: v for k, v in file.metadata().items() if k in made} != made:
+                raise ValueError(f"{path} holds weights made in another way; remove it to make them anew")
+        return path
     images = open_dataset("sysu", synthesize(folder, seed=SEED, **world)).visible
     config = Config.preset(preset, seed=SEED)
     pixels, generator = images.load(config.size), torch.Generator().manual_seed(SEED)
@@ -48,5 +57,5 @@ def make_start(
         schedule.step()
     state = {k.removeprefix("visible."): v for k, v in model.state_dict().items()}
     kept = {k: v for k, v in state.items() if not k.startswith(("infrared.", "bottleneck."))}
-    write_tensors(path, {k: v.half() if v.is_floating_point() else v for k, v in kept.items()})
+    write_tensors(path, {k: v.half() if v.is_floating_point() else v for k, v in kept.items()}, made)
     return path

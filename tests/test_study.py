@@ -1,0 +1,49 @@
+"""The study's lines are what their names say, and a shared first stage changes nothing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny
+
+from ecul import open_dataset, train
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from study.lines import LINES, WORLDS  # noqa: E402
+from study.runs import configure, train_shared  # noqa: E402
+from study.tables import differences, interval, of_the_way, table  # noqa: E402
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_two_lines_are_the_same(world):
+    lines = [line for line in LINES if line not in ("untrained", "supervised")]
+    assert len({configure(line, world, 0, None, {}) for line in lines}) == len(lines)
+    alone = configure("united, no cross-modality stage", world, 0, None, {})
+    assert alone.epochs_cross == 0 and alone.epochs == configure("united", world, 0, None, {}).epochs
+
+
+@pytest.mark.parametrize("keep", ["last", "score"])
+def test_a_shared_first_stage_gives_the_weights_of_a_whole_run(keep, world, tmp_path):
+    config = tiny(keep=keep, epochs_intra=2, epochs_cross=2)
+    dataset = open_dataset("sysu", world)
+    whole = train(dataset, config).model.state_dict()
+    for _ in range(2):  # made, then gone on from
+        found = train_shared(dataset, config, 2, tmp_path)[0].state_dict()
+        assert all(torch.equal(whole[name], found[name]) for name in whole)
+    assert not list(tmp_path.glob("run-*"))
+
+
+def test_the_table_has_differences_in_pairs_with_their_interval():
+    results = {
+        "untrained": {"0": {"mAP": 10.0, "rank1": 5.0}, "1": {"mAP": 12.0, "rank1": 5.0}},
+        "supervised": {"0": {"mAP": 50.0, "rank1": 50.0}, "1": {"mAP": 52.0, "rank1": 50.0}},
+        "united": {"0": {"mAP": 40.0, "rank1": 30.0}, "1": {"mAP": 32.0, "rank1": 30.0}},
+        "united, no consistency": {"1": {"mAP": 30.0, "rank1": 20.0}, "7": {"mAP": 99.0, "rank1": 99.0}},
+    }
+    assert differences(results, "united, no consistency") == [-2.0]
+    assert of_the_way(results, "united") == pytest.approx(0.625)
+    low, high = interval([1.0, 2.0, 3.0, 4.0])
+    assert 1 <= low < 2.5 < high <= 4 and interval([2.0, 2.0]) == (2.0, 2.0)
+    assert "-2.0 [-2.0, -2.0] (united)" in table(results)
