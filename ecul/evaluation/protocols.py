@@ -108,12 +108,14 @@ def evaluate(
     modes: "sysu": "all", "indoor"; "regdb" and "llcm": "visible-to-infrared", "infrared-to-visible";
     "llcm" also "visible-to-infrared (drawn queries)", the reading in which the branch of that name queries
     all visible images with the drawn infrared ones. shots: SYSU's gallery images an identity
-    and camera, 1 by default; 10 is multi-shot, (1, 10) gives rows of both. draw: "random" is `random.seed(t)` for trials t = 0, 1,
-    ...; otherwise the path of SYSU's official rand_perm_cam.mat. Multi-shot with "random" takes
-    `random.sample` of the sorted files, all where fewer [R: the published scripts draw them unseeded].
+    and camera, 1 by default; 10 is multi-shot, (1, 10) gives rows of both. draw: "random" is
+    `random.seed(t)` for trials t = 0, 1, ...; otherwise the path of SYSU's official rand_perm_cam.mat.
+    Multi-shot with "random" takes `random.sample` of the sorted files, all where fewer [R: the published
+    scripts draw them unseeded].
     rerank: k-reciprocal re-ranking (k1 = 20, k2 = 6, lambda = 0.3), named in the rows.
     features: {"visible": (N, D), "infrared": (N, D)} of the test images instead of a model (then None).
-    Raises ValueError for a data set without test images, identities or protocol, or unknown modes.
+    Raises ValueError for a data set without test images, identities or protocol, unknown modes, or
+    trials or shots that are no whole numbers of at least 1.
     """
     plan = _plan(dataset, modes, shots, trials, draw)
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
