@@ -729,6 +729,18 @@ def test_published_totals_add_up():
     assert llcm["visible"]["identities"] + llcm["test_visible"]["identities"] == 1_064
 
 
+def test_a_check_takes_a_data_sets_own_counts_before_those_of_its_protocol(tmp_path, monkeypatch):
+    root = layouts.market(tmp_path, test=(3, 10))
+    borrowed = open_dataset("market", root, protocol="sysu")
+    assert borrowed.check().expected == LAYOUTS["sysu"].counts
+    assert open_dataset("market", root).check().source == "no published counts to compare with"
+    own = {split: {"images": len(images)} for split, images in borrowed.splits().items()}
+    monkeypatch.setitem(LAYOUTS, "market", replace(LAYOUTS["market"], counts=own))
+    for protocol in ("sysu", None):
+        report = open_dataset("market", root, protocol=protocol).check()
+        assert report.expected == own and report.source == "as published" and report.ok
+
+
 def test_a_check_of_a_described_world(tmp_path):
     root = layouts.sysu(tmp_path, skip=[(1, 2)])
     assert described(root).check().verdict == "OK: 'sysu', 141 images, as synthetic.json says"
