@@ -83,7 +83,7 @@ NAMES = "sysu, regdb, llcm, market, or folders (of one's own: root/visible and r
 OPTIONS = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
 TRAINED_ON = "pixels of the images that it was trained with, which no file says (default: 288 144)"
 FIELDS = "a field of Config, for instance iterations=100 or size=[256,128]; may be repeated"
-PEOPLE = "training identities; half as many more for tests (default: 96)"
+APART = "0 to 1, how far apart the modalities are (default: 0, shape and pattern carry over whole)"
 FLAG: dict[str, Any] = {"action": "store_true"}
 PAIRS: dict[str, Any] = {"type": _pair, "action": "append", "default": []}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
@@ -248,22 +248,24 @@ def export(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def check(args: argparse.Namespace) -> int:
     """Compare a data set's folder with what was published; exit code 1 when something is wrong."""
-    report = ecul.open_dataset(args.dataset, args.root, **dict(args.option)).check(decode=not args.quick)
-    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
-    return 0 if report.ok else 1
+    found = ecul.open_dataset(args.dataset, args.root, **dict(args.option)).check(decode=not args.quick)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return 0 if found.ok else 1
 
 
 @command(
     arg("root", help="the folder to write"),
-    arg("--identities", type=int, default=96, help=PEOPLE),
+    arg("--identities", type=int, default=96, help="training identities (default: 96)"),
+    arg("--test-identities", type=int, help="more, held out for tests (default: half as many)"),
     arg("--images", type=int, default=4, help="images of each identity and camera (default: 4)"),
     arg("--size", **PIXELS, default=(64, 32), help="pixels (default: 64 32)"),
     arg("--seed", type=int, default=0, help="the same seed, the same images (default: 0)"),
+    arg("--gap", type=float, default=0.0, help=APART),
 )
 def synthesize(args: argparse.Namespace) -> None:
     """Render the synthetic world as JPEG files in SYSU-MM01's layout."""
-    sizes = {k: getattr(args, k) for k in ("identities", "images", "size", "seed")}
-    print(ecul.synthesize(args.root, **sizes))
+    names = ("identities", "test_identities", "images", "size", "seed", "gap")
+    print(ecul.synthesize(args.root, **{name: getattr(args, name) for name in names}))
 
 
 @command(

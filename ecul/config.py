@@ -64,7 +64,10 @@ def _or_none(rule: Rule) -> Rule:
 
 
 def _one_of(*choices: str | int) -> Rule:
-    return Rule(f"be one of {', '.join(map(str, choices))}", lambda v: v in choices, choices)
+    def holds(value: object) -> bool:  # of the same type too: neither 50.0 nor True stands for a whole number
+        return not isinstance(value, bool) and any(isinstance(value, type(c)) and value == c for c in choices)
+
+    return Rule(f"be one of {', '.join(map(str, choices))}", holds, choices)
 
 
 FLAG = Rule("be True or False", lambda v: isinstance(v, bool))
@@ -79,6 +82,12 @@ PIXELS = Rule(
     "be (height, width), whole numbers of at least 16 pixels",
     lambda v: isinstance(v, tuple) and len(v) == 2 and all(_is_whole(n, 16) for n in v),
 )
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON and the rules know it: no NumPy scalar, no path object."""
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _require(name: str, value: Any, *rules: Rule) -> None:
@@ -163,8 +172,7 @@ class Config:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            value = tuple(value) if isinstance(value, list) else value
-            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            value = tuple(map(_plain, value)) if isinstance(value, list | tuple) else _plain(value)
             object.__setattr__(self, f.name, value)
             _require(f.name, value, *f.metadata["rules"])
         for small, large in (("k2", "k3"), ("k2_joint", "k3_joint")):

@@ -15,7 +15,9 @@ from ecul.kernels import memory_contrast
 class Bank(Protocol):
     """A memory that gives logits (B, C) of features (B, D)."""
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor: ...
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """The similarities to each of the C rows, divided by the temperature."""
+        ...
 
 
 def contrastive_loss(

@@ -54,6 +54,7 @@ class _Deck:
         self.left: list[int] = []
 
     def draw(self, count: int) -> list[int]:
+        """The next `count` cards, no two the same; all there are where there are fewer."""
         count = min(count, len(self.cards))
         if len(self.left) < count:
             self.left = list(self.rng.permutation(self.cards))

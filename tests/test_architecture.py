@@ -38,7 +38,7 @@ MODULES = modules()
 
 
 def imported(name):
-    """The project's own modules that this one imports, anywhere in it."""
+    """The project's own modules that this one imports, anywhere in it; for a lazy name its home."""
     package = name if MODULES[name].stem == "__init__" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -46,9 +46,19 @@ def imported(name):
             source = ".".join([*base, *filter(None, [node.module])])
             for alias in node.names:
                 inner = f"{source}.{alias.name}"
+                if source == "ecul" and alias.name in ecul._HOMES:
+                    inner = f"ecul.{ecul._HOMES[alias.name]}"
                 yield from (m for m in [inner if inner in MODULES else source] if m in MODULES)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
+
+
+def test_a_lazy_name_counts_as_the_module_it_lives_in(tmp_path, monkeypatch):
+    (tmp_path / "memory.py").write_text("from ecul import MODALITIES, train\n")
+    monkeypatch.setitem(MODULES, "ecul.memory", tmp_path / "memory.py")
+    assert list(imported("ecul.memory")) == ["ecul", "ecul.training"]
+    with pytest.raises(AssertionError, match="ecul.memory imports ecul.training, which stands above it"):
+        test_imports_go_down_or_sideways("ecul.memory")
 
 
 def room(name):

@@ -102,6 +102,15 @@ def test_method_is_a_setting_like_others(world, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "mbccm"
 
 
+def test_a_world_with_a_gap_and_held_out_people(tmp_path, capsys):
+    sizes = ["--identities", "4", "--test-identities", "3", "--images", "1", "--size", "32", "16"]
+    assert main(["synthesize", str(tmp_path / "w"), *sizes, "--gap", "0.5"]) == 0
+    made = json.loads((tmp_path / "w" / "synthetic.json").read_text())["parameters"]
+    assert (made["identities"], made["test_identities"], made["gap"]) == (4, 3, 0.5)
+    assert main(["synthesize", str(tmp_path / "v"), *sizes, "--gap", "2"]) == 2
+    assert "gap must be a number from 0 to 1, got 2.0" in capsys.readouterr().err
+
+
 def test_from_a_world_to_a_report(tmp_path, capsys):
     root, run = str(tmp_path / "world"), str(tmp_path / "run")
     sizes = ["--identities", "8", "--images", "3", "--size", "32", "16"]

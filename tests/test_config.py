@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from ecul import Config
-from ecul.config import DATASETS, METHODS
+from ecul.config import DATASETS, METHODS, _one_of, _require
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -46,6 +47,8 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"epoch": 3}, "no field 'epoch' .did you mean 'epochs_intra'"),
         ({"method": "ecull"}, "method must be one of .*did you mean 'ecul'"),
         ({"depth": 51}, "depth must be one of"),
+        ({"depth": 50.0}, "depth must be one of 10, 18, 34, 50, 101, got 50.0"),
+        ({"depth": np.float64(50)}, "depth must be one of"),
         ({"update_rule": "tsmen"}, "did you mean 'tsmem'"),
         ({"k1": 0}, "k1 must be a whole number of at least 1, got 0"),
         ({"k1": 2.5}, "k1 must be a whole number"),
@@ -72,6 +75,22 @@ def test_errors_name_the_field(fields, message):
 def test_every_field_is_held_to_something(name):
     with pytest.raises(ValueError, match=f"^{name} must "):
         Config(**{name: object()})
+
+
+def test_numpy_scalars_become_plain_values():
+    config = Config(
+        depth=np.int64(10), identities=np.array(8), lr=np.float32(1e-3), compile=np.bool_(True),
+        method=np.str_("united"), size=[np.int64(64), np.int32(32)], lr_milestones=(np.int64(5),),
+    )  # fmt: skip
+    same = Config(
+        depth=10, identities=8, lr=float(np.float32(1e-3)), compile=True, size=(64, 32), lr_milestones=(5,)
+    )
+    assert json.dumps(config.to_dict()) == json.dumps(same.to_dict()) and config == same
+
+
+def test_true_is_no_number_to_choose():
+    with pytest.raises(ValueError, match="number must be one of 1, 2, got True"):
+        _require("number", True, _one_of(1, 2))
 
 
 def test_unknown_preset_names_the_nearest():

@@ -150,26 +150,29 @@ HUGE = ["99999999999999999999", "1" * 5000]
 def test_numbers_out_of_range_are_named_with_file_and_line(tmp_path, number):
     root = layouts.sysu(tmp_path / "sysu")
     layouts.text(root / "exp/val_id.txt", f"4,{number}")
-    with pytest.raises(ValueError, match="val_id.txt': entry 2 .*at most 9 digits, not '") as error:
+    with pytest.raises(ValueError, match="val_id.txt': entry 2 .*at most 18 digits, not '") as error:
         open_dataset("sysu", root)
     assert len(str(error.value)) < 400
     root = layouts.regdb(tmp_path / "regdb")
     path = root / "idx/train_visible_1.txt"
     path.write_text(path.read_text() + f"Visible/1/a.bmp {number}\n")
-    with pytest.raises(ValueError, match="train_visible_1.txt', line 7: the label .*at most 9 digits"):
+    with pytest.raises(ValueError, match="train_visible_1.txt', line 7: the label .*at most 18 digits"):
         open_dataset("regdb", root)
     root = layouts.llcm(tmp_path / "llcm")
     path = root / "idx/train_vis.txt"
     path.write_text(f"vis/0001/0001_c{number}_s1.jpg 0\n" + path.read_text())
-    with pytest.raises(ValueError, match="train_vis.txt', line 1: the camera .*at most 9 digits"):
+    with pytest.raises(ValueError, match="train_vis.txt', line 1: the camera .*at most 18 digits"):
         open_dataset("llcm", root)
 
 
 def test_numbers_out_of_range_in_names_and_arrays_are_named(tmp_path):
     root = layouts.market(tmp_path)
     layouts.picture(root / f"rgb_modify/bounding_box_train/{HUGE[0]}_c1_1.jpg")
-    with pytest.raises(ValueError, match=f"name 'rgb_modify/.*/{HUGE[0]}_c1_1.jpg' .*at most 9 digits"):
+    with pytest.raises(ValueError, match=f"name 'rgb_modify/.*/{HUGE[0]}_c1_1.jpg' .*at most 18 digits"):
         open_dataset("market", root)
+    (root / f"rgb_modify/bounding_box_train/{HUGE[0]}_c1_1.jpg").unlink()
+    layouts.picture(root / "rgb_modify/bounding_box_train/20231105123456_c1_1.jpg")  # a date for an identity
+    assert open_dataset("market", root).visible.pids[-1] == 20231105123456
     gray = np.zeros((1, 4, 4), np.uint8)
     with pytest.raises(ValueError, match="camids: expected numbers of int64, not 18446744073709551615"):
         Images.from_array(gray, "visible", camids=np.array([2**64 - 1], np.uint64))
@@ -208,7 +211,9 @@ def test_regdb_trials_differ_and_share_one_pack(tmp_path):
 
 def test_regdb_default_trial_is_the_first(tmp_path):
     root = layouts.regdb(tmp_path)
-    assert names_of(open_dataset("regdb", root)) == names_of(open_dataset("regdb", root, trial=1))
+    first = names_of(open_dataset("regdb", root, trial=1))
+    for dataset in (open_dataset("regdb", root), open_dataset("regdb", root, trial=None, subset=None)):
+        assert names_of(dataset) == first and dataset.trial == 1
 
 
 def test_regdb_says_what_is_wrong(tmp_path):
@@ -320,6 +325,11 @@ def test_folders_open_by_name_and_open_again_by_their_options(tmp_path):
     assert given.options == {
         "visible": "day", "infrared": "night", "cameras": True, "skip_unreadable": False,
     }  # fmt: skip
+    (tmp_path / "visible").symlink_to(day)
+    (tmp_path / "infrared").symlink_to(night)
+    default = open_dataset("folders", tmp_path, visible=None, infrared=None, cameras=None)
+    assert default.visible.names == given.visible.names and default.options["cameras"] is False
+    (tmp_path / "visible").unlink()
     again = open_dataset("folders", given.root, **given.options)
     assert again.visible.names == given.visible.names and again.options == given.options
     np.testing.assert_array_equal(again.infrared.camids, given.infrared.camids)
@@ -392,6 +402,16 @@ def test_a_heif_reader_is_used_where_it_is_installed(monkeypatch):
     ecul.data.decode.pillow()
     ecul.data.decode.pillow.cache_clear()
     assert called == [True]
+
+
+def test_images_of_paths_keep_cameras_and_identities(tmp_path):
+    paths = [layouts.picture(tmp_path / f"{n}.png") or tmp_path / f"{n}.png" for n in range(3)]
+    images = Images.from_paths(paths, "visible", camids=[1, 2, 4], pids=[7, 7, 8])
+    assert images.camids.tolist() == [1, 2, 4] and images.identities().tolist() == [7, 7, 8]
+    assert images.names == [str(path) for path in paths] and images.load(SIZE).shape == (3, 3, *SIZE)
+    assert Images.from_paths(paths, "visible").pids is None
+    with pytest.raises(ValueError, match="pids: 2 for 3 visible images"):
+        Images.from_paths(paths, "visible", pids=[1, 2])
 
 
 def test_from_arrays_takes_every_form():
@@ -707,6 +727,18 @@ def test_published_totals_add_up():
     assert sysu["visible"]["images"] + sysu["infrared"]["images"] == 34_167
     assert sum(pile["images"] for pile in llcm.values()) == 46_767
     assert llcm["visible"]["identities"] + llcm["test_visible"]["identities"] == 1_064
+
+
+def test_a_check_takes_a_data_sets_own_counts_before_those_of_its_protocol(tmp_path, monkeypatch):
+    root = layouts.market(tmp_path, test=(3, 10))
+    borrowed = open_dataset("market", root, protocol="sysu")
+    assert borrowed.check().expected == LAYOUTS["sysu"].counts
+    assert open_dataset("market", root).check().source == "no published counts to compare with"
+    own = {split: {"images": len(images)} for split, images in borrowed.splits().items()}
+    monkeypatch.setitem(LAYOUTS, "market", replace(LAYOUTS["market"], counts=own))
+    for protocol in ("sysu", None):
+        report = open_dataset("market", root, protocol=protocol).check()
+        assert report.expected == own and report.source == "as published" and report.ok
 
 
 def test_a_check_of_a_described_world(tmp_path):

@@ -14,7 +14,7 @@ from scipy.io import savemat
 
 import ecul.evaluation.metrics
 from ecul.data import Dataset, open_dataset
-from ecul.evaluation import average, eval_llcm, eval_regdb, eval_sysu, evaluate
+from ecul.evaluation import Results, average, eval_llcm, eval_regdb, eval_sysu, evaluate
 from ecul.evaluation.rerank import k_reciprocal_distances
 from ecul.features import extract
 
@@ -208,11 +208,13 @@ def test_sysu_is_evaluated_on_the_published_draws(world, mode, cameras, shots):
     assert row["protocol"] == "SYSU-MM01" and row["mode"] == mode and row["trials"] == 10
     assert row["draw"] == "random.seed(t)" and row["reranking"] == "no re-ranking"
     assert row["shots"] == {1: "single-shot", 10: "multi-shot"}[shots]
+    assert evaluate(None, dataset, features=features, modes=mode, shots=shots).rows == results.rows
 
 
 def test_sysu_default_rows_are_all_and_indoor_single_shot(world):
     dataset = open_dataset("sysu", world)
     results = evaluate(None, dataset, features=features_of(dataset))
+    assert isinstance(results, Results) and "Results" in ecul.evaluation.__all__
     assert [(row["mode"], row["shots"]) for row in results.rows] == [
         ("all", "single-shot"),
         ("indoor", "single-shot"),
@@ -422,8 +424,12 @@ def test_evaluate_refuses_what_it_cannot_measure(world):
         evaluate(None, nameless, features={"visible": np.eye(2), "infrared": np.eye(2)})
     for options, message in (
         ({"modes": ["outdoor"]}, "modes: 'sysu' knows all, indoor, not"),
-        ({"trials": 0}, "at least 1"),
-        ({"shots": [0]}, "at least 1"),
+        ({"trials": 0}, "^trials: expected whole numbers of at least 1, not 0"),
+        ({"trials": "3"}, "^trials: .* not '3'"),
+        ({"trials": True}, "^trials: "),
+        ({"shots": [0]}, "^shots: expected whole numbers of at least 1"),
+        ({"shots": "10"}, "^shots: .* not '10'"),
+        ({"shots": 2.5}, "^shots: "),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(None, dataset, features=features, **options)

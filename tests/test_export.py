@@ -11,10 +11,11 @@ from ecul.augment import normalize
 from ecul.export import export
 
 
-@pytest.fixture(scope="module", params=[10, 34], ids=["plain", "non-local"])
+@pytest.fixture(scope="module", params=[10, 18], ids=["plain", "non-local"])
 def model(request):
     torch.manual_seed(0)
-    model = TwoStreamResNet(request.param, 8, request.param == 34, (32, 16))
+    model = TwoStreamResNet(request.param, 8, request.param == 18, (32, 16))
+    assert list(model.non_local) == (["2_0", "2_1", "3_0", "3_1"] if request.param == 18 else [])
     for block in model.non_local.values():
         torch.nn.init.normal_(block.W[1].weight, std=0.1)  # at first such a block is the identity
     for p in model.infrared.parameters():

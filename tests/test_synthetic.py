@@ -193,6 +193,7 @@ def test_a_gap_of_zero_is_the_world_without_one_and_another_is_recorded(world, t
     synthesize(tmp_path / "w", **SMALL, gap=0.5)
     about = json.loads((tmp_path / "w" / "synthetic.json").read_text())
     assert about["parameters"]["gap"] == 0.5
+    assert about["parameters"]["gap_table"] == {**synthetic.GAP, "types": synthetic.TYPES}
     assert synthesize(tmp_path / "w", **SMALL, gap=0.5) == str(tmp_path / "w")
     with pytest.raises(ValueError, match="'gap': 0.5"):
         synthesize(tmp_path / "w", **SMALL)
@@ -204,6 +205,18 @@ def test_a_gap_of_zero_is_the_world_without_one_and_another_is_recorded(world, t
         if path.read_bytes() == files(world)[name].read_bytes()
     ]
     assert sorted(same) == ["exp/test_id.txt", "exp/train_id.txt", "exp/val_id.txt"]
+
+
+def test_a_world_with_a_gap_of_other_constants_is_another_world(world, tmp_path, monkeypatch):
+    few = {**SMALL, "identities": 2, "test_identities": 1, "images": 1, "gap": 1.0}
+    synthesize(tmp_path / "w", **few)
+    for name, value in (("GAP", {**synthetic.GAP, "law": 0.5}), ("TYPES", 12)):
+        with monkeypatch.context() as changed:
+            changed.setattr(synthetic, name, value)
+            with pytest.raises(ValueError, match="root: .* holds a world of"):
+                synthesize(tmp_path / "w", **few)
+            assert synthesize(world, **SMALL) == str(world)  # a world without a gap depends on neither
+    assert synthesize(tmp_path / "w", **few) == str(tmp_path / "w")
 
 
 def shown(people=300, gap=1.0):

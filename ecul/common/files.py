@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 from ecul.common.names import shorten
 
-DIGITS = 9  # of the largest number that a file may hold: identities, cameras, images
+DIGITS = 18  # of a number that a file may hold: identities, cameras, images; all such are int64
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def hash_file(path: str | os.PathLike, digest: Any) -> str:
 
 
 def whole_number(value: Any, where: str) -> int:
-    """The number that a file states in decimal digits, at most 999,999,999.
+    """The number that a file states in at most `DIGITS` decimal digits.
 
     Errors: ValueError that begins with `where`: the file, and the place in it, of what is no such number.
     """

@@ -15,7 +15,7 @@ from ecul.common.files import whole_number
 from ecul.common.names import shorten
 from ecul.data.decode import find_unreadable
 from ecul.data.images import Images
-from ecul.data.layouts import LAYOUTS, SYSU_INFRARED, SYSU_VISIBLE
+from ecul.data.layouts import LAYOUTS, SYSU_INFRARED, SYSU_VISIBLE, Counts
 from ecul.data.pack import Files
 
 
@@ -75,15 +75,18 @@ def _figure(kind: str, count: dict, wanted: dict) -> str:
 def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> CheckResult:
     """Compare a `Dataset` with what was published, without raising.
 
-    Counts are compared with the published ones, or with those of `synthetic.json` where it lies in the
-    root; fewer are an error unless the data set was opened with subset=True. Missing and empty files, a file
-    listed twice or in training and test are errors, unexpected files a warning. decode=True also decodes
-    every image to its end and compares packs with their hash, which takes minutes.
+    Counts are compared with those of `synthetic.json` where it lies in the root, else with the published
+    ones, the data set's own before those of the one whose protocol it borrows; fewer are an error unless the
+    data set was opened with subset=True. Missing and empty files, a file listed twice or in training and
+    test are errors, unexpected files a warning. decode=True also decodes every image to its end and compares
+    packs with their hash, which takes minutes.
     """
     splits, extra = dataset.splits(), list(dataset.extra)
     result = CheckResult(dataset.name, "no published counts to compare with", {}, {}, extra=extra)
-    if dataset.root and dataset.protocol:
-        _expect(Path(dataset.root) / "synthetic.json", dataset.protocol, result)
+    owners = [LAYOUTS[name] for name in (dataset.name, dataset.protocol) if name in LAYOUTS]
+    published = next((layout.counts for layout in owners if layout.counts), {})
+    if dataset.root and published:
+        _expect(Path(dataset.root) / "synthetic.json", published, result)
     if dataset.subset:
         result.source = "a subset, as asked for"
     for split, images in splits.items():
@@ -99,10 +102,10 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
     return result
 
 
-def _expect(described: Path, protocol: str, result: CheckResult) -> None:
+def _expect(described: Path, published: Counts, result: CheckResult) -> None:
     """Fill in the expected counts and where they come from."""
     if not described.is_file():
-        result.expected, result.source = LAYOUTS[protocol].counts, "as published"
+        result.expected, result.source = published, "as published"
         return
     result.source = "as synthetic.json says"
     try:

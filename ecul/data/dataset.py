@@ -132,7 +132,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults, by data set
 def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     """A data set in the folder `root`: "sysu", "regdb", "llcm" or "market" as downloaded, or "folders".
 
-    Options, and the data sets that have them:
+    Options, and the data sets that have them; None is the default:
     pack (all): decode each image once into `.ecul-pack` in the root, or in each of the two folders (or into
     the user's cache where that is read-only), or into the folder given here; False reads directly.
     subset (all but "folders"): allow fewer images than published.
@@ -150,12 +150,12 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
         if option not in known:
             hint = did_you_mean(option, known)
             raise ValueError(f"{option}: no option of {name!r}{hint}; its options are {', '.join(known)}")
-        if known[option] is False and not isinstance(value, bool):
+        if known[option] is False and not isinstance(value, bool | None):
             raise ValueError(f"{option} must be True or False, got {value!r}")
     root = Path(root).absolute()
     if not root.is_dir():
         raise ValueError(f"root: {str(root)!r} is not a folder")
-    options = {**known, **options}
+    options = known | {option: value for option, value in options.items() if value is not None}
     if name in LAYOUTS:
         return _open_layout(name, LAYOUTS[name], root, **options)
     places = {m: root / options[m] for m in MODALITIES}
@@ -197,4 +197,4 @@ def _open_layout(name: str, layout: Layout, root: Path, subset: bool, pack: Any,
 
 def _packing(pack: Any) -> dict[str, Any]:
     """The option `pack` where it is not the default, for `Dataset.options`."""
-    return {} if pack is True else {"pack": pack and os.path.abspath(pack)}
+    return {} if pack is True else {"pack": os.path.abspath(pack) if pack else False}

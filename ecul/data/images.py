@@ -70,10 +70,12 @@ class Images:
         return cls(modality, names, Arrays(pixels), camids, pids)
 
     @classmethod
-    def from_paths(cls, paths: Sequence[str | os.PathLike], modality: str) -> Images:
+    def from_paths(
+        cls, paths: Sequence[str | os.PathLike], modality: str, camids: Column = None, pids: Column = None
+    ) -> Images:
         """Images in files, read directly."""
         names = [str(path) for path in paths]
-        return cls(modality, names, Files(".", names))
+        return cls(modality, names, Files(".", names), camids, pids)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -17,17 +17,17 @@ _BLOCK = 8_000_000  # distances at a time
 Metrics = tuple[np.ndarray, float, float]
 
 
-class Rule(NamedTuple):
+class Scoring(NamedTuple):
     """Whether the CMC ranks identities, each at its first image; what a query ignores, bool (Q, G)."""
 
     by_identity: bool
     ignored: Callable[..., np.ndarray] | None = None
 
 
-RULES = {
-    "sysu": Rule(True, lambda q_pid, g_pid, q_cam, g_cam: (q_cam[:, None] == 3) & (g_cam == 2)),
-    "regdb": Rule(False),
-    "llcm": Rule(
+SCORING = {
+    "sysu": Scoring(True, lambda q_pid, g_pid, q_cam, g_cam: (q_cam[:, None] == 3) & (g_cam == 2)),
+    "regdb": Scoring(False),
+    "llcm": Scoring(
         True, lambda q_pid, g_pid, q_cam, g_cam: (q_pid[:, None] == g_pid) & (q_cam[:, None] == g_cam)
     ),
 }
@@ -103,15 +103,15 @@ def score_queries(
     distances(rows) -> (n, G), those of a slice of the queries: a block at a time, so that the memory does not
     grow with their number. camids: those of queries and gallery, where the protocol ignores something.
     """
-    rule, result = RULES[protocol], np.full((len(q_pids), 3), np.nan)
+    scoring, result = SCORING[protocol], np.full((len(q_pids), 3), np.nan)
     block = max(1, _BLOCK // max(1, len(g_pids)))
     for start in range(0, len(q_pids) if len(g_pids) else 0, block):
         rows = slice(start, start + block)
         counted = distances(rows)
-        if rule.ignored is not None:
-            ignored = rule.ignored(q_pids[rows], g_pids, camids[0][rows], camids[1])
+        if scoring.ignored is not None:
+            ignored = scoring.ignored(q_pids[rows], g_pids, camids[0][rows], camids[1])
             counted = np.where(ignored, np.inf, counted)
-        result[rows] = _block_scores(counted, q_pids[rows], g_pids, rule.by_identity)
+        result[rows] = _block_scores(counted, q_pids[rows], g_pids, scoring.by_identity)
     return result
 
 

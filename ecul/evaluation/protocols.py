@@ -94,7 +94,7 @@ def evaluate(
     dataset: Dataset,
     *,
     modes: str | Sequence[str] | None = None,
-    shots: Sequence[int] | None = None,
+    shots: int | Sequence[int] | None = None,
     trials: int = 10,
     draw: str | os.PathLike = "random",
     rerank: bool = False,
@@ -108,12 +108,14 @@ def evaluate(
     modes: "sysu": "all", "indoor"; "regdb" and "llcm": "visible-to-infrared", "infrared-to-visible";
     "llcm" also "visible-to-infrared (drawn queries)", the reading in which the branch of that name queries
     all visible images with the drawn infrared ones. shots: SYSU's gallery images an identity
-    and camera, (1,) by default; 10 is multi-shot. draw: "random" is `random.seed(t)` for trials t = 0, 1,
-    ...; otherwise the path of SYSU's official rand_perm_cam.mat. Multi-shot with "random" takes
-    `random.sample` of the sorted files, all where fewer [R: the published scripts draw them unseeded].
+    and camera, 1 by default; 10 is multi-shot, (1, 10) gives rows of both. draw: "random" is
+    `random.seed(t)` for trials t = 0, 1, ...; otherwise the path of SYSU's official rand_perm_cam.mat.
+    Multi-shot with "random" takes `random.sample` of the sorted files, all where fewer [R: the published
+    scripts draw them unseeded].
     rerank: k-reciprocal re-ranking (k1 = 20, k2 = 6, lambda = 0.3), named in the rows.
     features: {"visible": (N, D), "infrared": (N, D)} of the test images instead of a model (then None).
-    Raises ValueError for a data set without test images, identities or protocol, or unknown modes.
+    Raises ValueError for a data set without test images, identities or protocol, unknown modes, or
+    trials or shots that are no whole numbers of at least 1.
     """
     plan = _plan(dataset, modes, shots, trials, draw)
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
@@ -154,7 +156,7 @@ def _row(names: dict, measured: Sequence[Sequence[float]]) -> dict:
 
 
 def _plan(
-    dataset: Dataset, modes: Any, shots: Sequence[int] | None, trials: int, draw: str | os.PathLike
+    dataset: Dataset, modes: Any, shots: Any, trials: Any, draw: str | os.PathLike
 ) -> list[tuple[dict, tuple[Images, Images], list[tuple[np.ndarray, np.ndarray]]]]:
     """Of each row of the results: its names, query and gallery images, and the rows of both in each trial."""
     protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
@@ -166,13 +168,16 @@ def _plan(
         raise ValueError(f"modes: {protocol!r} knows {', '.join(known)}, not {unknown}")
     if protocol != "sysu" and (shots is not None or str(draw) != "random"):
         raise ValueError(f"shots and draw are for 'sysu', not {protocol!r}")
-    if trials < 1 or any(count < 1 for count in shots or ()):
-        raise ValueError(f"trials and shots: expected at least 1, not {trials} and {shots}")
+    counts = (1,) if shots is None else [shots] if np.ndim(shots) == 0 else list(shots)
+    for name, numbers, given in (("trials", [trials], trials), ("shots", counts, shots)):
+        whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
+        if not whole or min(numbers, default=1) < 1:
+            raise ValueError(f"{name}: expected whole numbers of at least 1, not {given!r}")
     if protocol == "regdb" and dataset.trial is not None:
         title += f" trial {dataset.trial}"
     source = "random.seed(t)" if str(draw) == "random" else "rand_perm_cam.mat"
     plan = []
-    for count in (1,) if shots is None else shots:
+    for count in counts:
         for mode in map(known.__getitem__, modes):
             names = {"protocol": title, "mode": mode.name, "direction": mode.direction}
             names |= {"shots": "all images", "draw": "nothing drawn"}

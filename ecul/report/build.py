@@ -17,7 +17,7 @@ from ecul.common.files import write_file
 from ecul.config import Config
 from ecul.data.dataset import Dataset, open_dataset
 from ecul.data.images import Images
-from ecul.evaluation.metrics import RULES
+from ecul.evaluation.metrics import SCORING
 from ecul.evaluation.protocols import evaluate
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
@@ -230,7 +230,7 @@ def choose_queries(images: Images, count: int, seed: int = 0) -> list[int]:
 
 def ignored(protocol: str | None, query: Images, row: int, gallery: Images) -> np.ndarray:
     """bool (len(gallery),): the answers that the protocol does not count for this query."""
-    rule = RULES[protocol].ignored if protocol else None
+    rule = SCORING[protocol].ignored if protocol else None
     if rule is None or query.pids is None or gallery.pids is None:
         return np.zeros(len(gallery), bool)
     return rule(query.pids[[row]], gallery.pids, query.camids[[row]], gallery.camids)[0]

@@ -5,8 +5,9 @@ Coordinates belong to the person: x to the right of the body's middle, y down fr
 Arrays are (images, height, width): one call draws every image that one camera takes of one person.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,8 @@ HAIR = ("short", "bald", "long", "bun", "round", "hat")
 LOWER = {"trousers": 1.0, "shorts": 0.42, "skirt": 0.40, "gown": 0.85}  # how much of the leg each one covers
 BAGS = ("none", "backpack", "handbag", "sling")
 TONES = ("skin", "hair", "upper", "upper2", "lower", "lower2", "shoes", "bag")
+Tones = dict[str, np.ndarray]  # by name, (channels,) in [0, 1]; "weave" is a tilt, a period and a depth
+Length = float | np.ndarray  # one for all images, or (images, 1, 1)
 LUMA = np.array([0.299, 0.587, 0.114])
 DYE = np.array([0.65, -0.85, 0.20])  # the direction of chroma, red, green, blue, that reflects infrared most
 
@@ -45,9 +48,11 @@ class Person:
     bag_side: int
 
     @classmethod
-    def draw(cls, rng):
-        def pick(options):
-            return options[rng.integers(len(options))]
+    def draw(cls, rng: np.random.Generator) -> "Person":
+        """Somebody at random."""
+
+        def pick(options: Sequence[Any]) -> Any:
+            return options[int(rng.integers(len(options)))]
 
         build = rng.uniform(-1, 1)
         return cls(
@@ -77,19 +82,21 @@ TRAITS = tuple(field.name for field in fields(Person))
 CLOTH = ("upper", "upper_period", "lower_pattern", "lower_period", "logo", "belt")
 
 
-def mixed(person, other, rng, share, names=TRAITS):
+def mixed(
+    person: Person, other: Person, rng: np.random.Generator, share: float, names: Iterable[str] = TRAITS
+) -> Person:
     """`person` with each of these traits taken from `other` with probability `share`."""
     taken = [name for name in names if rng.random() < share]
     return replace(person, **{name: getattr(other, name) for name in taken})
 
 
-def reflectance(colour):
+def reflectance(colour: np.ndarray) -> float:
     """What a dye of this colour reflects in infrared, 0.1 to 0.9: its hue tells, not its brightness."""
     chroma = colour - colour.mean()
     return 0.5 + 0.4 * (chroma @ DYE) / (np.linalg.norm(chroma) * np.linalg.norm(DYE) + 1e-6)
 
 
-def draw_tones(rng, channels):
+def draw_tones(rng: np.random.Generator, channels: int) -> Tones:
     """The tones of one person in one modality: a dict of (channels,) float32 arrays in [0, 1].
 
     The two tones of a garment always differ by at least 0.5 in brightness; which one is the brighter is free.
@@ -104,7 +111,7 @@ def draw_tones(rng, channels):
     return {name: tint.astype(np.float32) for name, tint in tints.items()}
 
 
-def _tint(rng, brightness, channels, saturation):
+def _tint(rng: np.random.Generator, brightness: float, channels: int, saturation: float) -> np.ndarray:
     """A colour of the given brightness (luma), as far from gray as `saturation` and [0, 1] allow."""
     if channels == 1:
         return np.array([brightness])
@@ -118,34 +125,47 @@ def _tint(rng, brightness, channels, saturation):
 class Canvas:
     """Pixels (images, height, width, channels) and the coordinates in which shapes are painted on them."""
 
-    def __init__(self, pixels, x, y, blur):
+    def __init__(self, pixels: np.ndarray, x: np.ndarray, y: np.ndarray, blur: Length):
         self.pixels, self.x, self.y, self.blur = pixels, x, y, blur
 
-    def cover(self, distance):
+    def cover(self, distance: np.ndarray) -> np.ndarray:
+        """(images, height, width, 1): how much of each pixel lies inside, 0 to 1."""
         return np.clip(0.5 - distance / self.blur, 0, 1)[..., None]
 
-    def paint(self, distance, tone, tone2=None, pattern=None, shade=0.55):
+    def paint(
+        self,
+        distance: np.ndarray,
+        tone: np.ndarray,
+        tone2: np.ndarray | None = None,
+        pattern: np.ndarray | None = None,
+        shade: float = 0.55,
+    ) -> None:
         """Lay `tone` inside `distance <= 0`, `tone2` where also `pattern <= 0`; darken towards the rim."""
-        if pattern is not None:
+        if tone2 is not None and pattern is not None:
             tone = tone + self.cover(pattern) * (tone2 - tone)
         rim = np.clip(1 + distance / 0.03, 0, 1)[..., None]
         self.pixels += self.cover(distance) * (tone * (1 - shade * rim) - self.pixels)
 
-    def capsule(self, ax, ay, bx, by, radius):
+    def capsule(self, ax: Length, ay: Length, bx: Length, by: Length, radius: Length) -> np.ndarray:
+        """The distance of a line from (ax, ay) to (bx, by), thick by the radius, with round ends."""
         dx, dy = bx - ax, by - ay
         px, py = self.x - ax, self.y - ay
         along = np.clip((px * dx + py * dy) / (dx * dx + dy * dy + 1e-9), 0, 1)
         return np.hypot(px - along * dx, py - along * dy) - radius
 
-    def ellipse(self, cx, cy, rx, ry):
+    def ellipse(self, cx: Length, cy: Length, rx: Length, ry: Length) -> np.ndarray:
+        """The distance, near its edge, of an ellipse around (cx, cy)."""
         return (np.hypot((self.x - cx) / rx, (self.y - cy) / ry) - 1) * np.minimum(rx, ry)
 
-    def trapezoid(self, cx, top, bottom, half_top, half_bottom):
+    def trapezoid(
+        self, cx: Length, top: Length, bottom: Length, half_top: Length, half_bottom: Length
+    ) -> np.ndarray:
+        """The distance of a trapezoid around x = cx, of these half widths at its top and bottom."""
         down = np.clip((self.y - top) / (bottom - top), 0, 1)
         half = half_top + down * (half_bottom - half_top)
         return np.maximum(np.abs(self.x - cx) - half, np.maximum(top - self.y, self.y - bottom))
 
-    def pattern(self, kind, period, cx, cy, width):
+    def pattern(self, kind: str, period: float, cx: Length, cy: Length, width: float) -> np.ndarray | None:
         """The signed distance of a cloth pattern whose middle is (cx, cy); None for plain cloth."""
         x, y = self.x - cx, self.y - cy
         if kind == "rings":
@@ -170,19 +190,19 @@ class Canvas:
         return None
 
 
-def _woven(canvas, tones):
+def _woven(canvas: Canvas, tones: Tones) -> Tones:
     """The tones with a weave, a wave of brightness of some tilt, period and depth, on both garments."""
     tilt, period, depth = tones["weave"]
     wave = np.sin((canvas.x * np.cos(tilt) + canvas.y * np.sin(tilt)) * (2 * np.pi / period))[..., None]
     return tones | {name: tones[name] + depth * wave for name in ("upper", "upper2", "lower", "lower2")}
 
 
-def _wrap(t, period):
+def _wrap(t: np.ndarray, period: float) -> np.ndarray:
     """The offset of t from the nearest multiple of the period."""
     return t - period * np.round(t / period)
 
 
-def _wave(t, period):
+def _wave(t: np.ndarray, period: float) -> np.ndarray:
     """The signed distance of stripes: negative on the half period around each multiple."""
     return np.abs(_wrap(t, period)) - period / 4
 
@@ -196,13 +216,14 @@ class Pose(NamedTuple):
     stride: np.ndarray  # how far the right foot is ahead, as seen
 
     @classmethod
-    def at(cls, yaw, phase):
+    def at(cls, yaw: np.ndarray, phase: np.ndarray) -> "Pose":
+        """The pose seen from `yaw` at a walking `phase`, in radians."""
         front, side = np.cos(yaw), np.sin(yaw)
         stride = np.sin(phase) * (0.2 + 0.8 * np.abs(side)) * np.where(side < 0, -1, 1)
         return cls(front, side, np.sqrt(front**2 + (0.75 * side) ** 2), stride)
 
 
-def draw_person(canvas, person, tones, yaw, phase):
+def draw_person(canvas: Canvas, person: Person, tones: Tones, yaw: np.ndarray, phase: np.ndarray) -> None:
     """Paint a person, seen from `yaw` (0 = from the front) at a walking `phase`: (images, 1, 1) radians."""
     pose = Pose.at(yaw, phase)
     if "weave" in tones:
@@ -225,12 +246,12 @@ def draw_person(canvas, person, tones, yaw, phase):
         canvas.paint(np.minimum(strap, pouch), tones["bag"])
 
 
-def _where(seen, distance):
+def _where(seen: np.ndarray, distance: np.ndarray) -> np.ndarray:
     """The shape in the images where it is seen, nothing in the others."""
     return np.where(seen, distance, np.inf)
 
 
-def _draw_legs(canvas, person, tones, pose):
+def _draw_legs(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> None:
     """Legs, shoes and the lower garment."""
     cover = LOWER[person.lower]
     skirt = person.lower in ("skirt", "gown")
@@ -263,7 +284,7 @@ def _draw_legs(canvas, person, tones, pose):
     canvas.paint(canvas.trapezoid(0, 0.42, seam, half, half * flare), *garment)
 
 
-def _draw_trunk(canvas, person, tones, pose):
+def _draw_trunk(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> None:
     """Neck, upper garment, belt and, on the chest, a logo."""
     canvas.paint(canvas.capsule(0, 0.12, 0, 0.18, 0.028), tones["skin"])
     cloth = canvas.pattern(person.upper, person.upper_period, 0.03 * pose.side, 0.31, person.shoulders)
@@ -277,7 +298,7 @@ def _draw_trunk(canvas, person, tones, pose):
         canvas.paint(_where(pose.front > 0.2, logo), tones["shoes"])
 
 
-def _draw_arms(canvas, person, tones, pose):
+def _draw_arms(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> dict[int, np.ndarray]:
     """Arms and sleeves; returns where each hand is."""
     kind = "plain" if person.upper == "open" else person.upper
     cloth = canvas.pattern(kind, person.upper_period, 0.03 * pose.side, 0.31, person.shoulders)
@@ -297,7 +318,7 @@ def _draw_arms(canvas, person, tones, pose):
     return hands
 
 
-def _draw_head(canvas, person, tones, pose):
+def _draw_head(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> None:
     """Face and hair; from behind the hair covers the face."""
     side, rx, ry = pose.side, 0.05 * person.head, 0.066 * person.head
     hanging = canvas.trapezoid(-0.025 * side, 0.05, 0.25, rx + 0.012, rx + 0.03) - 0.01
@@ -321,7 +342,7 @@ def _draw_head(canvas, person, tones, pose):
         canvas.paint(_where(pose.front < 0, hanging), tones["hair"])
 
 
-def _backpack(canvas, person, pose):
+def _backpack(canvas: Canvas, person: Person, pose: Pose) -> np.ndarray:
     """A box on the back, painted behind the body and, from behind, over it too."""
     half = 0.5 * person.shoulders * np.abs(pose.front) + 0.05 * np.abs(pose.side)
     return canvas.trapezoid(-0.11 * pose.side, 0.20, 0.36, 0.9 * half, half) - 0.01

@@ -12,11 +12,12 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ecul.synthetic.figures import CLOTH, Canvas, Person, draw_person, draw_tones, mixed, reflectance
+from ecul.synthetic.figures import CLOTH, Canvas, Person, Tones, draw_person, draw_tones, mixed, reflectance
 
 VERSION = 1
 VISIBLE_CAMERAS = (1, 2, 4, 5)
@@ -52,7 +53,8 @@ def synthesize(
 
     Equals SYSU-MM01's raw layout: ``cam{1..6}/{id:04d}/{n:04d}.jpg`` (cameras 1, 2, 4, 5 visible RGB; 3, 6
     infrared, one channel) and ``exp/{train,val,test}_id.txt``, plus ``synthetic.json`` with the
-    parameters and the number of images of each split and camera.
+    parameters, the constants of a gap (`GAP` and `TYPES`, where there is one) and the number of images of
+    each split and camera.
 
     identities: people in training (train + val), at least 2. test_identities: people held out, at least 1,
     default ``max(2, identities // 2)``. images: per person and camera; some people miss one or two cameras.
@@ -79,10 +81,12 @@ def synthesize(
     return str(root)
 
 
-def _check_parameters(identities, test_identities, images, size, seed, gap):
+def _check_parameters(
+    identities: Any, test_identities: Any, images: Any, size: Any, seed: Any, gap: Any
+) -> dict[str, Any]:
     """The parameters as synthetic.json holds them, or a ValueError that names the first wrong one."""
 
-    def integer(name, value, least):
+    def integer(name: str, value: Any, least: int) -> int:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         return int(value)
@@ -102,11 +106,12 @@ def _check_parameters(identities, test_identities, images, size, seed, gap):
         "images": integer("images", images, 1),
         "size": [integer("size: height", size[0], 32), integer("size: width", size[1], 16)],
         "seed": integer("seed", seed, 0),
-        **({"gap": float(gap)} if gap else {}),  # a world without one is what it always was
+        # A world without a gap is what it always was; another depends on these constants too.
+        **({"gap": float(gap), "gap_table": {**GAP, "types": TYPES}} if gap else {}),
     }
 
 
-def _holds_world(root, parameters):
+def _holds_world(root: Path, parameters: dict[str, Any]) -> bool:
     """True for a complete world of these parameters, False for nothing; anything else must not be touched."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
@@ -123,7 +128,7 @@ def _holds_world(root, parameters):
     )
 
 
-def _write_world(root, parameters, progress):
+def _write_world(root: Path, parameters: dict[str, Any], progress: bool) -> None:
     splits = _split(parameters)
     people = sorted(sum(splits.values(), []))
     jobs = [(pid, camid) for pid in people for camid in _cameras_of(parameters["seed"], pid)]
@@ -147,7 +152,7 @@ def _write_world(root, parameters, progress):
     (root / "synthetic.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def _split(parameters):
+def _split(parameters: dict[str, Any]) -> dict[str, list[int]]:
     """Identities 1, 2, ... in one sequence, dealt to the three lists by the seed."""
     identities, held_out = parameters["identities"], parameters["test_identities"]
     order = np.random.default_rng([parameters["seed"], _SPLIT]).permutation(identities + held_out) + 1
@@ -156,7 +161,7 @@ def _split(parameters):
     return {name: sorted(part.tolist()) for name, part in zip(("train", "val", "test"), parts, strict=True)}
 
 
-def _cameras_of(seed, pid):
+def _cameras_of(seed: int, pid: int) -> list[int]:
     """The cameras that see this person: all, or one or two fewer; two visible and one infrared at least."""
     rng = np.random.default_rng([seed, _MISSING, pid])
     missing = rng.choice(3, p=[0.7, 0.2, 0.1])
@@ -167,7 +172,7 @@ def _cameras_of(seed, pid):
     return sorted(int(camid) for camid in [*visible[missing:], *INFRARED_CAMERAS])
 
 
-def _count(jobs, pids, images):
+def _count(jobs: list[tuple[int, int]], pids: list[int], images: int) -> dict[str, Any]:
     members = set(pids)
     seen = [camid for pid, camid in jobs if pid in members]
     cameras = {str(camid): images * seen.count(camid) for camid in CAMERAS}
@@ -179,7 +184,7 @@ def _count(jobs, pids, images):
     }
 
 
-def _write_job(root, parameters, pid, camera):
+def _write_job(root: Path, parameters: dict[str, Any], pid: int, camera: "Camera") -> None:
     try:
         from PIL import Image
     except ImportError as error:
@@ -207,21 +212,22 @@ class Camera:
     wall: np.ndarray
     floor: np.ndarray
     horizon: float
-    boxes: tuple
+    boxes: tuple[tuple[float, float, float, float, np.ndarray], ...]  # x, y, half, tall, tone
     slope: np.ndarray  # how much brighter it is to the right and downwards, per half a height
 
     @classmethod
-    def draw(cls, seed, camid, gap=0.0):
+    def draw(cls, seed: int, camid: int, gap: float = 0.0) -> "Camera":
+        """The camera of this number in the world of this seed and gap."""
         rng = np.random.default_rng([seed, _CAMERA, camid])
         channels = 1 if camid in INFRARED_CAMERAS else 3
         light = np.random.default_rng([seed, _LIGHT, camid])
         cast = 1 + gap * GAP["cast"] * light.uniform(-1, 1, channels).astype(np.float32)
         turned = np.pi * (camid in SEEN_FROM_BEHIND)
 
-        def tone(middle):
+        def tone(middle: float | np.ndarray) -> np.ndarray:
             return middle + rng.uniform(-0.2, 0.2) + rng.uniform(-0.06, 0.06, channels).astype(np.float32)
 
-        def box():
+        def box() -> tuple[float, float, float, float, np.ndarray]:
             return (*rng.uniform([-0.35, 0.0, 0.03, 0.1], [0.35, 0.8, 0.15, 0.4]).tolist(), tone(wall))
 
         wall = tone(0.5)
@@ -258,20 +264,20 @@ SHOT = {
 }
 
 
-def appearance(seed, pid, channels, gap=0.0):
+def appearance(seed: int, pid: int, channels: int, gap: float = 0.0) -> tuple[Person, Tones]:
     """A person's shape, and the tones, as one modality shows them: 3 or 1 channels.
 
     Without a gap both modalities show the same shape, and the tones of one tell nothing about the other's.
     """
 
-    def rng(*stream):
+    def rng(*stream: int) -> np.random.Generator:
         return np.random.default_rng([seed, *stream])
 
     person, tones = Person.draw(rng(_PERSON, pid)), draw_tones(rng(_TONES, pid, channels), channels)
     if gap == 0:
         return person, tones
     own = rng(_TYPE, pid)
-    person = mixed(person, Person.draw(rng(_TYPE, 0, own.integers(TYPES))), own, gap * GAP["alike"])
+    person = mixed(person, Person.draw(rng(_TYPE, 0, int(own.integers(TYPES)))), own, gap * GAP["alike"])
     if channels == 1:
         cloth = rng(_CLOTH, pid)
         person = mixed(person, Person.draw(cloth), cloth, gap * GAP["redrawn"], CLOTH)
@@ -281,7 +287,9 @@ def appearance(seed, pid, channels, gap=0.0):
     return person, tones
 
 
-def render(seed, pid, camera, images, size, gap=0.0):
+def render(
+    seed: int, pid: int, camera: Camera, images: int, size: tuple[int, int], gap: float = 0.0
+) -> list[np.ndarray]:
     """The images of one person before one camera: a list of uint8 (H, W, 3) visible or (H, W) infrared."""
     person, tones = appearance(seed, pid, camera.channels, gap)
     rngs = [np.random.default_rng([seed, _IMAGE, pid, camera.camid, n]) for n in range(images)]
@@ -306,14 +314,14 @@ def render(seed, pid, camera, images, size, gap=0.0):
     return list(pixels if camera.channels == 3 else pixels[..., 0])
 
 
-def _backdrop(canvas, camera):
+def _backdrop(canvas: Canvas, camera: Camera) -> None:
     canvas.paint(canvas.y - 2, camera.wall)
     canvas.paint(camera.horizon - canvas.y, camera.floor)
     for x, y, half, tall, tone in camera.boxes:
         canvas.paint(canvas.trapezoid(x, y, y + tall, half, half), tone)
 
 
-def _occlude(canvas, shot):
+def _occlude(canvas: Canvas, shot: dict[str, np.ndarray]) -> None:
     """A post beside the middle or a box at the foot of one image in ten."""
     post = np.abs(canvas.x - 0.15 * shot["side"]) - 0.035
     box = 0.85 + 0.05 * shot["side"] - canvas.y
