@@ -19,7 +19,14 @@ RULES = ("sequential", "instance", "mean", "hard")
 class _Memory(nn.Module):
     """A bank of unit rows, one per `num_samples`, with the label of each row."""
 
-    def __init__(self, num_features: int, num_samples: int, temp: float, momentum: float, rule: str):
+    def __init__(
+        self,
+        num_features: int,
+        num_samples: int,
+        temp: float = 0.05,
+        momentum: float = 0.1,
+        rule: str = "sequential",
+    ):
         super().__init__()
         if num_features < 1 or num_samples < 1:
             raise ValueError(
@@ -72,16 +79,6 @@ class ClusterMemory(_Memory):
     Source: ECUL and MBCCM, cluster memories.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_samples: int,
-        temp: float = 0.05,
-        momentum: float = 0.1,
-        rule: str = "sequential",
-    ):
-        super().__init__(num_features, num_samples, temp, momentum, rule)
-
     @classmethod
     def from_clusters(
         cls, rows: torch.Tensor, temp: float = 0.05, momentum: float = 0.1, rule: str = "sequential"
@@ -103,16 +100,6 @@ class InstanceMemory(_Memory):
     `.labels` (N,). `update(x, index)` moves the rows of these images (not of their clusters).
     Errors: ValueError for sizes, momentum, temp or rule out of range. Source: ECUL, instance-level contrast.
     """
-
-    def __init__(
-        self,
-        num_features: int,
-        num_samples: int,
-        temp: float = 0.05,
-        momentum: float = 0.1,
-        rule: str = "sequential",
-    ):
-        super().__init__(num_features, num_samples, temp, momentum, rule)
 
     @classmethod
     def from_features(
