@@ -3,7 +3,7 @@
 ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,6 +32,21 @@ class Labels:
     joint: torch.Tensor | None = None
     selected: torch.Tensor | None = None
     match: np.ndarray | None = None
+
+    @classmethod
+    def from_own(
+        cls,
+        features: torch.Tensor,
+        own: torch.Tensor,
+        num_visible: int,
+        joint: torch.Tensor | None = None,
+        selected: torch.Tensor | None = None,
+        match: np.ndarray | None = None,
+    ) -> "Labels":
+        """Labels with the centres of the clusters `own` (N,) of these features (N, D)."""
+        sides = zip(features.tensor_split([num_visible]), own.tensor_split([num_visible]), strict=True)
+        visible, infrared = (cluster_means(x, y) for x, y in sides)
+        return cls(own, num_visible, (visible, infrared), joint, selected, match)
 
     @property
     def sides(self) -> dict[str, torch.Tensor]:
@@ -66,7 +81,7 @@ def assign_labels(features: torch.Tensor, images: TrainImages, config: Config, s
         return _receive(features, border)
     parts = zip(features.tensor_split([border]), images.cameras.tensor_split([border]), strict=True)
     own = torch.cat([_cluster(x, cameras, None, config) for x, cameras in parts])
-    labels = Labels(own, border, _centers(features, own, border))
+    labels = Labels.from_own(features, own, border)
     if stage == 2 and labels.enough:
         joint = selected = match = None
         if config.weight_joint > 0:
@@ -76,7 +91,7 @@ def assign_labels(features: torch.Tensor, images: TrainImages, config: Config, s
             selected = torch.cat(select_instances(v, r, y_v, y_r, config.k_select))
         if config.pairs == "matched":
             match = match_clusters(*labels.centers, config.matching).cpu().numpy()
-        labels = Labels(own, border, labels.centers, joint, selected, match)
+        labels = replace(labels, joint=joint, selected=selected, match=match)
     _send(labels)
     return labels
 
@@ -90,11 +105,6 @@ def _cluster(
 ) -> torch.Tensor:
     sizes = {name: getattr(config, name + joint) for name in ("k1", "k2", "k3", "eps")}
     return emcc(features, cameras, modalities, **sizes, min_samples=config.min_samples)
-
-
-def _centers(features: torch.Tensor, own: torch.Tensor, border: int) -> tuple[torch.Tensor, torch.Tensor]:
-    visible, infrared = zip(features.tensor_split([border]), own.tensor_split([border]), strict=True)
-    return cluster_means(*visible), cluster_means(*infrared)
 
 
 def _send(labels: Labels) -> None:
@@ -112,8 +122,9 @@ def _receive(features: torch.Tensor, border: int) -> Labels:
     table = torch.empty(3, len(features), dtype=torch.int64, device=features.device)
     own, *others = distributed.broadcast(table).unbind()
     joint, selected = (None if len(row) and int(row.max()) < -1 else row for row in others)
-    centers, match = _centers(features, own, border), None
+    labels = Labels.from_own(features, own, border, joint, selected)
     if int(distributed.broadcast(torch.tensor(0, device=features.device))):
-        flags = torch.empty(len(centers[1]), len(centers[0]), dtype=torch.uint8, device=features.device)
-        match = distributed.broadcast(flags).bool().cpu().numpy()
-    return Labels(own, border, centers, joint, selected, match)
+        visible, infrared = map(len, labels.centers)
+        flags = torch.empty(infrared, visible, dtype=torch.uint8, device=features.device)
+        labels = replace(labels, match=distributed.broadcast(flags).bool().cpu().numpy())
+    return labels

@@ -21,7 +21,6 @@ from ecul import MODALITIES, Config, Dataset, open_dataset, synthesize
 from ecul.augment import ERASED, MEAN, STD
 from ecul.batches import draw_batches, make_batches
 from ecul.labels import Labels
-from ecul.memory import cluster_means
 from ecul.optim import build_model, build_optimizer, trainable, uses_bf16
 from ecul.run.log import PARTS
 from ecul.stages import make_terms
@@ -72,9 +71,8 @@ def _labels(dataset, width, device):
         torch.from_numpy(np.searchsorted(people, side.pids)) for side in (dataset.visible, dataset.infrared)
     ]
     sides = [F.normalize(torch.randn(len(y), width), dim=1) for y in own]
-    centers = tuple(cluster_means(x, y).to(device) for x, y in zip(sides, own, strict=True))
-    labels = Labels(torch.cat(own).to(device), len(own[0]), centers)
-    return torch.cat(sides).to(device), labels
+    features = torch.cat(sides).to(device)
+    return features, Labels.from_own(features, torch.cat(own).to(device), len(own[0]))
 
 
 def _step(folder, work, config, device, steps):

@@ -17,7 +17,6 @@ from ecul import Config, evaluate, open_dataset, optim, train
 from ecul.batches import make_batches
 from ecul.common.files import hash_file
 from ecul.labels import Labels
-from ecul.memory import cluster_means
 from ecul.stages import make_terms
 from ecul.training import extract_all, train_batches
 from ecul.trainset import load_images
@@ -103,8 +102,7 @@ def supervise(model: torch.nn.Module, dataset, config: Config) -> torch.nn.Modul
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         optim.set_lr(optimizer, config, epoch)
         features = extract_all(model, images, config)
-        sides = zip(features.tensor_split([border]), own.tensor_split([border]), strict=True)
-        labels = Labels(own, border, tuple(cluster_means(x, y) for x, y in sides), own, own, match)
+        labels = Labels.from_own(features, own, border, own, own, match)
         terms = make_terms(features, labels, config, epoch, generator)
         train_batches(model, optimizer, terms, make_batches(labels, images, config, rng, generator), config)
     return model.eval()
