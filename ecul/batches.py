@@ -19,13 +19,13 @@ from ecul.trainset import TrainImages
 class Batch:
     """The views of one step and the image behind each, in the order view 1, view 2, infrared.
 
-    visible_views: (2P, 3, H, W), view 1 of every image and then view 2; infrared_views: (Q, 3, H, W);
-    visible: (P,), infrared: (Q,) int64 rows of the training images. In matched pairs P = Q, and the images at
-    one place belong together. A batch's features are (2P + Q, D), in this order.
+    views: those that pass the visible stem, then those that pass the infrared one, 2P + Q of (3, H, W)
+    together: view 1 of every visible image, view 2 in either of the two, infrared; visible: (P,), infrared:
+    (Q,) int64 rows of the training images. In matched pairs P = Q, and the images at one place belong
+    together. A batch's features are (2P + Q, D), in this order.
     """
 
-    visible_views: torch.Tensor
-    infrared_views: torch.Tensor
+    views: tuple[torch.Tensor, torch.Tensor]
     visible: torch.Tensor
     infrared: torch.Tensor
 
@@ -61,15 +61,16 @@ def make_batches(
     generator: torch.Generator | None = None,
 ) -> Iterator[Batch]:
     """The epoch's batches: `rng` draws the images, `generator` (of the images' device) their views."""
-    device = images.device
+    device, bridged = images.device, labels.crossing and config.exchanged_stem == "infrared"
     for drawn in draw_batches(labels, images, config, rng):
         rows = [torch.from_numpy(r) for r in drawn]
         taken = [images.take(r, modality) for modality, r in enumerate(rows)]
         first = train_view(taken[0], "visible", config.pad, generator, config.linear_transform)
         second = train_view(taken[0], "exchanged", config.pad, generator)
         third = train_view(taken[1], "infrared", config.pad, generator)
-        views = (v.contiguous(memory_format=torch.channels_last) for v in (torch.cat([first, second]), third))
-        yield Batch(*views, *(r.to(device, non_blocking=True) for r in rows))
+        parts = [[first], [second, third]] if bridged else [[first, second], [third]]
+        views = [torch.cat(part).contiguous(memory_format=torch.channels_last) for part in parts]
+        yield Batch((views[0], views[1]), *(r.to(device, non_blocking=True) for r in rows))
 
 
 def draw_batches(
@@ -84,7 +85,7 @@ def draw_batches(
 
     sizes = (config.identities, config.instances, config.iterations, rng)
     visible, infrared = clusters(labels.own)
-    if labels.match is not None:
+    if labels.match is not None and config.matching != "mutual":
         return matched_batches(visible, infrared, labels.match, *sizes)
     if config.pairs == "joint" and labels.joint is not None and int(labels.joint.max()) >= 1:
         visible, infrared = clusters(labels.joint)

@@ -14,15 +14,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ecul import MODALITIES
 from ecul.common.names import did_you_mean
 
-# Stage 2 of the three methods: MBCCM has no instance and no joint loss, ECUL no matched pairs. TSMem is
-# ECUL's alone: united moves its memories as MBCCM does, which was better in scripts/ablation.
+# Stage 2 of the three methods: ECUL has joint clusters and no matched pairs, MBCCM pairs and consistency.
+# United has MBCCM's agnostic memories on matches of its own [R] alone, by what scripts/ablation showed.
 METHODS: dict[str, dict[str, Any]] = {
     "united": {},
-    "ecul": {"update_rule": "tsmem", "pairs": "joint", "weight_agnostic": 0.0, "weight_consistency": 0.0},
+    "ecul": {
+        "update_rule": "tsmem", "pairs": "joint", "exchanged_stem": "visible",
+        "weight_joint": 0.7, "weight_agnostic": 0.0,
+    },
     "mbccm": {
-        "weight_instance": 0.0, "weight_joint": 0.0, "linear_transform": True, "k3": None,
+        "weight_instance": 0.0, "weight_consistency": 0.5, "linear_transform": True, "k3": None,
+        "matching": "bilateral", "exchanged_stem": "visible",
         "identities": 12, "instances": 12, "iterations": 300,
         "epochs_intra": 40, "epochs_cross": 40, "lr_milestones": (20, 50, 70),
     },
@@ -104,8 +109,7 @@ def _held(default: Any, *rules: Rule) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a training run; the defaults are those of ECUL on SYSU-MM01 with MBCCM's stage 2
-    and updates.
+    """All settings of a training run; the defaults are those of the united method on SYSU-MM01.
 
     Errors: an unknown field or value is a ValueError that names the nearest real one.
     """
@@ -124,9 +128,10 @@ class Config:
     instances: int = _held(16, _at_least(1))
     iterations: int = _held(200, _at_least(1))
     pairs: str = _held("matched", _one_of("matched", "joint"))  # joint [R]
-    matching: str = _held("bilateral", _one_of("bilateral", "nearest"))
+    matching: str = _held("mutual", _one_of("bilateral", "nearest", "mutual"))  # mutual [R]
     pad: int = _held(10, _at_least(0))
     linear_transform: bool = _held(False, FLAG)
+    exchanged_stem: str = _held("infrared", _one_of(*MODALITIES))  # what channel-exchanged views pass [R]
 
     # schedule; epochs are counted over the whole run
     epochs_intra: int = _held(25, _at_least(0))
@@ -156,9 +161,9 @@ class Config:
 
     # loss weights
     weight_instance: float = _held(1.0, NUMBER, NOT_NEGATIVE)
-    weight_joint: float = _held(0.7, NUMBER, NOT_NEGATIVE)  # [R]
+    weight_joint: float = _held(0.0, NUMBER, NOT_NEGATIVE)  # [R]
     weight_agnostic: float = _held(0.9, NUMBER, NOT_NEGATIVE)
-    weight_consistency: float = _held(0.5, NUMBER, NOT_NEGATIVE)
+    weight_consistency: float = _held(0.0, NUMBER, NOT_NEGATIVE)
 
     # engine
     # the same seed, the same weights: bit for bit on a CPU with as many threads, on a GPU up to rounding

@@ -59,6 +59,20 @@ class Labels:
         """Whether there is something to tell apart: two clusters in each modality."""
         return min(map(count_clusters, self.sides.values())) >= 2
 
+    @property
+    def crossing(self) -> bool:
+        """Whether they join the modalities: those of stage 2."""
+        return self.joint is not None or self.match is not None
+
+    def across(self, modality: str) -> torch.Tensor:
+        """(N,) int64: the cluster of this modality that each image belongs to, through `match` where it has
+        one match at most: its own, or its match's, -1 = none."""
+        assert self.match is not None
+        match = self.match if modality == "visible" else self.match.T  # other x this
+        of = np.append(np.where(match.any(1), match.argmax(1), -1), -1)
+        table = torch.from_numpy(of).to(self.own.device)
+        return torch.cat([own if m == modality else table[own] for m, own in self.sides.items()])
+
     def counts(self) -> dict[str, int]:
         """Clusters and outliers by name, for the log."""
         named = self.sides | ({} if self.joint is None else {"joint": self.joint})
@@ -71,10 +85,17 @@ def count_clusters(labels: torch.Tensor) -> int:
     return int(labels.max()) + 1 if len(labels) else 0
 
 
-def assign_labels(features: torch.Tensor, images: TrainImages, config: Config, stage: int) -> Labels:
+def assign_labels(
+    features: torch.Tensor,
+    images: TrainImages,
+    config: Config,
+    stage: int,
+    exchanged: torch.Tensor | None = None,
+) -> Labels:
     """Cluster each modality and, in stage 2, their union; match clusters across modalities.
 
-    features: (N, D) unit rows. Process 0 clusters, the others take its labels.
+    features: (N, D) unit rows; exchanged: (W, num_visible, D), more views of the visible images to match by.
+    Process 0 clusters, the others take its labels.
     """
     border = images.num_visible
     if distributed.rank() > 0:
@@ -90,7 +111,11 @@ def assign_labels(features: torch.Tensor, images: TrainImages, config: Config, s
             (v, r), (y_v, y_r) = features.tensor_split([border]), joint.tensor_split([border])
             selected = torch.cat(select_instances(v, r, y_v, y_r, config.k_select))
         if config.pairs == "matched":
-            match = match_clusters(*labels.centers, config.matching).cpu().numpy()
+            visible, infrared = labels.centers
+            if exchanged is not None:
+                more = [cluster_means(view, own[:border]) for view in exchanged]
+                visible = torch.stack([visible, *more])
+            match = match_clusters(visible, infrared, config.matching).cpu().numpy()
         labels = replace(labels, joint=joint, selected=selected, match=match)
     _send(labels)
     return labels

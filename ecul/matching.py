@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ecul.kernels import topk_similarity
 
-RULES = ("bilateral", "nearest")
+RULES = ("bilateral", "nearest", "mutual")
 Rows = TypeVar("Rows", torch.Tensor, np.ndarray)
 
 
@@ -23,20 +23,25 @@ def match_clusters(visible: Rows, infrared: Rows, rule: str = "bilateral") -> Ro
         match[:, j] |= D[:, j] <= D[i, j]    for (i, j) of the assignment that covers the bigger side
 
     visible: (A, D) and infrared: (B, D) cluster centres, tensors or arrays; rows are normalised here.
-    rule: "bilateral", as above, or "nearest": each cluster with its nearest one, a baseline for ablations.
+    rule: "bilateral", as above; "nearest": each cluster with its nearest one, a baseline for ablations;
+    "mutual" [R]: those that are each other's nearest once each modality's mean centre is taken off, where
+    visible may be (W, A, D), W views of the clusters, of which the most similar one counts.
     Returns a bool (B, A) of the kind given (a tensor on the input's device, or an array). Every row and
-    every column has a match. The result is not symmetric when A != B.
+    every column has a match, or with "mutual" at most one. The result is not symmetric when A != B.
     Errors: ValueError for an empty side, sizes that differ, zero or non-finite rows, an unknown rule.
     Source: MBCCM section 3.2 and its published code.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    unit_visible, unit_infrared = _unit_rows(visible, "visible"), _unit_rows(infrared, "infrared")
-    if unit_visible.shape[1] != unit_infrared.shape[1]:
-        sizes = f"{unit_visible.shape[1]} and {unit_infrared.shape[1]}"
+    views = list(visible) if rule == "mutual" and len(visible.shape) == 3 else [visible]
+    sides = [*(_unit_rows(view, "visible") for view in views), _unit_rows(infrared, "infrared")]
+    if len({side.shape[1] for side in sides}) > 1:
+        sizes = f"{sides[0].shape[1]} and {sides[-1].shape[1]}"
         raise ValueError(f"visible and infrared must have as many features as each other, got {sizes}")
-    distance = 2 - 2 * unit_infrared @ unit_visible.T
-    matched = _nearest(distance) if rule == "nearest" else _bilateral(distance)
+    if rule == "mutual":
+        sides = [_without_mean(side) for side in sides]
+    distance = np.minimum.reduce([2 - 2 * sides[-1] @ view.T for view in sides[:-1]])
+    matched = {"bilateral": _bilateral, "nearest": _nearest, "mutual": _mutual}[rule](distance)
     if isinstance(visible, torch.Tensor):
         return torch.from_numpy(matched).to(visible.device)
     return matched
@@ -54,6 +59,19 @@ def _bilateral(distance: np.ndarray) -> np.ndarray:
 
 def _nearest(distance: np.ndarray) -> np.ndarray:
     return (distance == distance.min(0)) | (distance == distance.min(1, keepdims=True))
+
+
+def _mutual(distance: np.ndarray) -> np.ndarray:
+    matched, rows = np.zeros(distance.shape, dtype=bool), np.arange(len(distance))
+    columns = distance.argmin(1)
+    matched[rows, columns] = distance.argmin(0)[columns] == rows
+    return matched
+
+
+def _without_mean(rows: np.ndarray) -> np.ndarray:
+    """Unit rows of what sets each one apart from their mean; zero where nothing does."""
+    apart = rows - rows.mean(0)
+    return apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-12)
 
 
 def _assign(distance: np.ndarray) -> list[tuple]:

@@ -118,14 +118,15 @@ class InstanceMemory(_Memory):
         self.labels.copy_(torch.where(labels < 0, own, labels))
 
 
-def tsmem(epoch: int, switch: int, momentum: float = 0.1) -> tuple[str, str, float]:
+def tsmem(epoch: int, switch: int) -> tuple[str, str, float]:
     """TSMem: how memories start and move in this epoch, as (start, rule, momentum).
 
-    Step 1, epochs before `switch`, for diversity: rows start as one random member and are replaced by one
-    random member of the batch. Step 2, for generalisation: normalised means that keep `momentum`.
-    Source: ECUL (two steps, first diversity, later generalisation); the rules themselves are [R].
+    Step 1, epochs before `switch`, for diversity: rows start as one random member. Step 2, for
+    generalisation: as normalised means. In both, one random member of the batch replaces a row.
+    Source: ECUL (two steps, first diversity, later generalisation); the rules themselves are [R], read from
+    its nearest relatives.
     """
-    return ("random", "instance", 0.0) if epoch < switch else ("mean", "mean", momentum)
+    return "random" if epoch < switch else "mean", "instance", 0.0
 
 
 def cluster_means(

@@ -97,7 +97,7 @@ def make_terms(
     """
     start, rule, momentum = "mean", config.update_rule, config.momentum
     if rule == "tsmem":
-        start, rule, momentum = tsmem(epoch, config.tsmem_switch, momentum)
+        start, rule, momentum = tsmem(epoch, config.tsmem_switch)
 
     own, border = labels.own, labels.num_visible
     parts = {"visible": slice(border), "infrared": slice(border, None), "joint": slice(None)}
@@ -135,7 +135,11 @@ def make_terms(
             contrasts.append(instance_term("joint", weight, selected))
     if labels.match is None or max(config.weight_agnostic, config.weight_consistency) == 0:
         return [*contrasts]
-    agnostic = [_agnostic(term, config.weight_agnostic) for term in specific]
+    mutual = config.matching == "mutual"
+    agnostic = [
+        _agnostic(term, config.weight_agnostic, labels.across(m) if mutual else None)
+        for term, m in zip(specific, MODALITIES, strict=True)
+    ]
     terms: list[Term] = [*contrasts, *agnostic]
     if config.weight_consistency > 0:
         banks = [[term.memory for term in kind] for kind in (specific, agnostic)]
@@ -143,9 +147,11 @@ def make_terms(
     return terms
 
 
-def _agnostic(term: Contrast, weight: float) -> Contrast:
-    """A term on a copy of this one's memory for the features of both modalities, labelled by their pairs."""
+def _agnostic(term: Contrast, weight: float, table: torch.Tensor | None) -> Contrast:
+    """A term on a copy of this one's memory for the features of both modalities.
+
+    They are labelled by the table (N,) of all training images, or by their pair in the batch (None).
+    """
     memory, modality = copy.deepcopy(term.memory), term.modality
-    return replace(
-        term, name=f"agnostic_{modality}", weight=weight, memory=memory, modality=None, paired=modality
-    )
+    shared = replace(term, name=f"agnostic_{modality}", weight=weight, memory=memory, modality=None)
+    return replace(shared, paired=modality) if table is None else replace(shared, labels=table, slots=table)

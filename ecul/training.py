@@ -147,8 +147,9 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
     set_lr(state.optimizer, config, epoch)
 
     features = extract_all(state.model, images, config)
+    exchanged = extract_exchanged(state.model, images, config) if stage == 2 else None
     extracted = clock.seconds()
-    labels = assign_labels(features, images, config, stage)  # emcc, match_clusters
+    labels = assign_labels(features, images, config, stage, exchanged)  # emcc, match_clusters
     row = {"epoch": epoch, "stage": stage, "lr": state.optimizer.param_groups[0]["lr"]}
     row |= {"seconds_extract": extracted, "seconds_labels": clock.seconds() - extracted}
     row |= _score_labels(features, labels, state.labels, images)
@@ -170,14 +171,32 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
 
 def extract_all(model: torch.nn.Module, images: TrainImages, config: Config) -> torch.Tensor:
     """Unit features (N, D) of every image on every process, each process embedding its share."""
-    autocast, rows = uses_bf16(config, images.device), []
-    for modality, pixels in zip(MODALITIES, images.pixels, strict=True):
-        share = pixels[distributed.share(len(pixels))]
-        found = embed_pixels(
-            model, share, modality, config.batch_extract, progress=not _quiet(), autocast=autocast
-        )
-        rows.append(distributed.gather(found, len(pixels)))
-    return torch.cat(rows)
+    return torch.cat(
+        [_extract(model, x, m, images, config) for m, x in zip(MODALITIES, images.pixels, strict=True)]
+    )
+
+
+def extract_exchanged(model: torch.nn.Module, images: TrainImages, config: Config) -> torch.Tensor | None:
+    """Unit features (3, num_visible, D) of the visible images as the infrared stem sees each of their
+    channels; None where it does not learn to see them, or nothing is matched by them."""
+    if config.matching != "mutual" or config.exchanged_stem != "infrared":
+        return None
+    channels = images.pixels[0].split(1, dim=1)
+    views = [channel.expand(-1, 3, -1, -1) for channel in channels]
+    return torch.stack([_extract(model, view, "infrared", images, config, flip=False) for view in views])
+
+
+def _extract(
+    model: torch.nn.Module,
+    pixels: torch.Tensor,
+    modality: str,
+    images: TrainImages,
+    config: Config,
+    flip: bool = True,
+) -> torch.Tensor:
+    own, autocast = pixels[distributed.share(len(pixels))], uses_bf16(config, images.device)
+    found = embed_pixels(model, own, modality, config.batch_extract, flip, not _quiet(), autocast)
+    return distributed.gather(found, len(pixels))
 
 
 def train_batches(
@@ -207,12 +226,11 @@ def train_batches(
 
 def embed_batch(forward: torch.nn.Module, batch: Batch, config: Config) -> torch.Tensor:
     """The features (2P + Q, D) of a batch; each process embeds its share of both modalities, all get all."""
-    views = (batch.visible_views, batch.infrared_views)
-    shares = [v[distributed.share(len(v))] for v in views]
-    device = batch.visible_views.device
+    shares = [v[distributed.share(len(v))] for v in batch.views]
+    device = shares[0].device
     with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device)):
         parts = forward(*shares).float().split([len(v) for v in shares])
-    return torch.cat([distributed.gather(part, len(v)) for part, v in zip(parts, views, strict=True)])
+    return torch.cat([distributed.gather(part, len(v)) for part, v in zip(parts, batch.views, strict=True)])
 
 
 def step(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor]) -> None:

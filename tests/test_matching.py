@@ -54,6 +54,45 @@ def test_equals_the_oracle(a, b, seed):
     assert np.array_equal(match_clusters(visible, infrared), oracle(visible, infrared))
 
 
+def mutual_oracle(views, infrared):
+    """Pairs that are each other's nearest, in loops; the most similar view counts. (Of two, all are ties.)"""
+
+    def unit_apart(rows):
+        apart = rows - rows.mean(0)
+        return [row / max(np.linalg.norm(row), 1e-12) for row in apart]
+
+    across = unit_apart(infrared)
+    a, b = len(views[0]), len(infrared)
+    near = np.array([[max(unit_apart(v)[j] @ across[i] for v in views) for j in range(a)] for i in range(b)])
+    match = np.zeros((b, a), dtype=bool)
+    for i in range(b):
+        for j in range(a):
+            others = [near[i, k] for k in range(a) if k != j] + [near[k, j] for k in range(b) if k != i]
+            match[i, j] = all(near[i, j] > other for other in others)
+    return match
+
+
+@given(st.integers(3, 6), st.integers(3, 6), st.integers(1, 3), st.integers(0, 10**6))
+def test_mutual_matches_equal_the_oracle(a, b, w, seed):
+    rng = np.random.default_rng(seed)
+    views, infrared = np.stack([unit(rng, a, 5) for _ in range(w)]), unit(rng, b, 5)
+    match = match_clusters(views, infrared, "mutual")
+    assert np.array_equal(match, mutual_oracle(views, infrared))
+    assert match.sum(0).max() <= 1 and match.sum(1).max() <= 1
+    if w == 1:
+        assert np.array_equal(match, match_clusters(views[0], infrared, "mutual"))
+
+
+def test_mutual_matches_see_through_an_offset_of_a_modality():
+    rng = np.random.default_rng(0)
+    centers, offset = unit(rng, 6, 8), 2 * unit(rng, 1, 8)
+    shuffled = rng.permutation(6)
+    match = match_clusters(centers, centers[shuffled] + offset, "mutual")
+    assert np.array_equal(match, shuffled[:, None] == np.arange(6))
+    equal = np.ones((3, 4))  # nothing sets them apart
+    assert match_clusters(equal, equal, "mutual").sum() == 1
+
+
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 10**6))
 def test_is_total(a, b, seed):
     rng = np.random.default_rng(seed)

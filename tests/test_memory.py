@@ -185,7 +185,7 @@ def test_random_members_are_members_and_every_member_is_drawn():
 
 def test_tsmem_has_two_steps():
     assert tsmem(4, 5) == ("random", "instance", 0.0)
-    assert tsmem(5, 5) == ("mean", "mean", 0.1)
+    assert tsmem(5, 5) == ("mean", "instance", 0.0)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,12 @@ def test_the_table_has_differences_in_pairs_with_their_interval():
         "untrained": {"0": {"mAP": 10.0, "rank1": 5.0}, "1": {"mAP": 12.0, "rank1": 5.0}},
         "supervised": {"0": {"mAP": 50.0, "rank1": 50.0}, "1": {"mAP": 52.0, "rank1": 50.0}},
         "united": {"0": {"mAP": 40.0, "rank1": 30.0}, "1": {"mAP": 32.0, "rank1": 30.0}},
-        "united, no consistency": {"1": {"mAP": 30.0, "rank1": 20.0}, "7": {"mAP": 99.0, "rank1": 99.0}},
+        "united, no contrast of matches": {
+            "1": {"mAP": 30.0, "rank1": 20.0},
+            "7": {"mAP": 99.0, "rank1": 99.0},
+        },
     }
-    assert differences(results, "united, no consistency") == [-2.0]
+    assert differences(results, "united, no contrast of matches") == [-2.0]
     assert of_the_way(results, "united") == pytest.approx(0.625)
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert 1 <= low < 2.5 < high <= 4 and interval([2.0, 2.0]) == (2.0, 2.0)

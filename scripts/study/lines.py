@@ -23,9 +23,9 @@ WORLDS = {
     "gap": World(
         render={"identities": 320, "test_identities": 96, "images": 3, "gap": 1.0},
         fields={
-            "identities": 16, "instances": 2, "iterations": 75, "precision": "bf16", "min_samples": 3,
+            "identities": 16, "instances": 2, "iterations": 60, "precision": "bf16", "min_samples": 3,
             "k1": 8, "k2": 3, "k3": 6, "k1_joint": 14, "k2_joint": 3, "k3_joint": 14,
-            "epochs_intra": 6, "epochs_cross": 10, "tsmem_switch": 6, "lr": 2e-3, "lr_milestones": (12, 15),
+            "epochs_intra": 6, "epochs_cross": 18, "tsmem_switch": 6, "lr": 2e-3, "lr_milestones": (18, 22),
         },
         start=True,
     ),
@@ -38,15 +38,35 @@ PARTS = {
     "k3 halved": {"halved": ("k3", "k3_joint")},
     "k3 doubled": {"doubled": ("k3", "k3_joint")},
     "no cross-modality stage": {"stages": 1},
+    "no contrast of matches": {"weight_agnostic": 0.0},
+    "exchanged views in their own stem": {"exchanged_stem": "visible"},
+    "half the images, P x K = 8 x 2": {"halved": ("instances",)},
+    "half the identities, P x K = 4 x 4": {"halved": ("identities",)},
+}
+# Stage 2 of both papers together, joint clusters, pairs and consistency, and that without some of it.
+BOTH = {
+    "weight_joint": 0.7, "weight_consistency": 0.5, "matching": "bilateral", "exchanged_stem": "visible",
+}  # fmt: skip
+PARTS_OF_BOTH = {
     "no instance selection": {"k_select": None},
     "no joint contrast": {"weight_joint": 0.0},
     "nearest centre instead of bilateral": {"matching": "nearest"},
     "no consistency": {"weight_consistency": 0.0},
     "no consistency, no agnostic contrast": NO_CROSS,
-    "half the images, P x K = 8 x 2": {"halved": ("instances",)},
-    "half the identities, P x K = 4 x 4": {"halved": ("identities",)},
 }
 TSMEM, MBCCM = {"update_rule": "tsmem"}, {"method": "mbccm"}
+
+
+def _parts(base: str, name: str, fields: dict) -> dict:
+    """The lines that change one part of the line `base`, named `name`, ...; `fields`: what base itself is."""
+    both = f"{name}, stage 2 of both papers"
+    return {
+        both: (base, {**fields, **BOTH}),
+        **{f"{name}, {part}": (base, {**fields, **changed}) for part, changed in PARTS.items()},
+        **{f"{name}, {part}": (both, {**fields, **BOTH, **less}) for part, less in PARTS_OF_BOTH.items()},
+    }
+
+
 LINES = {  # name: (the line it is compared with, its fields)
     "untrained": (None, {}),
     "supervised": (None, {}),
@@ -54,8 +74,8 @@ LINES = {  # name: (the line it is compared with, its fields)
     "united with TSMem": ("united", TSMEM),
     "ecul": ("united", {"method": "ecul"}),
     "mbccm": ("united", MBCCM),
-    **{f"united, {part}": ("united", fields) for part, fields in PARTS.items()},
-    **{f"TSMem, {part}": ("united with TSMem", {**TSMEM, **fields}) for part, fields in PARTS.items()},
+    **_parts("united", "united", {}),
+    **_parts("united with TSMem", "TSMem", TSMEM),
     "TSMem, first step alone": ("united with TSMem", {**TSMEM, "tsmem_switch": 10**6}),
     "TSMem, second step alone": ("united with TSMem", {**TSMEM, "tsmem_switch": 0}),
     "mbccm, nearest centre": ("mbccm", {**MBCCM, "matching": "nearest"}),

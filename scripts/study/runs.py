@@ -25,8 +25,8 @@ from .lines import LINES, PRESET, WORLDS
 
 # Fields that only stage 2 reads: lines that differ in these alone share their first stage.
 CROSS = (
-    "pairs", "matching", "k1_joint", "k2_joint", "k3_joint", "eps_joint", "k_select", "weight_joint",
-    "weight_agnostic", "weight_consistency",
+    "pairs", "matching", "exchanged_stem", "k1_joint", "k2_joint", "k3_joint", "eps_joint",
+    "k_select", "weight_joint", "weight_agnostic", "weight_consistency",
 )  # fmt: skip
 
 
