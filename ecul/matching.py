@@ -33,7 +33,7 @@ def match_clusters(visible: Rows, infrared: Rows, rule: str = "bilateral") -> Ro
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    views = list(visible) if rule == "mutual" and len(visible.shape) == 3 else [visible]
+    views: list[Rows] = list(visible) if rule == "mutual" and visible.ndim == 3 else [visible]
     sides = [*(_unit_rows(view, "visible") for view in views), _unit_rows(infrared, "infrared")]
     if len({side.shape[1] for side in sides}) > 1:
         sizes = f"{sides[0].shape[1]} and {sides[-1].shape[1]}"
