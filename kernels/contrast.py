@@ -7,7 +7,7 @@ Source: arXiv 2412.19134 (ECUL) and arXiv 2305.12673 (MBCCM). One function serve
 import torch
 
 from ._checks import check_device, check_matrix, check_vector
-from ._triton import Config, jit, rows_contiguous, tl, triton, use_triton
+from ._triton import Config, jit, tl, use_triton
 
 
 def memory_contrast(
@@ -21,7 +21,8 @@ def memory_contrast(
 
     `s = x @ bank.T / temperature; loss = s.logsumexp(1) - s[:, own].logsumexp(1)`, where `own` are the slots
     with `bank_labels == label`: positives are summed, every slot is in the denominator. Scores, sums and the
-    loss are float32 whatever the dtype of `x`.
+    loss are float32 whatever the dtype of `x`; the products are of the bank in that dtype, on a GPU under
+    autocast of both in autocast's.
 
     Args:
         x: (B, D) float32, bfloat16 or float16; unit rows.
@@ -41,7 +42,9 @@ def memory_contrast(
     _check(x, bank, bank_labels, labels, temperature)
     if use_triton(x):
         with_gradient = x.requires_grad and torch.is_grad_enabled()
-        loss, _ = _memory_contrast(x, bank.detach(), bank_labels, labels, temperature, with_gradient)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        loss, *_ = _memory_contrast(x, bank.detach(), bank_labels, labels, temperature, with_gradient)
     else:
         loss = memory_contrast_reference(x, bank, bank_labels, labels, temperature)
     if not loss.is_cuda and not torch.compiler.is_compiling():
@@ -93,167 +96,106 @@ def _check_finite(loss: torch.Tensor, labels: torch.Tensor) -> None:
     )
 
 
-# The kernels. Let s_ij = x_i . b_j / tau, and sum exp(s_ij) over the own slots of sample i to P_i, over the
-# others to Q_i, over all of them to Z_i = P_i + Q_i. Then
+# The kernel. Let s_ij = x_i . b_j / tau, and sum exp(s_ij) over the own slots of sample i to P_i, over the
+# others to Q_i. Then, with the two softmaxes p over the own slots and q over the others,
 #
-#     loss_i = log Z_i - log P_i = log(1 + Q_i / P_i)
-#     d loss_i / d x_i = 1/tau sum_j w_ij b_j,    w_ij = exp(s_ij) / Z_i              for another's slot,
-#                                                 w_ij = -exp(s_ij) / P_i * Q_i / Z_i  for an own slot.
+#     loss_i = log(P_i + Q_i) - log P_i = log(1 + Q_i / P_i)
+#     d loss_i / d x_i = r_i / tau (sum_others q_ij b_j - sum_own p_ij b_j),    r_i = Q_i / (P_i + Q_i).
 #
 # The bank takes no gradient, so this is all there is to the backward pass, and the forward pass computes it:
-# two products, and no logits kept. P and Q are only known when the whole row is, so
-#   1. a program per tile of s (T tiles along the bank) computes it once. Per row it stores the tile's maximum
-#      and sum of exponentials, apart for own and other slots, and per element exp(s - that maximum). This
-#      lies in [0, 1] and keeps its relative precision in bfloat16; s itself, rounded, would cost 5 % of the
-#      gradient at tau = 0.05. With a maximum for each kind, no loss is so large that own slots underflow;
-#   2. a program per sample folds the T maxima and sums into log P and log Q: the loss;
-#   3. a program per tile of the gradient turns exp(s - maximum) into w, by one factor per row, tile and kind
-#      of slot, and multiplies with the bank. The bank is split over several programs and their parts summed
-#      afterwards: no atomics, the same bits in every run.
-# A sample with label -1 owns every slot: Q = 0, so its loss and its gradient are exactly 0.
+# a product, a kernel that turns a row of scores into the loss, r / tau and a row of q and -p, and a product.
+# These weights lie in [-1, 1] and keep their relative precision in bfloat16 and float16, however small the
+# loss; the scores, rounded, would cost 5 % of the gradient at tau = 0.05, and stay float32. With a maximum
+# for each kind, no loss is so large that the own slots underflow. A sample with label -1 owns every slot:
+# Q = 0, so its loss and its gradient are exactly 0.
 
 
 @jit
-def _scores_kernel(
-    x, bank, bank_labels, labels, weights, stats, B, C, D, T, size, x_stride, bank_stride, scale,
-    WEIGHTS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+def _weights_kernel(
+    scores, weights, bank_labels, labels, loss, factors, C, scale,
+    WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1)
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    slots = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_live, slot_live = rows < B, slots < C
-    x_rows = x + tl.minimum(rows, B - 1).to(tl.int64)[:, None] * x_stride
-    bank_rows = bank + tl.minimum(slots, C - 1).to(tl.int64)[None, :] * bank_stride
-    s = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        features = start + tl.arange(0, BLOCK_D)
-        a = tl.load(x_rows + features[None, :], mask=features[None, :] < D, other=0.0)
-        b = tl.load(bank_rows + features[:, None], mask=features[:, None] < D, other=0.0)
-        s = tl.dot(a, b.to(a.dtype), s, input_precision=PRECISION)
-    s = tl.where(slot_live[None, :], s * scale, -float("inf"))
-
-    label = tl.load(labels + rows, mask=row_live, other=-1)
-    slot_label = tl.load(bank_labels + slots, mask=slot_live, other=-1)
-    own = (label[:, None] == slot_label[None, :]) | (label < 0)[:, None]
-    own_top = tl.max(tl.where(own, s, -float("inf")), 1)
-    other_top = tl.max(tl.where(own, -float("inf"), s), 1)
-    p = tl.where(s == -float("inf"), 0.0, tl.exp(s - tl.where(own, own_top[:, None], other_top[:, None])))
-    out = stats + rows.to(tl.int64) * T + tile
-    tl.store(out, own_top, mask=row_live)
-    tl.store(out + size, tl.sum(tl.where(own, p, 0.0), 1), mask=row_live)
-    tl.store(out + 2 * size, other_top, mask=row_live)
-    tl.store(out + 3 * size, tl.sum(tl.where(own, 0.0, p), 1), mask=row_live)
-    if WEIGHTS:
-        out = weights + rows.to(tl.int64)[:, None] * (T * BLOCK_C) + slots[None, :]
-        tl.store(out, p.to(weights.dtype.element_ty), mask=row_live[:, None])
-
-
-@jit
-def _log_sum(tops, sums, tiles, T):
-    """log sum_t sums[t] exp(tops[t]), minus infinity where nothing was summed."""
-    top = tl.load(tops + tiles, mask=tiles < T, other=-float("inf"))
-    part = tl.load(sums + tiles, mask=tiles < T, other=0.0)
-    highest = tl.max(top, 0)
-    return highest + tl.log(tl.sum(tl.where(part == 0.0, 0.0, part * tl.exp(top - highest)), 0))
-
-
-@jit
-def _fold_kernel(stats, loss, totals, B, T, size, BLOCK_T: tl.constexpr):
     row = tl.program_id(0)
-    tiles = tl.arange(0, BLOCK_T)
-    first = stats + row.to(tl.int64) * T
-    log_p = _log_sum(first, first + size, tiles, T)
-    log_q = _log_sum(first + 2 * size, first + 3 * size, tiles, T)
-    tl.device_assert(log_p > -float("inf"), "a label is carried by no slot of bank_labels")
+    label = tl.load(labels + row)
+    own_top, own_sum = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    other_top, other_sum = own_top, own_sum
+    place = row.to(tl.int64) * C + tl.arange(0, BLOCK)
+    for start in range(0, C, BLOCK):  # each lane sums relative to the largest that it has met, by kind
+        slots = start + tl.arange(0, BLOCK)
+        live = slots < C
+        own = (tl.load(bank_labels + slots, mask=live, other=0) == label) | (label < 0)
+        s = tl.load(scores + place + start, mask=live, other=0.0) * scale
+        above = s - tl.where(own, own_top, other_top)
+        p = tl.exp(-tl.abs(above))
+        kind_sum = tl.where(own, own_sum, other_sum)
+        kind_sum = tl.where(above > 0, kind_sum * p + 1.0, kind_sum + p)
+        own_sum = tl.where(live & own, kind_sum, own_sum)
+        other_sum = tl.where(live & (own == 0), kind_sum, other_sum)
+        own_top = tl.where(live & own, tl.maximum(own_top, s), own_top)
+        other_top = tl.where(live & (own == 0), tl.maximum(other_top, s), other_top)
+    log_p, log_q = _log_sum(own_top, own_sum), _log_sum(other_top, other_sum)
+    tl.device_assert(log_p != -float("inf"), "a label is carried by no slot of bank_labels")
     excess = log_q - log_p
     value = tl.maximum(excess, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(excess)))
     tl.store(loss + row, value)
-    tl.store(totals + row, log_p)
-    tl.store(totals + B + row, log_p + value)  # log Z
-    tl.store(totals + 2 * B + row, tl.exp(excess - value))  # Q / Z
+    tl.store(factors + row, tl.exp(excess - value) * scale)
+    if WEIGHTS:
+        for start in range(0, C, BLOCK):
+            slots = start + tl.arange(0, BLOCK)
+            live = slots < C
+            own = (tl.load(bank_labels + slots, mask=live, other=0) == label) | (label < 0)
+            s = tl.load(scores + place + start, mask=live, other=0.0) * scale
+            w = tl.exp(s - tl.where(own, log_p, log_q))
+            w = tl.where(own, -w, w).to(weights.dtype.element_ty)
+            tl.store(weights + place + start, w, mask=live)
 
 
 @jit
-def _gradient_kernel(
-    weights, bank, bank_labels, labels, stats, totals, parts, B, C, D, T, size, bank_stride, scale,
-    tiles_each, PRECISION: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    features = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row_live, feature_live = rows < B, features < D
-    label = tl.load(labels + rows, mask=row_live, other=-1)
-    log_p = tl.load(totals + rows, mask=row_live, other=0.0)
-    log_z = tl.load(totals + B + rows, mask=row_live, other=0.0)
-    share = tl.load(totals + 2 * B + rows, mask=row_live, other=0.0)
-    rows_there = tl.minimum(rows, B - 1).to(tl.int64)
-    tops = stats + rows_there * T
-    weight_rows = weights + rows_there[:, None] * (T * TILE)
-    gradient = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    first = tl.program_id(2) * tiles_each * TILE
-    for start in range(first, tl.minimum(first + tiles_each * TILE, C), BLOCK_C):
-        slots = start + tl.arange(0, BLOCK_C)
-        slots_there = tl.minimum(slots, C - 1)
-        p = tl.load(weight_rows + slots[None, :]).to(tl.float32)
-        bank_rows = bank + slots_there.to(tl.int64)[:, None] * bank_stride
-        b = tl.load(bank_rows + features[None, :], mask=feature_live[None, :], other=0.0)
-        own = (label[:, None] == tl.load(bank_labels + slots_there)[None, :]) | (label < 0)[:, None]
-        own_factor = -tl.exp(tl.load(tops + start // TILE) - log_p) * share
-        other_factor = tl.exp(tl.load(tops + 2 * size + start // TILE) - log_z)
-        w = p * tl.where(own, own_factor[:, None], other_factor[:, None])
-        operand = weights.dtype.element_ty
-        gradient = tl.dot(w.to(operand), b.to(operand), gradient, input_precision=PRECISION)
-    out = parts + (tl.program_id(2).to(tl.int64) * B + rows)[:, None] * D + features[None, :]
-    tl.store(out, gradient * scale, mask=row_live[:, None] & feature_live[None, :])
+def _log_sum(tops, sums):
+    """log sum_t sums[t] exp(tops[t]), minus infinity where nothing was summed."""
+    highest = tl.max(tops, 0)
+    return highest + tl.log(tl.sum(tl.where(sums == 0.0, 0.0, sums * tl.exp(tops - highest)), 0))
 
 
-PROGRAMS = 264  # the bank is split until the gradient has two programs for each multiprocessor of an H100
-HALF = (  # the products of _scores_kernel and of _gradient_kernel, for bfloat16 and float16 samples
-    Config({"BLOCK_B": 128, "BLOCK_C": 128, "BLOCK_D": 64}, warps=8, stages=3, shared=131072),
-    Config({"BLOCK_B": 64, "BLOCK_C": 64, "BLOCK_D": 128}, warps=8, stages=3, shared=100352),
-)
-FULL = (  # for float32 samples: three TF32 products give float32 precision
-    Config({"BLOCK_B": 64, "BLOCK_C": 128, "BLOCK_D": 32}, warps=8, stages=3, shared=81920),
-    Config({"BLOCK_B": 64, "BLOCK_C": 32, "BLOCK_D": 128}, warps=8, stages=3, shared=83456),
-)
+WEIGHTS = Config({"BLOCK": 1024}, warps=4, stages=2, shared=4096)
+MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
+SCORES = 2**26  # held at a time, in float32; rows of more slots than this come one by one
 
 
-def _launch(x, bank, bank_labels, labels, temperature, with_gradient):
-    """The loss (B,) and its gradient (B, D), float32; without a gradient (0, D)."""
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` summed and returned in float32."""
+    if a.dtype != torch.float32 and a.is_cuda and MIXED:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _launch(
+    x: torch.Tensor,
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss (B,), and its gradient as factors (B,) and rows (B, D), (0, D) if not wanted; all float32."""
     (B, D), C = x.shape, bank.shape[0]
-    x, bank = rows_contiguous(x), rows_contiguous(bank)
+    bank = bank.to(x.dtype)
     bank_labels, labels = bank_labels.contiguous(), labels.contiguous()
-    loss = x.new_empty(B, dtype=torch.float32)
-    if B == 0:
-        return loss, x.new_empty((0, D), dtype=torch.float32)
-    scores, gradient = FULL if x.dtype == torch.float32 else HALF
-    tile, block_b = scores.blocks["BLOCK_C"], scores.blocks["BLOCK_B"]
-    T = triton.cdiv(C, tile)
-    stats = x.new_empty((4, B, T), dtype=torch.float32)
-    totals = x.new_empty((3, B), dtype=torch.float32)
-    weights = x.new_empty((B if with_gradient else 0, T * tile))
-    precision = "ieee" if torch.version.hip else "tf32x3"
-    scores.launch(
-        _scores_kernel, (triton.cdiv(B, block_b), T),
-        x, bank, bank_labels, labels, weights, stats, B, C, D, T, B * T, x.stride(0), bank.stride(0),
-        1 / temperature, WEIGHTS=with_gradient, PRECISION=precision,
-    )  # fmt: skip
-    _fold_kernel[(B,)](
-        stats, loss, totals, B, T, B * T, BLOCK_T=triton.next_power_of_2(T),
-        num_warps=4, debug=True, sanitize_overflow=False,
-    )  # fmt: skip
-    if not with_gradient:
-        return loss, x.new_empty((0, D), dtype=torch.float32)
-    grid = (triton.cdiv(B, gradient.blocks["BLOCK_B"]), triton.cdiv(D, gradient.blocks["BLOCK_D"]))
-    tiles_each = triton.cdiv(T, max(1, min(T, PROGRAMS // (grid[0] * grid[1]))))
-    parts = x.new_empty((triton.cdiv(T, tiles_each), B, D), dtype=torch.float32)
-    gradient.launch(
-        _gradient_kernel, (*grid, parts.shape[0]),
-        weights, bank, bank_labels, labels, stats, totals, parts, B, C, D, T, B * T, bank.stride(0),
-        1 / temperature, tiles_each, PRECISION=precision, TILE=tile,
-    )  # fmt: skip
-    return loss, parts.sum(0)
+    loss, factors = (x.new_empty(B, dtype=torch.float32) for _ in range(2))
+    gradient = x.new_empty((B if with_gradient else 0, D), dtype=torch.float32)
+    rows = max(1, SCORES // C)
+    for start in range(0, B, rows):
+        strip = slice(start, min(start + rows, B))
+        scores = _product(x[strip], bank.T)
+        weights = scores if x.dtype == torch.float32 else torch.empty_like(scores, dtype=x.dtype)
+        WEIGHTS.launch(
+            _weights_kernel, (strip.stop - start,),
+            scores, weights, bank_labels, labels[strip], loss[strip], factors[strip], C, 1 / temperature,
+            WEIGHTS=with_gradient, debug=True, sanitize_overflow=False,
+        )  # fmt: skip
+        if with_gradient:
+            gradient[strip] = _product(weights, bank)
+    return loss, factors, gradient
 
 
 @torch.library.custom_op("ecul::memory_contrast", mutates_args=())
@@ -264,28 +206,26 @@ def _memory_contrast(
     labels: torch.Tensor,
     temperature: float,
     with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.cuda.device_of(x):
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         return _launch(x, bank, bank_labels, labels, temperature, with_gradient)
 
 
 @_memory_contrast.register_fake
 def _(x, bank, bank_labels, labels, temperature, with_gradient):
     rows = x.shape[0] if with_gradient else 0
-    return (
-        x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty((rows, x.shape[1]), dtype=torch.float32),
-    )
+    vector = x.new_empty(x.shape[0], dtype=torch.float32)
+    return vector, torch.empty_like(vector), x.new_empty((rows, x.shape[1]), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx, loss_gradient, _):
-    (gradient,) = ctx.saved_tensors
-    return (loss_gradient[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
+def _backward(ctx, loss_gradient, *_):
+    factors, gradient = ctx.saved_tensors
+    return ((loss_gradient * factors)[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
 
 
 _memory_contrast.register_autograd(_backward, setup_context=_setup_context)

@@ -1,5 +1,7 @@
 """Every shipped configuration, compiled ahead of time for GPUs that need not be there."""
 
+import re
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ pytestmark = pytest.mark.compiled
 
 FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {SM80: 163 * 1024, SM90: 227 * 1024}  # bytes of shared memory a program may have
-PRODUCTS = {"_scores_kernel", "_gradient_kernel", "_maxima_kernel", "_candidates_kernel"}
+PRODUCTS = {"_maxima_kernel", "_candidates_kernel"}
 
 
 def zeros(*shape, dtype=torch.int64):
@@ -23,8 +25,7 @@ def zeros(*shape, dtype=torch.int64):
 def loss(dtype, bank_dtype, with_gradient=True):
     x, bank = zeros(384, 2048, dtype=dtype), zeros(3417, 2048, dtype=bank_dtype)
     contrast._launch(x, bank, zeros(3417), zeros(384), 0.05, with_gradient)
-    scores, gradient = contrast.FULL if dtype == FULL else contrast.HALF
-    return {"_scores_kernel": scores.shared, "_gradient_kernel": gradient.shared, "_fold_kernel": 1024}
+    return {"_weights_kernel": contrast.WEIGHTS.shared}
 
 
 def search(dtype, rows, columns, k, exclude_self=False):
@@ -45,10 +46,8 @@ def update(rule, features, dtype=FULL):
 
 LAUNCHES = {
     "loss, bfloat16": lambda: loss(BRAIN, BRAIN),
-    "loss, bfloat16 and a float32 bank": lambda: loss(BRAIN, FULL),
-    "loss, float16 and a float32 bank": lambda: loss(HALF, FULL),
+    "loss, float16": lambda: loss(HALF, FULL),
     "loss, float32": lambda: loss(FULL, FULL),
-    "loss, float32 and a bfloat16 bank": lambda: loss(FULL, BRAIN),
     "loss without gradient": lambda: loss(BRAIN, BRAIN, with_gradient=False),
     "search, one set": lambda: search(FULL, 2001, None, 4),
     "search, one set without self": lambda: search(HALF, 2001, None, 4, exclude_self=True),
@@ -88,3 +87,12 @@ def test_compiles_for_amd(launch):
         assert kernel.metadata.shared <= 65536
         assert ".vgpr_spill_count: 0" in kernel.asm["amdgcn"]
         assert ("v_mfma" in kernel.asm["amdgcn"]) == (name in PRODUCTS)
+
+
+@pytest.mark.parametrize("target", [SM80, SM90], ids=["sm_80", "sm_90"])
+def test_a_loss_that_is_nan_passes_the_assertion(target):
+    """A label without a slot ends the context, for log P is -inf then; NaN compares false and must not."""
+    with compiling(target) as compiled:
+        LAUNCHES["loss, bfloat16"]()
+    (ptx,) = {kernel.asm["ptx"] for _, kernel in compiled}
+    assert len(re.findall(r"setp\.neu\.f32\s+%p\d+, %r\d+, 0fFF800000", ptx)) == 1
