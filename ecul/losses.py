@@ -26,17 +26,17 @@ def contrastive_loss(
     """Mean over the labelled samples of the memory-bank contrastive loss with summed positives.
 
         s = x @ bank.T / temp
-        for i with labels[i] != -1:
+        for i with labels[i] >= 0:
             loss_i = logsumexp(s[i]) - logsumexp(s[i, bank_labels == labels[i]])
 
     With `bank_labels = arange(C)` this is `F.cross_entropy(s, labels, ignore_index=-1)`: the cluster-level
     loss. With a row per image it is the instance-level loss. The bank gets no gradient.
-    x: (B, D) unit rows; bank: (C, D) unit rows; bank_labels: (C,) int64; labels: (B,) int64, -1 = no loss.
-    Returns a scalar float32; 0 when no sample is labelled.
+    x: (B, D) unit rows; bank: (C, D) unit rows; bank_labels: (C,) int64; labels: (B,) int64, -1 (any
+    negative) = no loss. Returns a scalar float32; 0 when no sample is labelled.
     Source: ECUL, cluster-level and instance-level contrast.
     """
     loss = memory_contrast(x, bank, bank_labels, labels, temp)
-    return loss.sum() / (labels != -1).sum().clamp(min=1)
+    return loss.sum() / (labels >= 0).sum().clamp(min=1)
 
 
 def consistency_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

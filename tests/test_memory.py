@@ -40,6 +40,13 @@ def test_contrastive_loss_equals_the_oracle(b, slots, seed):
     assert loss.item() == pytest.approx(instance_oracle(x, bank, bank_labels, labels, 0.5), abs=1e-5)
 
 
+def test_every_negative_label_is_left_out_of_the_mean():
+    rng = np.random.default_rng(0)
+    x, bank, slots = unit(rng, 4, 5).float(), unit(rng, 6, 5).float(), torch.arange(6) % 3
+    want = contrastive_loss(x, bank, slots, torch.tensor([0, -1, 2, -1]))
+    assert torch.equal(contrastive_loss(x, bank, slots, torch.tensor([0, -7, 2, -2])), want)
+
+
 @given(st.integers(1, 10), st.integers(2, 12), st.integers(0, 10**6))
 def test_cluster_loss_and_gradient_are_those_of_cross_entropy(b, clusters, seed):
     rng = np.random.default_rng(seed)
