@@ -8,6 +8,7 @@ from .contrast import memory_contrast, memory_contrast_reference
 from .jaccard import jaccard_neighbors, jaccard_neighbors_reference
 from .momentum import momentum_update_, momentum_update_reference
 from .neighbors import topk_similarity, topk_similarity_reference
+from .pairs import pair_similarity, pair_similarity_reference
 
 __all__ = [
     "jaccard_neighbors",
@@ -16,6 +17,8 @@ __all__ = [
     "memory_contrast_reference",
     "momentum_update_",
     "momentum_update_reference",
+    "pair_similarity",
+    "pair_similarity_reference",
     "topk_similarity",
     "topk_similarity_reference",
 ]

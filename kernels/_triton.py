@@ -7,7 +7,7 @@ read once, when `ecul.kernels` is first imported, change that:
 - `TRITON_INTERPRET=1`, Triton's own switch, sends CPU tensors through the kernels too, in Triton's
   interpreter (slow, for tests).
 
-Without Triton installed everything runs on the references.
+Without Triton installed, or with one older than 3.4, everything runs on the references.
 """
 
 import os
@@ -20,12 +20,14 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
 except ImportError:
-    triton = None
+    triton = TensorDescriptor = None
     tl = SimpleNamespace(constexpr=None)  # a kernel's annotations are all that is evaluated without triton
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-ENABLED = triton is not None and os.environ.get("ECUL_KERNELS") != "reference"
+REFERENCE = os.environ.get("ECUL_KERNELS") == "reference"
+ENABLED = triton is not None and not REFERENCE
 
 
 def jit(function: Callable) -> Any:
@@ -36,6 +38,14 @@ def jit(function: Callable) -> Any:
 def use_triton(tensor: torch.Tensor) -> bool:
     """True where a call on `tensor` runs the Triton kernels: the only dispatch rule of `ecul.kernels`."""
     return ENABLED and (tensor.is_cuda or INTERPRETED)
+
+
+def has_tma() -> bool:
+    """Whether kernels are to load tiles by descriptors: where the hardware has none, they are slow."""
+    if INTERPRETED:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
 
 
 class Config(NamedTuple):
@@ -51,7 +61,7 @@ class Config(NamedTuple):
     shared: int
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        """Start `kernel` over `grid`, on the stream and device of its tensors."""
+        """Start `kernel` over `grid`, on the stream and device of its tensors; `constants` may be options."""
         stages = min(self.stages, 2) if torch.version.hip else self.stages
         kernel[grid](*args, **constants, **self.blocks, num_warps=self.warps, num_stages=stages)
 

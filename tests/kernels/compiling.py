@@ -48,13 +48,24 @@ def compiling(target):
         driver._active = previous
 
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def assembler_messages(kernel) -> str:
+    """What ptxas says of a kernel compiled for compute capability 9.0."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        command = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", source, "-o", Path(folder) / "kernel.cubin"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def resources(kernel) -> dict[str, int]:
     """What a kernel compiled for CUDA takes, as its binary says; a spilled register lies on the stack."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(kernel.asm["cubin"])
         binary.flush()
-        command = [tool, "--dump-resource-usage", binary.name]
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", binary.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"([A-Z]+):(\d+)", report))
     return {

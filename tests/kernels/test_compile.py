@@ -6,10 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from compiling import GFX942, SM80, SM90, compiling, resources
+from compiling import GFX942, SM80, SM90, assembler_messages, compiling, resources
 from triton.backends import backends
 
-from ecul.kernels import contrast, momentum, neighbors
+from ecul.kernels import _shortlist, contrast, momentum, pairs
 
 pytestmark = pytest.mark.compiled
 
@@ -31,10 +31,10 @@ def loss(dtype, bank_dtype, with_gradient=True):
 def search(dtype, rows, columns, k, exclude_self=False):
     x = zeros(rows, 2048, dtype=dtype)
     y = zeros(columns, 2048, dtype=dtype) if columns else x
-    neighbors._launch(x, y, k, exclude_self)
-    product = neighbors.PRODUCT.shared
-    keys = neighbors.KEYS.shared
-    return {"_maxima_kernel": product, "_candidates_kernel": product, "_keys_kernel": keys}
+    _shortlist.shortlist(x, y, k, exclude_self, y is x)
+    pairs._launch(x, y, zeros(48), zeros(48))
+    product = _shortlist.PRODUCT.shared
+    return {"_maxima_kernel": product, "_candidates_kernel": product, "_pairs_kernel": pairs.PAIRS.shared}
 
 
 def update(rule, features, dtype=FULL):
@@ -49,10 +49,11 @@ LAUNCHES = {
     "loss, float16": lambda: loss(HALF, FULL),
     "loss, float32": lambda: loss(FULL, FULL),
     "loss without gradient": lambda: loss(BRAIN, BRAIN, with_gradient=False),
-    "search, one set": lambda: search(FULL, 2001, None, 4),
-    "search, one set without self": lambda: search(HALF, 2001, None, 4, exclude_self=True),
-    "search, two sets": lambda: search(BRAIN, 301, 2001, 4),
-    "search, groups of 32": lambda: search(FULL, 601, None, 4),
+    "search, one set": lambda: search(FULL, 1001, None, 4),
+    "search, one set without self": lambda: search(HALF, 1001, None, 4, exclude_self=True),
+    "search, two sets": lambda: search(BRAIN, 301, 1001, 4),
+    "search, groups of 128": lambda: search(FULL, 8201, None, 4),
+    "search, groups of 32": lambda: search(FULL, 2101, None, 4),
     "search, groups of 4": lambda: search(FULL, 201, None, 4, exclude_self=True),
     "update, sequential": lambda: update("sequential", 2048),
     "update, instance": lambda: update("instance", 2048),
@@ -96,3 +97,19 @@ def test_a_loss_that_is_nan_passes_the_assertion(target):
         LAUNCHES["loss, bfloat16"]()
     (ptx,) = {kernel.asm["ptx"] for _, kernel in compiled}
     assert len(re.findall(r"setp\.neu\.f32\s+%p\d+, %r\d+, 0fFF800000", ptx)) == 1
+
+
+@pytest.mark.parametrize("launch", [l for l in LAUNCHES if l.startswith("search")])
+def test_asynchronous_products_are_safe_and_run_side_by_side(launch):
+    """What threads copied into shared memory is fenced off, operands lie there, nothing is serialised."""
+    with compiling(SM90) as compiled:
+        LAUNCHES[launch]()
+    for name, kernel in compiled:
+        ptx = kernel.asm["ptx"]
+        products = re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, *(\S)", ptx)
+        assert set(products) == ({"%"} if name in PRODUCTS else set()), name  # a descriptor, not registers
+        if products and re.search(r"cp\.async\.c[ag]", ptx):
+            assert "fence.proxy.async" in ptx, name
+        assert "C7515" not in assembler_messages(kernel) and "serialized" not in assembler_messages(kernel)
+        if name == "_maxima_kernel":
+            assert resources(kernel)["registers"] <= 128  # two programs on a multiprocessor

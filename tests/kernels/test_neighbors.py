@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecul.kernels import neighbors, topk_similarity, topk_similarity_reference
+from ecul.kernels import (
+    _shortlist,
+    _shortlist_cpu,
+    neighbors,
+    pairs,
+    topk_similarity,
+    topk_similarity_reference,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -163,10 +170,54 @@ def test_no_rows_have_no_neighbours(device):
     assert values.shape == indices.shape == (0, 2) and indices.dtype == torch.int64
 
 
-def test_strips_of_rows_change_nothing(device, monkeypatch):
-    x = quarters(150, 9, 12, device=device)
-    monkeypatch.setattr(neighbors, "STRIP", 60)
-    assert_exact(topk_similarity(x, x, 3, True), sorted_pairs(x, x, 3, True), device)
+@pytest.mark.parametrize(
+    "module, name, size",
+    [
+        (_shortlist_cpu, "ROWS", 60),
+        (_shortlist, "MAXIMA", 1),
+        (neighbors, "STRIP", 60 * 128),
+        (pairs, "STRIP", 60),
+    ]
+    + [(pairs, "BLOCK", 70)],
+)
+def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, module, name, size):
+    x = quarters(1100, 9, 12, device=device)
+    monkeypatch.setattr(module, name, size)
+    want = topk_similarity_reference(x, x, 3, True)
+    for ours, theirs in zip(topk_similarity(x, x, 3, True), want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.02, 0.3, 3.0], ids=["crowded", "near", "far"])
+def test_short_lists_lose_no_neighbour_and_are_short(monkeypatch, dtype, spread):
+    """With products in either dtype: crowded rows cannot be told apart in bfloat16."""
+    monkeypatch.setattr(_shortlist_cpu, "DTYPE", dtype)
+    centres = unit(40, 64, 18).repeat(20, 1)
+    x = F.normalize(centres + spread / 8 * unit(800, 64, 19))
+    x = torch.round(x * 2**26) / 2**26
+    lists, overflowed = _shortlist_cpu.shortlist(x, x, 9, True, True)
+    best = topk_similarity_reference(x, x, 9, True)[1]
+    kept = ~overflowed
+    assert kept.all() or spread < 0.1
+    assert (lists[kept, None, :] == best[kept, :, None]).any(2).all()
+    assert (lists[kept] >= 0).sum(1).float().mean() < 60
+    for ours, theirs in zip(
+        topk_similarity(x, x, 9, True), topk_similarity_reference(x, x, 9, True), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_on_a_grid_have_the_same_neighbours_on_every_path(device):
+    """Values summed exactly and rounded once are equal bits, and so are the ranks: also near ties."""
+    x = F.normalize(unit(1, 96, 20) + 3e-3 * unit(700, 96, 21))
+    x = torch.round(x * 2**26) / 2**26
+    want = topk_similarity_reference(x, x, 30, True)
+    assert (want[0].diff() == 0).any()
+    assert ((x @ x.T).fill_diagonal_(-2).topk(30).indices != want[1]).any()
+    got = topk_similarity(x.to(device), x.to(device), 30, True)
+    assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
 
 
 def test_neighbours_take_no_gradient(device):
