@@ -4,6 +4,10 @@ ECUL, arXiv 2412.19134. `emcc` is a few sparse steps, each a public function of 
 `reciprocal_encodings`, `extend_encodings`, `neighbor_graph`, `dbscan`. Sparse matrices are plain CSR arrays:
 `indptr` (N + 1,) and `indices` (nnz,) int64, columns ascending in a row, and `values`. Every function takes
 torch tensors on any device, or NumPy arrays, and returns the same kind.
+
+Labels are the same on every device, in any number of threads or processes. Features, encodings and weights
+are rounded to multiples of 2**-26 (`_on_grid`): what is summed then are multiples of 2**-52, the sums are
+below 2, and float64 holds them exactly, in whatever order they come. All else treats each entry by itself.
 """
 
 import contextlib
@@ -18,7 +22,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from ecul.kernels import jaccard_neighbors, topk_similarity
+from ecul.kernels import jaccard_neighbors, pair_similarity, topk_similarity
 
 CSR = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # indptr, indices, values
 ROWS = 8192  # rows handled at a time by the steps that need more than O(k) room a row
@@ -66,7 +70,7 @@ def emcc(
     features: Wu et al., arXiv 2412.19134, on Zhong et al., CVPR 2017.
 
     Args:
-        features: (N, D) floating point, a point a row; rows are normalised in float32.
+        features: (N, D) floating point, a point a row; rows are normalised here.
         cameras: (N,) integers >= 0, the camera of each point; None: one camera.
         modalities: (N,) integers, 0 visible and 1 infrared; None: one modality.
         k1: size of the neighbourhoods that must be mutual.
@@ -80,7 +84,8 @@ def emcc(
         (N,) int64 labels; clusters count from 0 in the order of their smallest core point.
 
     Neighbourhoods hold the point itself first, even before its duplicates; ties go to the lower index; sizes
-    beyond N mean N. Similarities are float32, distances exact (`jaccard_neighbors`). [R] The averaging in the
+    beyond N mean N. Similarities are exact for the normalised rows, which are rounded to multiples of 2**-26;
+    neighbours rank by their float32 values. The same labels come on every device. [R] The averaging in the
     extension is a reconstruction, see `extend_encodings`.
 
     Raises:
@@ -114,8 +119,8 @@ def emcc(
 def rank_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
     """The k nearest points of every point by cosine similarity, the point itself first: (N, min(k, N)) int64.
 
-    `(x @ x.T).fill_diagonal_(inf).topk(k).indices`, ties to the lower index, for `x = normalize(features)` in
-    float32. Raises TypeError and ValueError as `emcc` does.
+    `(x @ x.T).float().fill_diagonal_(inf).topk(k).indices`, ties to the lower index, for `x =
+    normalize(features)` on the grid, in float64. Raises TypeError and ValueError as `emcc` does.
     """
     _check_sizes(k=k)
     return _rank(_normalize(features), k)
@@ -144,7 +149,6 @@ def reciprocal_encodings(features: torch.Tensor, ranks: torch.Tensor, k1: int = 
 
 
 @_same_kind
-@_beta_allowed()
 def extend_encodings(
     indptr: torch.Tensor,
     indices: torch.Tensor,
@@ -176,19 +180,12 @@ def extend_encodings(
         cameras, modalities, k3 = torch.zeros_like(cameras), torch.zeros_like(modalities), k2
     size = len(indptr) - 1
     _check_ranks(ranks, size, k3)
-    rows = torch.arange(size, device=ranks.device)
-    encodings = _sparse(rows.repeat_interleave(indptr.diff()), indices, values.double(), (size, size))
-    parts = [(indptr.new_zeros(1), indices[:0], values[:0].float())]
+    parts = []
     for near in ranks[:, :k3].split(ROWS):
-        weights = _member_weights(cameras[near], modalities[near], k2)
-        member = weights > 0
-        chosen = _sparse(
-            rows[: len(near), None].expand_as(near)[member], near[member], weights[member], (len(near), size)
-        )
-        extended = torch.sparse.mm(chosen, encodings).to_sparse_csr()
-        parts.append((extended.crow_indices().diff(), extended.col_indices(), extended.values().float()))
-    counts, indices, values = (torch.cat(part) for part in zip(*parts, strict=True))
-    return counts.cumsum(0), indices, values
+        weights = _on_grid(_member_weights(cameras[near], modalities[near], k2))
+        extended = _times(near, weights, (indptr, indices, values.double()))
+        parts.append((_degrees(extended), extended.indices()[1], extended.values().float()))
+    return _stacked(parts)
 
 
 @_same_kind
@@ -243,28 +240,29 @@ def _rank(points: torch.Tensor, k: int) -> torch.Tensor:
     return torch.cat([itself, topk_similarity(points, points, k - 1, exclude_self=True)[1]], 1)
 
 
-@_beta_allowed()
 def _encode(points: torch.Tensor, ranks: torch.Tensor, k1: int) -> CSR:
-    mutual, half = _reciprocal(ranks, k1), _reciprocal(ranks, round(k1 / 2) + 1)
-    inside = (torch.sparse.mm(mutual, half) * mutual).coalesce()  # |H(j) & R(i)| for j in R(i)
-    i, j = inside.indices()
-    grow = 3 * inside.values() > 2 * half.indices()[0].bincount(minlength=len(points))[j]
-    grown = torch.sparse.mm(_sparse(i[grow], j[grow], inside.values()[grow], mutual.shape), half)
-    expanded = (mutual + grown).coalesce().to_sparse_csr()
-    similarity = torch.sparse.sampled_addmm(expanded, points, points.T, beta=0.0).values()
-    indptr = expanded.crow_indices()
-    weights = torch.exp(2 * similarity.double() - 2)
-    totals = torch.segment_reduce(weights, "sum", offsets=indptr)
-    return indptr, expanded.col_indices(), weights / totals.repeat_interleave(indptr.diff())
+    near, mutual = _reciprocal(ranks, k1)
+    near_half, mutual_half = _reciprocal(ranks, round(k1 / 2) + 1)
+    half = _stacked([(mutual_half.sum(1), near_half[mutual_half], mutual_half[mutual_half].double())])
+    itself, parts = torch.arange(len(points), device=points.device), []
+    for rows in itself.split(ROWS):
+        own = _sparse(*_entries(near[rows], mutual[rows].double()), (len(rows), len(points)))
+        inside = (_times(near[rows], mutual[rows], half) * own).coalesce()  # |H(j) & R(i)| for j in R(i)
+        i, j = inside.indices()
+        grow = 3 * inside.values() > 2 * half[0].diff()[j]
+        expanded = (own + _product(i[grow], j[grow], grow[grow].double(), len(rows), half)).coalesce()
+        i, j = expanded.indices()
+        weights = _on_grid(_exp(2 * pair_similarity(points, points, rows[i], j) - 2))
+        totals = weights.new_zeros(len(rows)).index_add_(0, i, weights)
+        parts.append((_degrees(expanded), j, _on_grid(weights / totals[i])))
+    return _stacked(parts)
 
 
-def _reciprocal(ranks: torch.Tensor, k: int) -> torch.Tensor:
-    """R(i, k) as a sparse (N, N) matrix of ones; it is symmetric."""
+def _reciprocal(ranks: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest of each point, and which of them are mutual: they make R(i, k)."""
     near = ranks[:, :k]
     itself = torch.arange(len(near), device=near.device)[:, None]
-    mutual = torch.cat([(near[near[i]] == itself[i, None]).any(2) for i in itself[:, 0].split(ROWS)])
-    rows = itself.expand_as(near)[mutual]
-    return _sparse(rows, near[mutual], torch.ones(len(rows), device=near.device), (len(near), len(near)))
+    return near, torch.cat([(near[near[i]] == itself[i, None]).any(2) for i in itself[:, 0].split(ROWS)])
 
 
 def _member_weights(cameras: torch.Tensor, modalities: torch.Tensor, k2: int) -> torch.Tensor:
@@ -283,11 +281,74 @@ def _member_weights(cameras: torch.Tensor, modalities: torch.Tensor, k2: int) ->
     return (place < k2) / (modalities_present * cameras_present * members).double()
 
 
+def _on_grid(values: torch.Tensor) -> torch.Tensor:
+    """Multiples of 2**-26: see the head of this file."""
+    return torch.round(values * 2.0**26) / 2.0**26
+
+
+def _exp(x: torch.Tensor) -> torch.Tensor:
+    """exp of float64 from -4 to 0, to 12 digits, in steps that every device rounds alike."""
+    x = x / 64
+    power = torch.ones_like(x)
+    for n in range(8, 0, -1):
+        power = 1 + x * power / n
+    for _ in range(6):
+        power = power * power
+    return power
+
+
+def _row_sums(values: torch.Tensor) -> torch.Tensor:
+    """The sum of each row, in an order of its own, which no device changes; overwrites `values`."""
+    while values.shape[1] > 1:
+        half = (values.shape[1] + 1) // 2
+        rest = values[:, half:]
+        values = values[:, :half]
+        values[:, : rest.shape[1]] += rest
+    return values.sum(1)
+
+
 def _sparse(
     rows: torch.Tensor, cols: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]
 ) -> torch.Tensor:
     matrix = torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False)
     return matrix.coalesce()
+
+
+def _entries(near: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, columns and values of the entries with a weight, from (rows, k) columns and weights."""
+    chosen = weights > 0
+    return chosen.nonzero()[:, 0], near[chosen], weights[chosen]
+
+
+def _times(near: torch.Tensor, weights: torch.Tensor, matrix: CSR) -> torch.Tensor:
+    """For each row the sum of the rows `near` of a CSR (N, N) float64 matrix, with weights: coalesced COO."""
+    return _product(*_entries(near, weights.double()), len(near), matrix)
+
+
+@_beta_allowed()
+def _product(
+    rows: torch.Tensor, cols: torch.Tensor, weights: torch.Tensor, height: int, matrix: CSR
+) -> torch.Tensor:
+    """A sparse (height, N) matrix times a CSR (N, N) one, of which only rows that take part are touched."""
+    indptr, indices, values = matrix
+    named, cols = cols.unique(return_inverse=True)
+    degrees = indptr.diff()[named]
+    first = (indptr[named] - (degrees.cumsum(0) - degrees)).repeat_interleave(degrees)
+    place = first + torch.arange(len(first), device=first.device)
+    owner = torch.arange(len(named), device=first.device).repeat_interleave(degrees)
+    right = _sparse(owner, indices[place], values[place], (len(named), len(indptr) - 1))
+    return torch.sparse.mm(_sparse(rows, cols, weights, (height, len(named))), right).coalesce()
+
+
+def _degrees(matrix: torch.Tensor) -> torch.Tensor:
+    """Entries in each row of a COO matrix."""
+    return matrix.indices()[0].bincount(minlength=len(matrix))
+
+
+def _stacked(parts: list[CSR]) -> CSR:
+    """One CSR matrix of strips of rows, given as (entries in each row, columns, values)."""
+    degrees, indices, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return torch.cat([degrees.new_zeros(1), degrees.cumsum(0)]), indices, values
 
 
 def _normalize(features: torch.Tensor) -> torch.Tensor:
@@ -298,12 +359,13 @@ def _normalize(features: torch.Tensor) -> torch.Tensor:
     if features.ndim != 2:
         raise ValueError(f"features must have shape (N, D), got {tuple(features.shape)}")
     points = features.detach().float()
-    norms = torch.linalg.vector_norm(points, dim=1, keepdim=True, dtype=torch.float64).float()
+    squares = (_row_sums(rows.double().square_()) for rows in points.split(ROWS))
+    norms = torch.cat([square.sqrt().float() for square in squares])[:, None]
     for bad, what in ((~norms.isfinite(), "not finite"), (norms == 0, "all zeros")):
         if bad.any():
             row, count = int(bad.flatten().nonzero()[0]), int(bad.sum())
             raise ValueError(f"features must be finite, no row zero; row {row} is {what} ({count} such rows)")
-    return points / norms
+    return (points / norms).mul_(2.0**26).round_().div_(2.0**26)
 
 
 def _check_codes(name: str, codes: Any, points: torch.Tensor, largest: int | None = None) -> torch.Tensor:

@@ -35,6 +35,11 @@ def oracle_ranks(features):
     return order, similarity
 
 
+def on_grid(values):
+    """Features, weights and encodings are multiples of 2**-26, as documented: their sums are exact."""
+    return np.round(values * 2**26) / 2**26
+
+
 def oracle_encodings(features, k1):
     order, similarity = oracle_ranks(features)
     size = len(features)
@@ -47,24 +52,25 @@ def oracle_encodings(features, k1):
             if len(mutual[1][j] & mutual[0][i]) > 2 / 3 * len(mutual[1][j]):
                 grown |= mutual[1][j]
         members = sorted(grown)
-        weights = np.exp(-(2 - 2 * similarity[i, members]))
-        encodings[i, members] = weights / weights.sum()
+        weights = on_grid(np.exp(-(2 - 2 * similarity[i, members])))
+        encodings[i, members] = on_grid(weights / weights.sum())
     return encodings
 
 
 def oracle_extension(encodings, order, cameras, modalities, k2, k3):
     if k3 is None:
-        return np.stack([encodings[row[:k2]].mean(0) for row in order])
+        return np.stack(
+            [on_grid(np.full(len(row[:k2]), 1 / len(row[:k2]))) @ encodings[row[:k2]] for row in order]
+        )
     extended = np.zeros_like(encodings)
     for i, row in enumerate(order[:, :k3]):
-        by_modality = []
-        for m in sorted({modalities[j] for j in row}):
-            by_camera = []
-            for c in sorted({cameras[j] for j in row if modalities[j] == m}):
+        present = sorted({modalities[j] for j in row})
+        for m in present:
+            with_cameras = sorted({cameras[j] for j in row if modalities[j] == m})
+            for c in with_cameras:
                 members = [j for j in row if modalities[j] == m and cameras[j] == c][:k2]
-                by_camera.append(np.mean([encodings[j] for j in members], axis=0))
-            by_modality.append(np.mean(by_camera, axis=0))
-        extended[i] = np.mean(by_modality, axis=0)
+                weight = on_grid(1 / (len(present) * len(with_cameras) * len(members)))
+                extended[i] += weight * encodings[members].sum(0)
     return extended
 
 
