@@ -11,13 +11,22 @@ import torch
 from scipy.sparse import csr_matrix
 
 from ._checks import check_device, check_vector
-from ._triton import jit, tl, use_triton
+from ._triton import jit, tl, triton, use_triton
 
 UNIT = 2**30  # overlaps are whole numbers of units of 2**-30: no order of summation changes them
-ROWS = 1024  # the reference compares this many rows with as many at a time
+SHARE = 6  # this part of the overlap asked for must lie in the rows' first entries
+ROWS, PARTS = 256, 8  # the reference compares this many rows with one of this many parts at a time
 PAIRS = 4096  # and measures this many pairs at a time
 STRIP = 2**25  # overlaps the kernel holds at a time
+FOUND = 128  # pairs a row that the kernel has room for at first
 BLOCK, WARPS = 256, 4
+
+# Rows that overlap by `least` or more share a good part of that in their first entries, in one order of the
+# columns for all. Cut off the end of each row, as long as its values sum to `least - share` at most. Of two
+# rows let i be the one whose last entry left comes first in that order: what they share later on lies in the
+# end of i, and is `least - share` at most; the rest, `share` or more, lies in what is left of both. With rare
+# columns first, what is left is short of partners. So only the first entries are compared, and the pairs that
+# share enough there, few more than are wanted, are measured.
 
 
 def jaccard_neighbors(
@@ -59,43 +68,59 @@ def jaccard_neighbors_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`jaccard_neighbors` in sparse products on the host: the specification and the CPU path.
 
-    As min(a, b) <= sqrt(a b), the product of the square roots bounds every overlap from above. It is taken
-    block by block of rows; the few pairs whose bound reaches the overlap that eps asks for are measured.
+    As min(a, b) <= sqrt(a b), the product of the square roots bounds every overlap from above. It is taken of
+    the first entries, some rows with a part of all at a time; the few pairs whose bound reaches the share of
+    the overlap that eps asks for are measured.
     """
     size, device = len(indptr) - 1, indptr.device
-    if eps == 1:
+    if eps == 1 or size == 0:
         everyone = torch.arange(size, device=device)
         return torch.arange(size + 1, device=device) * size, everyone.repeat(size)
     units = _units(values).cpu().numpy()
     encodings = csr_matrix((units, indices.cpu().numpy(), indptr.cpu().numpy()), shape=(size, size))
-    encodings.sort_indices()
-    starts = range(0, size, ROWS)
-    roots = [encodings[start : start + ROWS].astype(np.float32).sqrt() for start in starts]
+    rare_first = np.bincount(encodings.indices, minlength=size).argsort(kind="stable")
+    encodings = encodings.tocsc()[:, rare_first].tocsr()
     least = _least_overlap(eps)
-    longest = int(np.diff(encodings.indptr).max(initial=0))
-    reach = least / (1 + (longest + 4) * 2**-23)  # what the bound may lack by its rounding in float32
+    roots = _first_entries(encodings, least).astype(np.float32).sqrt()
+    longest = int(np.diff(roots.indptr).max())
+    reach = (
+        least // SHARE / (1 + (longest + 4) * 2**-23)
+    )  # what the bound may lack by its rounding in float32
+    edges = np.linspace(0, size, PARTS + 1).astype(int)
+    parts = [(a, b, roots[a:b].T.tocsr()) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 
-    def search(second: int) -> np.ndarray:
-        """The pairs (i, j) within eps, i < j, with j in one block of rows."""
-        columns, found = roots[second].T.tocsr(), []
-        for first in range(second + 1):
-            bound = (roots[first] @ columns).tocoo()
-            likely = bound.data >= reach
-            i, j = bound.row[likely] + starts[first], bound.col[likely] + starts[second]
+    def search(start: int) -> np.ndarray:
+        """The pairs (i, j) within eps, i < j, with i among the rows from `start` on."""
+        found = [np.empty((2, 0), np.int64)]
+        for first, last, columns in parts:
+            if last <= start:
+                continue
+            bound = roots[start : start + ROWS] @ columns
+            likely = np.flatnonzero(bound.data >= reach)
+            i = np.searchsorted(bound.indptr, likely, "right") - 1 + start
+            j = bound.indices[likely].astype(np.int64) + first
             i, j = i[i < j], j[i < j]
             for part in range(0, len(i), PAIRS):
                 one, other = i[part : part + PAIRS], j[part : part + PAIRS]
                 overlap = np.asarray(encodings[one].minimum(encodings[other]).sum(axis=1)).ravel()
                 found.append(np.stack([one, other])[:, overlap >= least])
-        return np.concatenate([np.empty((2, 0), np.int64), *found], axis=1)
+        return np.concatenate(found, axis=1)
 
     pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
-        blocks = list(pool.map(search, reversed(range(len(starts)))))
+        pairs = np.concatenate(list(pool.map(search, range(0, size, ROWS))), axis=1)
     finally:
         pool.shutdown(cancel_futures=True)
-    pairs = np.concatenate([np.empty((2, 0), np.int64), *blocks], axis=1)
     return _graph(torch.from_numpy(pairs).to(device), size)
+
+
+def _first_entries(encodings: csr_matrix, least: int) -> csr_matrix:
+    """Each row without its end, see above."""
+    sums = np.concatenate([[0], np.cumsum(encodings.data, dtype=np.int64)])
+    rest = np.repeat(sums[encodings.indptr[1:]], np.diff(encodings.indptr)) - sums[:-1]  # from an entry on
+    kept = rest > least - _share(least)
+    indptr = np.concatenate([[0], np.cumsum(kept)])[encodings.indptr]
+    return csr_matrix((encodings.data[kept], encodings.indices[kept], indptr), shape=encodings.shape)
 
 
 def _units(values: torch.Tensor) -> torch.Tensor:
@@ -105,6 +130,11 @@ def _units(values: torch.Tensor) -> torch.Tensor:
 def _least_overlap(eps: float) -> int:
     """The smallest overlap, in units, whose distance is eps or less; every step of d is monotone in s."""
     return bisect_left(range(UNIT + 1), True, key=lambda s: 1 - (s / UNIT) / (2 - s / UNIT) <= eps)
+
+
+def _share(least: int) -> int:
+    """The overlap of first entries that a pair with an overlap of `least` has at least; some."""
+    return max(1, least // SHARE)
 
 
 def _graph(pairs: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +151,8 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_matrix(indptr, indices, values)
     if eps < 1 and len(indices) and use_triton(values):
-        return _launch(indptr, indices, values, eps)
+        with torch.cuda.device_of(values):
+            return _launch(indptr, indices, values, eps)
     return jaccard_neighbors_reference(indptr, indices, values, eps)
 
 
@@ -151,18 +182,20 @@ def _check_matrix(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Ten
         )
 
 
-# The kernel. `place` puts the entries into the order of their columns, rows ascending in each column, so an
-# entry (i, l) finds behind its own place the entries (j, l) of all rows j > i: its column's inverted list. It
-# adds min(v_il, v_jl) to the overlap of i and j, which lies in a dense strip of a few rows i and all j. The
-# sums are integers, so atomic additions in any order give the same bits.
+# The kernels. `place` puts the entries that are left of the rows into the order of their columns, rows
+# ascending in each: an entry (i, l) finds behind its own place the entries (j, l) of all rows j > i, its
+# column's inverted list. The first kernel adds min(v_il, v_jl) to the overlap of i and j, in a dense strip of
+# a few rows i and all j; the second lists the pairs that share enough there; the third measures them on whole
+# rows. The sums are integers, so atomic additions in any order give the same bits; sorting the pairs undoes
+# their order. The host waits for the ends of the strips and for the number of pairs, never in between.
 
 
 @jit
 def _add_overlaps(
-    strip, rows, cols, units, place, ends, list_rows, list_units, first, height, size, BLOCK: tl.constexpr
+    strip, rows, cols, units, place, ends, list_rows, list_units, first, top, size, BLOCK: tl.constexpr
 ):
-    entry = first + tl.program_id(0)
-    row = tl.load(rows + entry) % height
+    entry = first + tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + entry) - top
     unit = tl.load(units + entry)
     start = tl.load(place + entry) + 1
     end = tl.load(ends + tl.load(cols + entry))
@@ -174,32 +207,91 @@ def _add_overlaps(
         tl.atomic_add(strip + row * size + other, smaller, within, sem="relaxed")
 
 
+@jit
+def _list_pairs(strip, pairs, count, top, size, share, room, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    other = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    overlap = tl.load(strip + row * size + other, mask=other < size, other=0)
+    likely = overlap >= share
+    found = tl.sum(likely.to(tl.int32), 0)
+    if found > 0:
+        place = tl.atomic_add(count, found.to(tl.int64), sem="relaxed")
+        place += tl.cumsum(likely.to(tl.int32), 0) - 1
+        fits = likely & (place < room)
+        tl.store(pairs + place, tl.zeros((BLOCK,), tl.int64) + row + top, mask=fits)
+        tl.store(pairs + room + place, other.to(tl.int64), mask=fits)
+
+
+@jit
+def _measure(pairs, overlaps, indptr, cols, units, room, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    pair = tl.program_id(0).to(tl.int64)
+    one, other = tl.load(pairs + pair), tl.load(pairs + room + pair)
+    start, stop = tl.load(indptr + one), tl.load(indptr + one + 1)
+    low, high = tl.load(indptr + other), tl.load(indptr + other + 1)
+    overlap = tl.zeros((BLOCK,), tl.int32)
+    for block in range(start, stop, BLOCK):
+        lane = block + tl.arange(0, BLOCK)
+        column = tl.load(cols + lane, mask=lane < stop, other=-1)
+        below, above = tl.zeros((BLOCK,), tl.int64) + low, tl.zeros((BLOCK,), tl.int64) + high
+        for _ in range(STEPS):  # until below is the first entry whose column is not smaller
+            middle = (below + above) // 2
+            smaller = tl.load(cols + middle, mask=middle < high, other=2**62) < column
+            below = tl.where(smaller & (below < above), middle + 1, below)
+            above = tl.where(smaller, above, middle)
+        shared = (lane < stop) & (below < high)
+        shared &= tl.load(cols + below, mask=shared, other=-2) == column
+        own = tl.load(units + lane, mask=shared, other=0)
+        overlap += tl.minimum(own, tl.load(units + below, mask=shared, other=0))
+    tl.store(overlaps + pair, tl.sum(overlap, 0))
+
+
 def _launch(
     indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     size, device = len(indptr) - 1, indptr.device
-    units = _units(values)
+    least = _least_overlap(eps)
+    frequency = indices.bincount(minlength=size)
+    rank = torch.empty_like(frequency)
+    rank[frequency.argsort(stable=True)] = torch.arange(size, device=device)
     rows = torch.arange(size, device=device).repeat_interleave(indptr.diff())
-    by_column = (indices * size + rows).argsort()
+    keys, order = (rows * size + rank[indices]).sort()
+    cols, units = keys % size, _units(values)[order]
+    sums = torch.cat([indptr.new_zeros(1), units.cumsum(0, dtype=torch.int64)])
+    kept = sums[indptr[1:]][rows] - sums[:-1] > least - _share(least)
+    left = torch.cat([indptr.new_zeros(1), kept.cumsum(0)])[indptr]
+    first = rows[kept], cols[kept], units[kept]
+
+    by_column = (first[1] * size + first[0]).argsort()
     place = torch.empty_like(by_column)
     place[by_column] = torch.arange(len(by_column), device=device)
-    ends = indices.bincount(minlength=size).cumsum(0)
-    list_rows, list_units = rows[by_column], units[by_column]
-    least = _least_overlap(eps)
+    ends = first[1].bincount(minlength=size).cumsum(0)
+    lists = first[0][by_column], first[2][by_column]
     height = max(1, min(size, STRIP // size))
     strip = torch.empty(height, size, dtype=torch.int32, device=device)
     tops = list(range(0, size, height))
-    edges = [*indptr[tops].tolist(), len(indices)]
-    found = []
-    for top, first, last in zip(tops, edges, edges[1:], strict=False):
-        if first == last:
-            continue
-        strip.zero_()
-        with torch.cuda.device_of(strip):
-            _add_overlaps[(last - first,)](
-                strip, rows, indices, units, place, ends, list_rows, list_units, first, height, size,
-                BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
-        found.append((strip >= least).nonzero() + torch.tensor([top, 0], device=device))
-    empty = torch.empty(0, 2, dtype=torch.int64, device=device)
-    return _graph(torch.cat([empty, *found]).T, size)
+    edges = [*left[tops].tolist(), len(by_column)]
+    room = FOUND * size
+    while True:
+        pairs = torch.empty(2, room, dtype=torch.int64, device=device)
+        count = torch.zeros(1, dtype=torch.int64, device=device)
+        for top, start, stop in zip(tops, edges, edges[1:], strict=False):
+            if start == stop:
+                continue
+            strip.zero_()
+            _add_overlaps[(stop - start,)](
+                strip, *first, place, ends, *lists, start, top, size, BLOCK=BLOCK, num_warps=WARPS
+            )
+            _list_pairs[(min(height, size - top), triton.cdiv(size, 4 * BLOCK))](
+                strip, pairs, count, top, size, _share(least), room, BLOCK=4 * BLOCK, num_warps=WARPS
+            )
+        found = int(count)
+        if found <= room:
+            break
+        room = found
+    overlaps = torch.empty(found, dtype=torch.int32, device=device)
+    if found:
+        steps = int(indptr.diff().max()).bit_length() + 1
+        _measure[(found,)](
+            pairs, overlaps, indptr, cols, units, room, STEPS=steps, BLOCK=BLOCK, num_warps=WARPS
+        )
+    return _graph(pairs[:, :found][:, overlaps >= least], size)
