@@ -1,6 +1,5 @@
 """A run at a glance: PNGs, and one HTML page that holds them all and can be sent to anyone."""
 
-import json
 import logging
 import textwrap
 from collections.abc import Iterable
@@ -14,8 +13,7 @@ import torch
 from ecul import MODALITIES
 from ecul.common.distributed import choose_device
 from ecul.common.files import write_file
-from ecul.config import Config
-from ecul.data.dataset import Dataset, open_dataset
+from ecul.data.dataset import Dataset
 from ecul.data.images import Images
 from ecul.evaluation.metrics import SCORING
 from ecul.evaluation.protocols import evaluate
@@ -27,7 +25,8 @@ from ecul.model import TwoStreamResNet
 from ecul.report import pictures
 from ecul.report.page import Section, render_page
 from ecul.report.pictures import Cell
-from ecul.trainset import TrainImages, dataset_fingerprint
+from ecul.run.saved import SavedRun, read_run
+from ecul.trainset import TrainImages
 
 log = logging.getLogger("ecul")
 CURVES = (
@@ -35,16 +34,6 @@ CURVES = (
     "separation of the clusters, mutual nearest neighbours across modalities, stability of the labels since "
     "the epoch before."
 )
-
-
-@dataclass(frozen=True)
-class SavedRun:
-    """What a run directory says of itself: its configuration, its log, and its data set."""
-
-    directory: Path
-    config: Config
-    history: list[dict]
-    dataset: dict
 
 
 @dataclass(frozen=True)
@@ -74,25 +63,6 @@ class Embedded:
         return Cell(thumbnail, caption, color or pictures.MODALITY[images.modality])
 
 
-def read_run(directory: str | Path) -> SavedRun:
-    """Read a run directory. Errors: ValueError for a directory that `train` did not write."""
-    directory = Path(directory)
-    try:
-        saved = json.loads((directory / "resume.json").read_text())
-        history = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-        about = {"root": saved.get("root"), "options": saved.get("options", {}), **saved["dataset"]}
-        config = Config.from_dict(saved["config"])
-        if not all({"epoch", "stage"} <= row.keys() for row in history):
-            raise KeyError("a row without epoch or stage")
-    except OSError as e:
-        raise ValueError(f"{directory} is no run directory ({e.filename}: {e.strerror})") from e
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{directory}: its resume.json or log.jsonl is damaged ({e!r})") from e
-    if not history:
-        raise ValueError(f"{directory}: the run has not finished an epoch yet")
-    return SavedRun(directory, config, history, about)
-
-
 def report(
     run: str | Path, dataset: Dataset | None = None, *, model: Any = None, root: str | Path | None = None,
     options: dict | Iterable[tuple[str, Any]] = (), queries: int = 6, top: int = 10,
@@ -113,10 +83,12 @@ def report(
         most = f"at most {pictures.MOST_IMAGES} images in all"
         raise ValueError(f"queries and top must be at least 1, with {most}, got {queries} and {top}")
     saved, given = read_run(run), dataset is not None or root is not None
+    if not saved.history:
+        raise ValueError(f"{saved.directory}: the run has not finished an epoch yet")
     folder = saved.directory / "report"
     try:
-        dataset = dataset if dataset is not None else _reopen(saved, root, options)
-        _require_same(saved, dataset)
+        dataset = dataset if dataset is not None else saved.open(root, options)
+        saved.require_same(dataset)
         model = model or TwoStreamResNet.from_pretrained(saved.directory)
     except (ValueError, FileNotFoundError) as e:
         if given:
@@ -148,26 +120,6 @@ def report(
     page = render_page(f"{config.method} on {saved.dataset['dataset']}", told, sections)
     write_file(folder / "index.html", page.encode("utf-8", "replace"))
     return folder / "index.html"
-
-
-def _reopen(saved: SavedRun, root: str | Path | None, options: dict | Iterable[tuple[str, Any]]) -> Dataset:
-    """The data set of a run, from where it lay or from `root`. Errors: ValueError where it is no more."""
-    known = saved.dataset
-    if known["root"] is None:
-        raise ValueError("the images were in memory; in Python, report(run, dataset) takes them")
-    if root is None and not Path(known["root"]).is_dir():
-        raise ValueError(f"the images are no longer at {known['root']}; --root (root=) names their folder")
-    return open_dataset(known["dataset"], root or known["root"], **{**known["options"], **dict(options)})
-
-
-def _require_same(saved: SavedRun, dataset: Dataset) -> None:
-    differs = [
-        f"{name} is {value!r}, in training it was {saved.dataset[name]!r}"
-        for name, value in dataset_fingerprint(dataset).items()
-        if saved.dataset.get(name, value) != value
-    ]
-    if differs:
-        raise ValueError(f"dataset: not the one that {saved.directory} was trained on: {'; '.join(differs)}")
 
 
 def _embed(model: Any, images: tuple[Images, Images], progress: bool) -> Embedded:

@@ -1,0 +1,63 @@
+"""A finished or stopped run as its directory tells of it: for reports, comparisons and evaluation."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ecul.config import Config
+from ecul.data.dataset import Dataset, open_dataset
+from ecul.trainset import dataset_fingerprint
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """What a run directory says of itself: its configuration, its log, and its data set."""
+
+    directory: Path
+    config: Config
+    history: list[dict]
+    dataset: dict
+
+    def open(self, root: str | Path | None = None, options: dict | Iterable[tuple[str, Any]] = ()) -> Dataset:
+        """The data set of the run with its options and these, from where it lay or from `root`.
+
+        Errors: ValueError where it is no more.
+        """
+        known = self.dataset
+        if known["root"] is None:
+            raise ValueError("the images were in memory; in Python, report(run, dataset) takes them")
+        root = root or known["root"]
+        if root == known["root"] and not Path(root).is_dir():
+            raise ValueError(f"the images are no longer at {root}; --root (root=) names their folder")
+        return open_dataset(known["dataset"], root, **{**known["options"], **dict(options)})
+
+    def require_same(self, dataset: Dataset) -> None:
+        """A ValueError naming what differs, unless the run was trained on this data set."""
+        differs = [
+            f"{name} is {value!r}, in training it was {self.dataset[name]!r}"
+            for name, value in dataset_fingerprint(dataset).items()
+            if self.dataset.get(name, value) != value
+        ]
+        if differs:
+            raise ValueError(
+                f"dataset: not the one that {self.directory} was trained on: {'; '.join(differs)}"
+            )
+
+
+def read_run(directory: str | Path) -> SavedRun:
+    """Read a run directory. Errors: ValueError for a directory that `train` did not write."""
+    directory = Path(directory)
+    try:
+        saved = json.loads((directory / "resume.json").read_text())
+        history = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+        about = {"root": saved.get("root"), "options": saved.get("options", {}), **saved["dataset"]}
+        config = Config.from_dict(saved["config"])
+        if not all({"epoch", "stage"} <= row.keys() for row in history):
+            raise KeyError("a row without epoch or stage")
+    except OSError as e:
+        raise ValueError(f"{directory} is no run directory ({e.filename}: {e.strerror})") from e
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{directory}: its resume.json or log.jsonl is damaged ({e!r})") from e
+    return SavedRun(directory, config, history, about)
