@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from ecul.common.logs import logging_to_stderr
 from ecul.common.names import shorten
 from ecul.config import DATASETS, METHODS, Config
 
+log = logging.getLogger("ecul")
 arg = partial(methodcaller, "add_argument")  # an argument of a command, told as argparse takes it
 COMMANDS: dict[str, tuple[Callable, tuple[methodcaller, ...]]] = {}
 
@@ -78,6 +80,17 @@ def _pair(text: str) -> tuple[str, Any]:
         return name.replace("-", "_"), {"none": None, "true": True, "false": False}.get(value.lower(), value)
 
 
+def _numbers(text: str) -> list[int]:
+    """The whole numbers of "1-3,7": ranges and single ones."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise argparse.ArgumentTypeError(f"expected numbers like 1-10 or 1,3,5, got {text!r}")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
 MODEL = "a run directory, a directory of save_pretrained, or a model.safetensors"
 NAMES = "sysu, regdb, llcm, market, or folders (of one's own: root/visible and root/infrared)"
 OPTIONS = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
@@ -103,25 +116,29 @@ READING = (
     arg("-o", "--output", required=True, help="the run directory"),
     arg("--preset", choices=DATASETS, help="whose settings (default: those of the data set, else sysu's)"),
     arg("--resume", **FLAG, help="go on with the run that is in the directory"),
+    arg("--trials", type=_numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),
     arg("--set", **PAIRS, metavar="FIELD=VALUE", help=FIELDS),
 )  # fmt: skip
 def train(args: argparse.Namespace) -> None:
     """Train without identity labels; the run directory holds model, log and configuration."""
     from ecul.common import distributed
+    from ecul.run.saved import trial_directory
 
-    dataset = ecul.open_dataset(args.dataset, args.root, **dict(args.option))
     fields = {"method": args.method, **dict(args.set)}
-    config = Config.preset(args.preset or dataset.protocol or "sysu", **fields)
-    run = ecul.train(dataset, config, output=args.output, resume=args.resume, device=args.device)
-    if distributed.rank() == 0:
-        print(f"finished {len(run.history)} epochs; the model is {Path(run.output) / 'model.safetensors'}")
+    for trial in args.trials or [None]:
+        dataset = ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
+        config = Config.preset(args.preset or dataset.protocol or "sysu", **fields)
+        output = trial_directory(args.output, trial)
+        run = ecul.train(dataset, config, output=output, resume=args.resume, device=args.device)
+        if distributed.rank() == 0:
+            print(f"finished {len(run.history)} epochs; the model is {output / 'model.safetensors'}")
     distributed.stop()
 
 
 @command(
     *DATASET, DEVICE,
-    arg("--model", required=True, nargs="+", help=f"{MODEL}; several are averaged"),
-    arg("--trials-of", type=int, nargs="+", help="RegDB: the trial of each model, for instance 1 2 3"),
+    arg("--model", required=True, nargs="+", help=f"{MODEL}; all of train --trials; several are averaged"),
+    arg("--trials-of", type=int, nargs="+", help="RegDB: the trial of each model whose run is not known"),
     arg("--modes", nargs="+", help="rows of the protocol, for instance all indoor (default: all rows)"),
     arg("--shots", type=int, nargs="+", help="SYSU-MM01: gallery images an identity and camera: 1, 10"),
     arg("--draw", default="random", help="random, or the path of SYSU-MM01's rand_perm_cam.mat"),
@@ -131,15 +148,20 @@ def train(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate a trained model with the data set's published protocol; several models are averaged."""
     from ecul.evaluation.protocols import average
+    from ecul.run.saved import find_trials, trained_trial
 
-    trials = [{"trial": t} for t in args.trials_of or []] or [{}] * len(args.model)
-    if len(trials) != len(args.model):
-        raise ValueError(f"--trials-of names {len(trials)} trials for {len(args.model)} models: one for each")
+    paths = [path for given in args.model for path in find_trials(given)]
+    trials = args.trials_of or [dict(args.option).get("trial")] * len(paths)
+    if len(trials) != len(paths):
+        raise ValueError(f"--trials-of names {len(trials)} trials for {len(paths)} models: one for each")
+    trials = [trained_trial(path, args.dataset, t) for path, t in zip(paths, trials, strict=True)]
     options = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
     found = []
-    for path, trial in zip(args.model, trials, strict=True):
-        model, opened = _model(path, args), {**dict(args.option), **trial}
-        found.append(ecul.evaluate(model, ecul.open_dataset(args.dataset, args.root, **opened), **options))
+    for path, trial in zip(paths, trials, strict=True):
+        dataset = ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
+        found.append(ecul.evaluate(_model(str(path), args), dataset, **options))
+        if len(paths) > 1:
+            log.info("%s\n%s", path, found[-1].table())
     results = average(found) if len(found) > 1 else found[0]
     print(json.dumps(results.to_dict(), indent=2) if args.json else results.table())
 
@@ -289,6 +311,11 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\nsynthetic world, held-out identities, before training\n{before.table()}")
     print(f"\nafter {len(run.history)} epochs without labels ({args.method})\n{after.table()}")
     print(f"\nthe run directory is {run.output}")
+
+
+def _trial_options(args: argparse.Namespace, trial: int | None) -> dict[str, Any]:
+    """The options of open_dataset that were given, with this trial where there is one."""
+    return {**dict(args.option), **({} if trial is None else {"trial": trial})}
 
 
 def _model(path: str, args: argparse.Namespace) -> Any:

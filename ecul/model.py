@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -124,9 +123,7 @@ class Backbone(Pretrained):
         another kind of model, or with the list of what does not fit.
         """
         file, metadata = cls._find(path)
-        model = cls(network, json.loads(metadata["input_size"]))
-        model.load(load_file(file), file)
-        return model.eval()
+        return cls(network, json.loads(metadata["input_size"]))._filled(file, metadata)
 
 
 class TwoStreamResNet(Pretrained):
@@ -229,8 +226,7 @@ class TwoStreamResNet(Pretrained):
         file, metadata = cls._find(path)
         names = ("depth", "width", "non_local", "input_size")
         model = cls(**{name: json.loads(metadata[name].lower()) for name in names})
-        model.load(load_file(file), file)
-        return model.eval()
+        return model._filled(file, metadata)
 
 
 def _checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from ecul.optim import build_model, build_optimizer, set_lr, trainable, uses_bf1
 from ecul.run.checkpoint import load_run, run_directory, save_run
 from ecul.run.log import LEGEND, describe, label_scores, monitors
 from ecul.stages import Term, make_terms
-from ecul.trainset import TrainImages, dataset_fingerprint, load_images
+from ecul.trainset import TrainImages, dataset_fingerprint, image_fingerprints, load_images
 
 log = logging.getLogger("ecul")
 
@@ -121,6 +121,7 @@ def train(
         if config.epochs == 0:
             save()
         images = load_images(dataset, config.size, place)
+        model.trained_on = np.concatenate([image_fingerprints(side) for side in images.pixels])
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, images, config, epoch, directory)

@@ -1,10 +1,14 @@
 """Each reader the whole way: a folder of the layout, `train`, `evaluate`; RegDB over two trials."""
 
+import json
+from dataclasses import replace
+
 import layouts
 import pytest
 
-from ecul import Config, Dataset, evaluate, open_dataset, train
+from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, train
 from ecul.cli import main
+from ecul.data.layouts import LAYOUTS
 from ecul.evaluation import average
 
 TINY = Config.preset(
@@ -64,3 +68,50 @@ def test_a_subset_is_refused_unless_it_is_called_one(tmp_path):
 def test_ones_own_folders(cameras, tmp_path):
     layouts.folders(tmp_path, cameras=cameras, images=6)
     trained(Dataset.from_folders(visible=tmp_path / "day", infrared=tmp_path / "night", cameras=cameras))
+
+
+def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys, caplog):
+    """Trials share people: another trial's test images are refused, or named where they cannot be refused."""
+    caplog.set_level("INFO", logger="ecul")
+    root, runs = str(layouts.regdb(tmp_path / "data")), tmp_path / "runs"
+    fields = [f"{k}={json.dumps(v)}" for k, v in TINY.to_dict().items() if k != "method"]
+    command = ["train", "regdb", root, "-o", str(runs), "--option", "subset=true", "--trials", "1-2"]
+    command += ["--preset", "demo", "--device", "cpu", *(part for f in fields for part in ("--set", f))]
+    assert main(command) == 0
+    assert main(command) == 2 and "holds a run; resume it" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0 and "trial-2" in capsys.readouterr().out
+    ask = ["evaluate", "regdb", root, "--option", "subset=true", "--json"]
+    rows = {}
+    for name, models in (("one", ["trial-1"]), ("two", ["trial-2"]), ("both", ["trial-1", "trial-2"])):
+        assert main([*ask, "--model", *(str(runs / model) for model in models)]) == 0
+        rows[name] = json.loads(capsys.readouterr().out)["rows"]
+    assert [rows[name][0]["protocol"] for name in rows] == ["RegDB trial 1", "RegDB trial 2", "RegDB"]
+    for one, two, both in zip(*rows.values(), strict=True):
+        assert both["trials"] == 2 and both["mAP"] == pytest.approx((one["mAP"] + two["mAP"]) / 2)
+        assert one["caution"] == two["caution"] == "not RegDB's own test set"
+    assert main([*ask, "--model", str(runs)]) == 0  # all of them
+    assert json.loads(capsys.readouterr().out)["rows"] == rows["both"]
+    for wrong in (["--option", "trial=1"], ["--trials-of", "1"]):
+        assert main([*ask, *wrong, "--model", str(runs / "trial-2")]) == 2
+        assert "trial-2 was trained on trial 2" in capsys.readouterr().err
+    other = open_dataset("regdb", root, trial=1, subset=True)
+    mixed = evaluate(TwoStreamResNet.from_pretrained(runs / "trial-2"), other, progress=False)
+    trained_on = open_dataset("regdb", root, trial=2, subset=True)
+    seen = len({*other.test_visible.names} & {*trained_on.visible.names})
+    assert seen and f"the model was trained on {seen} of the 6 visible test images" in mixed.table()
+    assert f"the model was trained on {seen} of the 6 infrared test images" in mixed.rows[0]["caution"]
+
+
+def test_a_set_with_counts_of_its_own_is_named_beside_its_figures(tmp_path):
+    published = layouts.sysu(tmp_path / "data", train=(1, 2, 3, 5), test=tuple(range(6, 14)))
+    counts = {
+        n: {"images": 3, "identities": 1} for n in ("visible", "infrared", "test_visible", "test_infrared")
+    }
+    with pytest.MonkeyPatch.context() as patch:  # more people than published
+        patch.setitem(LAYOUTS, "sysu", replace(LAYOUTS["sysu"], counts=counts))
+        dataset = open_dataset("sysu", published, subset=True)
+        results = evaluate(trained(dataset), dataset, progress=False)
+        assert "SYSU-MM01; not SYSU-MM01's own test set; " in results.table()
+        own = {n: {"images": len(s), "identities": len(set(s.pids))} for n, s in dataset.splits().items()}
+        patch.setitem(LAYOUTS, "sysu", replace(LAYOUTS["sysu"], counts=own))
+        assert evaluate(trained(dataset), dataset, progress=False).rows[0]["caution"] == ""

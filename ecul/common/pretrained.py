@@ -1,11 +1,14 @@
 """Networks in a directory: safetensors with complete metadata, and back."""
 
+import base64
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ecul import __version__
@@ -21,10 +24,17 @@ def weights_file(path: str | os.PathLike) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
+Network = TypeVar("Network", bound="Pretrained")
+
+
 class Pretrained(nn.Module):
-    """A network saved as `model.safetensors` and `config.json`, with the `settings` that build it again."""
+    """A network saved as `model.safetensors` and `config.json`, with the `settings` that build it again.
+
+    trained_on: (N,) uint64, the fingerprints of the images that it was trained on, None where not known.
+    """
 
     settings: dict
+    trained_on: np.ndarray | None = None
 
     def described(self) -> str:
         """What network this is, for an error message."""
@@ -44,6 +54,8 @@ class Pretrained(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         own = {"architecture": type(self).__name__, "version": __version__, "mean": MEAN, "std": STD}
+        if self.trained_on is not None:
+            own["trained_on"] = base64.b64encode(self.trained_on.astype("<u8").tobytes()).decode()
         write_tensors(
             directory / "model.safetensors", self.state_dict(), {**own, **self.settings, **(metadata or {})}
         )
@@ -70,6 +82,13 @@ class Pretrained(nn.Module):
             )
             raise ValueError(f"{file} holds {found or 'no named network'}, not {cls.__name__}; {hint}")
         return file, metadata
+
+    def _filled(self: Network, file: Path, metadata: Mapping[str, str]) -> Network:
+        """This network with the weights of a file that has this metadata, ready to embed."""
+        self.load(load_file(file), file)
+        if "trained_on" in metadata:
+            self.trained_on = np.frombuffer(base64.b64decode(metadata["trained_on"]), "<u8")
+        return self.eval()
 
     def load(self, state: Mapping[str, Tensor], path: str | os.PathLike, own: tuple[str, ...] = ()) -> None:
         """Take these weights, read from `path`; own: beginnings of names that they need not hold.

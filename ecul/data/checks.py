@@ -76,7 +76,7 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
     """Compare a `Dataset` with what was published, without raising.
 
     Counts are compared with those of `synthetic.json` where it lies in the root, else with the published
-    ones, the data set's own before those of the one whose protocol it borrows; fewer are an error unless the
+    ones, the data set's own before those of the one whose protocol it borrows; others are an error unless the
     data set was opened with subset=True. Missing and empty files, a file listed twice or in training and
     test are errors, unexpected files a warning. decode=True also decodes every image to its end and compares
     packs with their hash, which takes minutes.
@@ -88,7 +88,7 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
     if dataset.root and published:
         _expect(Path(dataset.root) / "synthetic.json", published, result)
     if dataset.subset:
-        result.source = "a subset, as asked for"
+        result.source = "counts of its own, as asked for"
     for split, images in splits.items():
         result.counts[split] = _count(images)
         label = split.replace("_", " ")
@@ -139,10 +139,9 @@ def _differences(count: dict, wanted: dict, subset: bool) -> Iterator[str]:
         held = count["cameras"].get(camera, 0), wanted["cameras"].get(camera, 0)
         compared.append((f"images of camera {camera}", *held))
     for kind, found, number in compared:
-        if found > number:
-            yield f"{found:,} {kind}, expected {number:,}"
-        elif found < number and not subset:
-            yield f"{found:,} {kind}, expected {number:,}; for a subset on purpose say subset=True"
+        if found != number and not subset:
+            purpose = "a subset on purpose" if found < number else "a set with counts of its own"
+            yield f"{found:,} {kind}, expected {number:,}; for {purpose} say subset=True"
 
 
 def _look_at_files(images: Images, result: CheckResult) -> Iterator[str]:

@@ -23,7 +23,7 @@ PROTOCOLS = ("sysu", "regdb", "llcm")
 class Dataset:
     """The splits of one data set: `visible`, `infrared` to train on, `test_*` to evaluate with `protocol`.
 
-    Each split is an `Images`. trial: RegDB's. subset: fewer images than published were asked for. extra:
+    Each split is an `Images`. trial: RegDB's. subset: other counts than published were asked for. extra:
     paths that the reader did not expect. options: what `open_dataset` needs besides name and root to open it
     again. `check()` compares all of it with what was published. Errors: ValueError for an unknown protocol
     or a split of the other modality.
@@ -135,7 +135,8 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     Options, and the data sets that have them; None is the default:
     pack (all): decode each image once into `.ecul-pack` in the root, or in each of the two folders (or into
     the user's cache where that is read-only), or into the folder given here; False reads directly.
-    subset (all but "folders"): allow fewer images than published.
+    subset (all but "folders"): allow other numbers of images and people than published; evaluation then says
+    that these are not the published test images.
     trial: "regdb"'s split, 1 to 10 (default 1); for "market", the sub-folder of a trial.
     protocol ("market"): whose protocol to evaluate with, "sysu", "regdb" or "llcm".
     visible, infrared ("folders"): the two folders of `Dataset.from_folders`, inside the root or absolute, by

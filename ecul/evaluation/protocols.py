@@ -17,15 +17,17 @@ import torch
 from ecul import MODALITIES
 from ecul.data.dataset import Dataset
 from ecul.data.images import Images
+from ecul.data.layouts import LAYOUTS
 from ecul.evaluation.galleries import draw_official, draw_random, group_rows, read_permutations
 from ecul.evaluation.metrics import eval_llcm, eval_regdb, eval_sysu, score_queries, summarise
 from ecul.evaluation.rerank import k_reciprocal_distances
-from ecul.features import extract
+from ecul.features import extract, require_model
+from ecul.trainset import image_fingerprints
 
 __all__ = ["Results", "average", "eval_llcm", "eval_regdb", "eval_sysu", "evaluate"]
 
 MEASURES = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
-_NAMES = ("protocol", "mode", "shots", "direction", "draw", "reranking", "trials")
+_NAMES = ("protocol", "caution", "mode", "shots", "direction", "draw", "reranking", "trials")
 _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
 
 
@@ -60,7 +62,9 @@ _PROTOCOLS = {  # the name in the results, and the modes
 class Results:
     """Rows of figures in percent, each `<measure>` a mean over trials beside its `<measure>_std`.
 
-    The deviation is that of the trials themselves (`numpy.std`, not divided by n - 1).
+    The deviation is that of the trials themselves (`numpy.std`, not divided by n - 1). A row's `caution`, the
+    first thing that the table says after the protocol, is empty or tells what keeps its figures from being
+    compared: test images of another number than published, or images that the model was trained on.
     """
 
     rows: list[dict]
@@ -73,7 +77,9 @@ class Results:
         for row in self.rows:
             figures = [f"{row[name]:.2f} ± {row[name + '_std']:.2f}" for name in MEASURES]
             lines.append([str(row[name]) for name in own] + figures)
-        told = [f"{self.rows[0][name]}{' trials' * (name == 'trials')}" for name in shared]
+        told = [str(self.rows[0][name]) for name in shared if self.rows[0][name] != ""]
+        if "trials" in shared:
+            told[-1] += " trials"
         return "; ".join([*told, "percent, mean ± deviation"]), lines
 
     def table(self) -> str:
@@ -118,13 +124,15 @@ def evaluate(
     trials or shots that are no whole numbers of at least 1.
     """
     plan = _plan(dataset, modes, shots, trials, draw)
-    vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
     reranking = "k-reciprocal (k1=20, k2=6, lambda=0.3)" if rerank else "no re-ranking"
+    cautions = _foreign(dataset)
+    vectors = _unit_rows(model, dataset, features, batch_size, flip, progress, cautions)
+    shared = {"caution": "; ".join(cautions), "reranking": reranking}
     rows = []
     for names, images, drawn in plan:
         pair = vectors[images[0].modality], vectors[images[1].modality]
         measured = [_measure(str(dataset.protocol), images, pair, picked, rerank) for picked in drawn]
-        rows.append(_row({**names, "reranking": reranking, "trials": len(drawn)}, measured))
+        rows.append(_row({**names, **shared, "trials": len(drawn)}, measured))
     return Results(rows)
 
 
@@ -138,11 +146,13 @@ def average(results: Iterable[Results]) -> Results:
         raise ValueError("results: expected one or more, each with the same rows")
     rows = []
     for group in zip(*tables, strict=True):
-        keys = {tuple(row[name] for name in _NAMES if name not in ("protocol", "trials")) for row in group}
+        same = [name for name in _NAMES if name not in ("protocol", "caution", "trials")]
+        keys = {tuple(row[name] for name in same) for row in group}
         if len(keys) > 1:
             raise ValueError(f"results: the rows differ in what they measure: {sorted(keys, key=str)}")
         protocols = sorted({row["protocol"].split(" trial")[0] for row in group})
-        names = {**group[0], "protocol": " / ".join(protocols), "trials": len(group)}
+        cautions = "; ".join(sorted({row["caution"] for row in group} - {""}))
+        names = {**group[0], "protocol": " / ".join(protocols), "caution": cautions, "trials": len(group)}
         rows.append(_row(names, [[row[name] for name in MEASURES] for row in group]))
     return Results(rows)
 
@@ -189,6 +199,16 @@ def _plan(
     return plan
 
 
+def _foreign(dataset: Dataset) -> list[str]:
+    """A caution where the test images are not as many, of as many people, as the protocol published."""
+    title, published = _PROTOCOLS[str(dataset.protocol)][0], LAYOUTS[str(dataset.protocol)].counts
+    for modality in MODALITIES:
+        images, wanted = getattr(dataset, f"test_{modality}"), published[f"test_{modality}"]
+        if (len(images), len(np.unique(images.identities()))) != (wanted["images"], wanted["identities"]):
+            return [f"not {title}'s own test set"]
+    return []
+
+
 def _draw(
     mode: _Mode, query: Images, gallery: Images, shots: int, trials: int, draw: str | os.PathLike
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -208,9 +228,18 @@ def _draw(
 
 
 def _unit_rows(
-    model: Any, dataset: Dataset, features: dict | None, batch_size: int, flip: bool, progress: bool
+    model: Any,
+    dataset: Dataset,
+    features: dict | None,
+    batch_size: int,
+    flip: bool,
+    progress: bool,
+    cautions: list[str],
 ) -> dict[str, torch.Tensor]:
-    """Unit rows of the test images by modality, from the model or from the features that were given."""
+    """Unit rows of the test images by modality, from the model or from the features that were given.
+
+    `cautions` gets a line for each modality of which the model was trained on some test images.
+    """
     if (model is None) == (features is None):
         raise ValueError("give either a model or features={'visible': ..., 'infrared': ...}")
     if features is not None and sorted(features) != ["infrared", "visible"]:
@@ -219,7 +248,13 @@ def _unit_rows(
     for m in MODALITIES:
         images = getattr(dataset, f"test_{m}")
         if features is None:
-            vectors[m] = extract(model, images, m, batch_size=batch_size, flip=flip, progress=progress)
+            require_model(model)
+            pixels = images.load(model.input_size, progress)
+            vectors[m] = extract(model, pixels, m, batch_size=batch_size, flip=flip, progress=progress)
+            known = getattr(model, "trained_on", None)
+            seen = 0 if known is None else int(np.isin(image_fingerprints(pixels), known).sum())
+            if seen:
+                cautions.append(f"the model was trained on {seen} of the {len(images)} {m} test images")
             continue
         given = torch.as_tensor(features[m]).detach().float().cpu()
         if given.ndim != 2 or len(given) != len(images) or not torch.isfinite(given).all():

@@ -1,4 +1,7 @@
-"""A finished or stopped run as its directory tells of it: for reports, comparisons and evaluation."""
+"""A finished or stopped run as its directory tells of it: for reports, comparisons and evaluation.
+
+Runs of several trials of a data set lie together, as `trial-1`, `trial-2`, ... in one directory.
+"""
 
 import json
 from collections.abc import Iterable
@@ -61,3 +64,31 @@ def read_run(directory: str | Path) -> SavedRun:
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
         raise ValueError(f"{directory}: its resume.json or log.jsonl is damaged ({e!r})") from e
     return SavedRun(directory, config, history, about)
+
+
+def trial_directory(output: str | Path, trial: int | None) -> Path:
+    """Where the run of one trial lies among those of the others; None: there is one run alone."""
+    return Path(output) if trial is None else Path(output) / f"trial-{trial}"
+
+
+def find_trials(path: str | Path) -> list[Path]:
+    """The runs of all trials in a directory, by number; the path alone where it is a run or a model."""
+    path = Path(path)
+    numbers = [p.name.removeprefix("trial-") for p in path.glob("trial-*/")]
+    found = [trial_directory(path, n) for n in sorted(int(n) for n in numbers if n.isdecimal())]
+    return [path] if (path / "model.safetensors").exists() or not found else found
+
+
+def trained_trial(path: Path, dataset: str, trial: int | None) -> int | None:
+    """The trial of `dataset` to evaluate the model at `path` on: the one that its run knows, else this one.
+
+    Errors: ValueError for another one than the run knows: some of its test people were trained on.
+    """
+    known = read_run(path).dataset if (path / "resume.json").is_file() else {}
+    trained = known["options"].get("trial") if known.get("dataset") == dataset else None
+    if trained is None or trial in (None, trained):
+        return trial if trained is None else trained
+    raise ValueError(
+        f"{path} was trained on trial {trained}, which holds test people of trial {trial}; leave the trial "
+        "away, or give the model of that trial"
+    )
