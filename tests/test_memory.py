@@ -1,6 +1,8 @@
 """Losses, memories and TSMem against loops written from the papers."""
 
+import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from ecul import ClusterMemory, InstanceMemory
 from ecul.losses import agreement_loss, consistency_loss, contrastive_loss
-from ecul.memory import cluster_means, random_members, tsmem
+from ecul.memory import IDLE, cluster_means, random_members, tsmem
 
 
 def unit(rng, n, d):
@@ -212,3 +214,70 @@ def test_tsmem_has_two_steps():
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_state_dict_of_an_instance_memory_holds_its_labels():
+    rng = np.random.default_rng(0)
+    rows, labels = unit(rng, 6, 5).float(), torch.tensor([0, 0, 1, 1, -1, -1])
+    memory, other = InstanceMemory.from_features(rows, labels), InstanceMemory(5, 6)
+    other.load_state_dict(memory.state_dict())
+    x = unit(rng, 3, 5).float()
+    assert other(x, labels[:3]).item() == memory(x, labels[:3]).item()
+    assert other.labels.tolist() == memory.labels.tolist()
+    with pytest.raises(RuntimeError, match="labels"):
+        other.load_state_dict({"features": rows})
+    clusters = ClusterMemory(5, 6)
+    clusters.load_state_dict({"features": rows})  # its labels count from 0
+
+
+def test_both_memories_start_from_rows_of_any_length():
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
+    for memory in (ClusterMemory.from_clusters(rows), InstanceMemory.from_features(rows, [0, 1])):
+        assert torch.allclose(memory.features, torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+
+
+def test_a_memory_that_is_never_updated_says_so_once(monkeypatch):
+    assert IDLE == 1000
+    monkeypatch.setattr("ecul.memory.IDLE", 4)
+    x, labels = torch.eye(3).requires_grad_(), torch.arange(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory = ClusterMemory.from_clusters(torch.eye(3))
+        for _ in range(3):
+            memory(x, labels)
+        memory.update(x, labels)
+        for _ in range(9):
+            memory(x.detach(), labels)  # a look at the loss is no training
+        for _ in range(3):
+            memory(x, labels)
+    with pytest.warns(UserWarning, match="4 losses without an update: call its update after each") as found:
+        for _ in range(9):
+            memory(x, labels)
+    assert len(found) == 1
+
+
+def test_published_names_and_labels_of_any_kind_are_understood():
+    rng = np.random.default_rng(0)
+    rows, x, labels = unit(rng, 4, 6).float(), unit(rng, 5, 6).float(), [0, 1, 1, 3, -1]
+    kinds = [labels, np.array(labels), np.array(labels, np.int32), torch.tensor(labels, dtype=torch.int32)]
+    for kind, name in itertools.product([torch.tensor(labels), *kinds], ("labels", "targets")):
+        memory = ClusterMemory(6, 4, temp=0.05, momentum=0.3, use_hard=True)
+        memory.features.copy_(rows)
+        plain = ClusterMemory.from_clusters(rows, momentum=0.3, rule="hard")
+        assert memory.rule == "hard"
+        loss = memory(**{"x" if name == "labels" else "inputs": x, name: kind})
+        assert loss.item() == plain(x, torch.tensor(labels)).item()
+        memory.update(**{"x" if name == "labels" else "inputs": x, name: kind})
+        plain.update(x, torch.tensor(labels))
+        assert torch.equal(memory.features, plain.features)
+    assert ClusterMemory(6, 4, 0.05, 0.2, False).rule == "sequential"  # use_hard in its place
+    for kind in kinds:
+        means = cluster_means(x, np.maximum(kind, 0))
+        assert torch.equal(means, cluster_means(x, torch.tensor([0, 1, 1, 3, 0])))
+        assert InstanceMemory.from_features(x, kind).labels.tolist() == [0, 1, 1, 3, -6]
+    with pytest.raises(TypeError, match="use_hard is called rule here"):
+        ClusterMemory(6, 4, rule="mean", use_hard=True)
+    with pytest.raises(TypeError, match="labels must be whole numbers, got torch.float32"):
+        memory(x, torch.zeros(5))
+    with pytest.raises(ValueError, match="labels: expected 5, one a row"):
+        InstanceMemory.from_features(x, [0])
