@@ -18,6 +18,7 @@ _HOMES = {
     "Dataset": "data",
     "synthesize": "synthetic",
     "emcc": "clustering",
+    "EMCC": "estimator",
     "match_clusters": "matching",
     "ClusterMemory": "memory",
     "InstanceMemory": "memory",

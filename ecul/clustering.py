@@ -81,7 +81,9 @@ def emcc(
         min_samples: neighbours, the point among them, that make a core point.
 
     Returns:
-        (N,) int64 labels; clusters count from 0 in the order of their smallest core point.
+        (N,) int64 labels; clusters count from 0 in the order of their smallest core point. A tensor for
+        tensors: code that goes on with `set(labels)` or `centers[labels[i]]` needs `labels.cpu().numpy()`, as
+        these tell a tensor's elements apart by identity, and would make a cluster of every image.
 
     Neighbourhoods hold the point itself first, even before its duplicates; ties go to the lower index; sizes
     beyond N mean N. Similarities are exact for the normalised rows, which are rounded to multiples of 2**-26;

@@ -17,7 +17,7 @@ LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own lay
     {"common"},
     {"data", "synthetic"},
     {"config", "features", "clustering", "matching", "memory", "losses", "sampling", "augment", "model"}
-    | {"trainset", "labels", "batches", "stages", "optim", "search", "export", "importers"},
+    | {"trainset", "labels", "batches", "stages", "optim", "search", "export", "importers", "estimator"},
     {"evaluation", "run"},
     {"training"},
     {"report", "cli", "__main__"},

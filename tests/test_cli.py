@@ -334,6 +334,7 @@ DOCUMENTED = [
     (ecul.open_dataset, ERRORS),
     (ecul.synthesize, ERRORS),
     (ecul.emcc, SHAPES, ERRORS, SOURCE),
+    (ecul.EMCC, SHAPES, ERRORS, SOURCE),
     (ecul.match_clusters, SHAPES, ERRORS, SOURCE),
     (ecul.ClusterMemory, SHAPES, ERRORS, SOURCE),
     (ecul.InstanceMemory, SHAPES, ERRORS, SOURCE),

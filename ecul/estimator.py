@@ -1,0 +1,64 @@
+"""The clustering as people know it from scikit-learn, which it neither needs nor imports."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from ecul.clustering import emcc
+
+Table = torch.Tensor | ArrayLike
+
+
+class EMCC:
+    """`emcc` with `fit`, `fit_predict` and `labels_`, which are always NumPy.
+
+        EMCC(k1=30, k2=6, k3=12, eps=0.6, min_samples=4).fit_predict(X)
+
+    X: (N, D) numbers, a point a row: an array, a tensor on any device, a list of lists, a DataFrame.
+    cameras and modalities of `fit`: (N,) whole numbers, or None. labels_: (N,) int64, -1 = outlier. The settings are
+    those of `emcc`, and `get_params`, `set_params`, `clone` and pipelines work as for scikit-learn's own.
+    Errors: those of `emcc`, at `fit`. Source: arXiv 2412.19134.
+    """
+
+    def __init__(
+        self, k1: int = 30, k2: int = 6, k3: int | None = 12, eps: float = 0.6, min_samples: int = 4
+    ) -> None:
+        self.k1, self.k2, self.k3, self.eps, self.min_samples = k1, k2, k3, eps, min_samples
+
+    def fit(
+        self, X: Table, y: Any = None, cameras: Table | None = None, modalities: Table | None = None
+    ) -> "EMCC":
+        """Cluster the rows of X into `labels_`; y is not read."""
+        points = X if isinstance(X, torch.Tensor) else np.asarray(X)
+        if isinstance(points, np.ndarray) and points.dtype.kind not in "f":
+            points = points.astype(np.float64)
+        codes = [
+            c if c is None or isinstance(c, torch.Tensor) else np.asarray(c) for c in (cameras, modalities)
+        ]
+        self.labels_ = np.asarray(torch.as_tensor(emcc(points, *codes, **self.get_params())).cpu())
+        self.n_features_in_ = points.shape[1]
+        return self
+
+    def fit_predict(
+        self, X: Table, y: Any = None, cameras: Table | None = None, modalities: Table | None = None
+    ) -> np.ndarray:
+        """`fit(...).labels_`."""
+        return self.fit(X, y, cameras, modalities).labels_
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The settings by name."""
+        return {name: getattr(self, name) for name in ("k1", "k2", "k3", "eps", "min_samples")}
+
+    def set_params(self, **params: Any) -> "EMCC":
+        """Change settings. Errors: ValueError for a name that is none."""
+        known = self.get_params()
+        if unknown := [name for name in params if name not in known]:
+            raise ValueError(f"EMCC has no setting {unknown[0]!r}; its settings are {', '.join(known)}")
+        for name, value in params.items():
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        return f"EMCC({', '.join(f'{name}={value!r}' for name, value in self.get_params().items())})"
