@@ -16,6 +16,7 @@ import ecul
 from ecul import MODALITIES
 from ecul.common.logs import logging_to_stderr
 from ecul.common.names import shorten
+from ecul.common.tables import FORMATS
 from ecul.config import DATASETS, METHODS, Config
 
 log = logging.getLogger("ecul")
@@ -103,6 +104,7 @@ PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
 OPTION = arg("--option", **PAIRS, metavar="NAME=VALUE", help=OPTIONS)
 DATASET = (arg("dataset", help=NAMES), arg("root", help="the folder of the data set, as downloaded"), OPTION)
 DEVICE = arg("--device", help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
+FORMAT = arg("--format", choices=FORMATS, default="text", help="of the table (default: text)")
 JSON = arg("--json", **FLAG, help="print JSON instead of text")
 METHOD = arg("--method", default="united", choices=METHODS, help="the method (default: united)")
 READING = (
@@ -143,7 +145,7 @@ def train(args: argparse.Namespace) -> None:
     arg("--shots", type=int, nargs="+", help="SYSU-MM01: gallery images an identity and camera: 1, 10"),
     arg("--draw", default="random", help="random, or the path of SYSU-MM01's rand_perm_cam.mat"),
     arg("--rerank", **FLAG, help="k-reciprocal re-ranking, named in the output"),
-    arg("--json", **FLAG, help="print JSON instead of a table"),
+    FORMAT, arg("--json", dest="format", action="store_const", const="json", help="--format json"),
 )  # fmt: skip
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate a trained model with the data set's published protocol; several models are averaged."""
@@ -163,7 +165,26 @@ def evaluate(args: argparse.Namespace) -> None:
         if len(paths) > 1:
             log.info("%s\n%s", path, found[-1].table())
     results = average(found) if len(found) > 1 else found[0]
-    print(json.dumps(results.to_dict(), indent=2) if args.json else results.table())
+    print(results.table(args.format))
+
+
+@command(
+    arg("runs", metavar="RUN", nargs="+", help="directories that train wrote, or one of train --trials"),
+    arg("--root", help="the folder of the data set (default: where it was in training)"),
+    arg("-o", "--output", help="a .png to draw the curves of all runs in"),
+    FORMAT, DEVICE,
+)  # fmt: skip
+def compare(args: argparse.Namespace) -> None:
+    """Compare runs: the settings that differ, accuracy, label-free score and time, averaged over seeds."""
+    from ecul.report.compare import compare
+    from ecul.report.pictures import prepare_picture
+
+    if args.output:
+        prepare_picture(args.output)
+    found = compare(args.runs, root=args.root, device=args.device)
+    print(found.table(args.format))
+    if args.output:
+        found.draw(args.output)
 
 
 @command(

@@ -17,8 +17,8 @@ class EMCC:
         EMCC(k1=30, k2=6, k3=12, eps=0.6, min_samples=4).fit_predict(X)
 
     X: (N, D) numbers, a point a row: an array, a tensor on any device, a list of lists, a DataFrame.
-    cameras and modalities of `fit`: (N,) whole numbers, or None. labels_: (N,) int64, -1 = outlier. The settings are
-    those of `emcc`, and `get_params`, `set_params`, `clone` and pipelines work as for scikit-learn's own.
+    cameras and modalities of `fit`: (N,) whole numbers, or None. labels_: (N,) int64, -1 = outlier. The
+    settings are those of `emcc`; `get_params`, `set_params`, `clone` and pipelines work as in scikit-learn.
     Errors: those of `emcc`, at `fit`. Source: arXiv 2412.19134.
     """
 

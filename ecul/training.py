@@ -121,7 +121,7 @@ def train(
         if config.epochs == 0:
             save()
         images = load_images(dataset, config.size, place)
-        model.trained_on = np.concatenate([image_fingerprints(side) for side in images.pixels])
+        model.trained_on = np.concatenate([image_fingerprints(side) for side in images.pixels])  # type: ignore[assignment]
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, images, config, epoch, directory)

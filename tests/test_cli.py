@@ -29,6 +29,7 @@ COMMANDS = {
     "check",
     "synthesize",
     "report",
+    "compare",
     "import",
     "export",
     "demo",

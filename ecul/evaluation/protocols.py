@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES
+from ecul.common.tables import render_table
 from ecul.data.dataset import Dataset
 from ecul.data.images import Images
 from ecul.data.layouts import LAYOUTS
@@ -69,10 +70,17 @@ class Results:
 
     rows: list[dict]
 
+    def labels(self) -> list[str]:
+        """What tells each row from the others; empty where there is one alone."""
+        return [" ".join(str(row[name]) for name in self._own()) for row in self.rows]
+
+    def _own(self) -> list[str]:
+        return [name for name in _NAMES if len({row[name] for row in self.rows}) > 1]
+
     def cells(self) -> tuple[str, list[list[str]]]:
         """A line of what all rows share, and a table, its head first, of the rest: mean ± deviation."""
-        shared = [name for name in _NAMES if len({row[name] for row in self.rows}) == 1]
-        own = [name for name in _NAMES if name not in shared]
+        own = self._own()
+        shared = [name for name in _NAMES if name not in own]
         lines = [[*own, *MEASURES]]
         for row in self.rows:
             figures = [f"{row[name]:.2f} ± {row[name + '_std']:.2f}" for name in MEASURES]
@@ -82,11 +90,9 @@ class Results:
             told[-1] += " trials"
         return "; ".join([*told, "percent, mean ± deviation"]), lines
 
-    def table(self) -> str:
-        """Plain text of `cells`."""
-        head, lines = self.cells()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join([head, *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)])
+    def table(self, form: str = "text") -> str:
+        """`cells` as "text", "markdown" or "latex"; as "csv" or "json" every figure, unrounded."""
+        return render_table(form, *self.cells(), self.rows)
 
     def to_dict(self) -> dict:
         """What `json.dumps` takes."""

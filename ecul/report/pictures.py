@@ -199,6 +199,34 @@ def draw_curves(path: str | Path, history: Sequence[dict]) -> None:
             axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
+def draw_overlaid(path: str | Path, panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]]) -> None:
+    """Write the curves of several runs in the same axes as a PNG: a line at the mean, a band of a deviation.
+
+    panels: (title, list of (name, values (runs, epochs), NaN where a run has none)), a colour a name.
+    """
+    with _picture(path, 4.6 * len(panels), 3.9, layout="constrained") as figure:
+        for place, (title, curves) in enumerate(panels, 1):
+            axes = figure.add_subplot(1, len(panels), place, xlabel="epoch")
+            for number, (name, values) in enumerate(curves):
+                counted = np.isfinite(values).any(0)
+                epochs, held = np.flatnonzero(counted) + 1, values[:, counted]
+                if not len(epochs):
+                    continue
+                mean, deviation = np.nanmean(held, 0), np.nanstd(held, 0)
+                color = f"C{number % 10}"
+                line = {"color": color, "linewidth": 1.4, "marker": "o", "markersize": 2}
+                axes.plot(epochs, mean, linestyle=("-", "--", ":")[number // 10 % 3], label=name, **line)
+                axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
+            axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+            axes.locator_params(axis="x", integer=True, nbins=8)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+        handles, names = max(
+            (axes.get_legend_handles_labels() for axes in figure.axes), key=lambda h: len(h[1])
+        )
+        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+
+
 def draw_matches(
     path: str | Path, similarity: np.ndarray, match: np.ndarray, same: np.ndarray | None = None
 ) -> None:

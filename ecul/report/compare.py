@@ -1,0 +1,189 @@
+"""Several runs side by side: a table of what differs between them and what came of it, and their curves."""
+
+import fnmatch
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ecul.common.distributed import choose_device
+from ecul.common.files import hash_file, write_json
+from ecul.common.names import shorten
+from ecul.common.pretrained import weights_file
+from ecul.common.tables import render_table
+from ecul.evaluation.protocols import Results, evaluate
+from ecul.model import TwoStreamResNet
+from ecul.report.pictures import draw_overlaid
+from ecul.run.saved import SavedRun, find_trials, read_run
+
+log = logging.getLogger("ecul")
+PANELS = (  # of the curves: title, what the names in the log match, and what becomes of several of them
+    ("label-free score", "score", np.mean),
+    ("sum of the losses", "loss_*", np.sum),
+    ("adjusted Rand index (reads identities)", "monitor_*", np.mean),
+    ("mAP of the validation people", "validation_mAP", np.mean),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed or trial alone.
+
+    settings: those in which groups differ; figures: a value a run under each heading; caution: what keeps
+    the accuracy from being compared.
+    """
+
+    runs: tuple[SavedRun, ...]
+    settings: dict[str, Any]
+    figures: dict[str, list[float]]
+    caution: str = ""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others: its settings, or its directories."""
+        told = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return told or shorten([str(run.directory) for run in self.runs], 2)
+
+    def row(self) -> dict[str, Any]:
+        """Every figure, unrounded, beside the deviation over the runs."""
+        row = {"runs": " ".join(str(run.directory) for run in self.runs), "n": len(self.runs)}
+        row |= {**self.settings, "caution": self.caution}
+        for heading, values in self.figures.items():
+            row |= {heading: float(np.mean(values)), f"{heading} std": float(np.std(values))}
+        return row
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, a `Group` a row."""
+
+    groups: list[Group]
+
+    def table(self, form: str = "text") -> str:
+        """As "text", "markdown" or "latex": mean ± deviation; as "csv" or "json" every figure, unrounded."""
+        settings = list(dict.fromkeys(name for group in self.groups for name in group.settings))
+        headings = list(dict.fromkeys(name for group in self.groups for name in group.figures))
+        lines = [["run", *settings, *headings]]
+        for group in self.groups:
+            lines.append([_name(group), *(str(group.settings[name]) for name in settings)])
+            lines[-1] += [_told(heading, group.figures.get(heading, [])) for heading in headings]
+        cautions = sorted({group.caution for group in self.groups} - {""})
+        head = "; ".join(
+            [*cautions, "accuracy in percent, mean ± deviation over runs that differ in seed or trial"]
+        )
+        return render_table(form, head, lines, [group.row() for group in self.groups])
+
+    __str__ = table
+
+    def draw(self, path: str | Path) -> None:
+        """Write the curves of all groups in the same axes as a PNG."""
+        panels = []
+        for title, pattern, gather in PANELS:
+            curves = [(group.name, _curves(group, pattern, gather)) for group in self.groups]
+            if any(np.isfinite(values).any() for _, values in curves):
+                panels.append((title, curves))
+        draw_overlaid(path, panels)
+
+
+def compare(
+    runs: Iterable[str | Path], *, root: str | Path | None = None, device: str | torch.device | None = None
+) -> Comparison:
+    """Compare the runs in these directories; all trials in a directory count, each as a run.
+
+    Runs that differ in seed or trial alone are one row. Accuracy is that of the published protocol, where the
+    data set lies where it lay or in `root`, and is kept in the run as `accuracy.json`; score and time are
+    those of the log. device: by default the GPU when there is one. Errors: ValueError for a directory that is
+    no run, or a run without an epoch.
+    """
+    groups: dict[str, list[SavedRun]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for run in (read_run(path) for given in runs for path in find_trials(given)):
+        if not run.history:
+            raise ValueError(f"{run.directory}: the run has not finished an epoch yet")
+        own = _settings(run)
+        key = json.dumps(own, sort_keys=True)
+        settings[key] = own
+        groups.setdefault(key, []).append(run)
+    if not groups:
+        raise ValueError("runs: expected one or more run directories")
+    names = list(dict.fromkeys(name for own in settings.values() for name in own))
+    differ = [n for n in names if len({json.dumps(own.get(n)) for own in settings.values()}) > 1]
+    place = choose_device(device)
+    return Comparison(
+        [
+            _group(group, {n: settings[key].get(n) for n in differ}, root, place)
+            for key, group in groups.items()
+        ]
+    )
+
+
+def _settings(run: SavedRun) -> dict[str, Any]:
+    """What makes another run than a repetition: all but the seed, the trial and where things lie."""
+    options = {k: v for k, v in run.dataset["options"].items() if k not in ("trial", "pack")}
+    config = {k: v for k, v in run.config.to_dict().items() if k != "seed"}
+    return {"dataset": run.dataset["dataset"], **options, **config, "epochs done": len(run.history)}
+
+
+def _group(runs: Sequence[SavedRun], settings: dict, root: str | Path | None, device: torch.device) -> Group:
+    figures: dict[str, list[float]] = {}
+    results = [found for run in runs if (found := accuracy(run, root, device)) is not None]
+    for found in results:
+        for label, row in zip(found.labels(), found.rows, strict=True):
+            for heading, measure in (("Rank-1", "rank1"), ("mAP", "mAP")):
+                figures.setdefault(f"{label} {heading}".strip(), []).append(row[measure])
+    cautions = {row["caution"] for found in results for row in found.rows} - {""}
+    if 0 < len(results) < len(runs):
+        cautions.add(f"accuracy of {len(results)} of {len(runs)} runs")
+    figures["score"] = [run.history[-1]["score"] for run in runs if "score" in run.history[-1]]
+    figures["minutes"] = [sum(row["seconds"] for row in run.history) / 60 for run in runs]
+    return Group(tuple(runs), settings, figures, "; ".join(sorted(cautions)))
+
+
+def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Results | None:
+    """The protocol's figures of a run, from `accuracy.json` where they are of its present weights.
+
+    None, with a warning that says why, where there are no images, identities or protocol.
+    """
+    file = run.directory / "accuracy.json"
+    try:
+        weights = hash_file(weights_file(run.directory), hashlib.sha256())
+        kept = json.loads(file.read_text()) if file.is_file() else {}
+        if kept.get("model_sha256") == weights:
+            return Results(kept["rows"])
+        dataset = run.open(root)
+        model = TwoStreamResNet.from_pretrained(run.directory).to(device)
+        found = evaluate(model, dataset)
+    except (ValueError, OSError) as e:
+        log.warning("%s: no accuracy: %s", run.directory, e)
+        return None
+    write_json(file, {"model_sha256": weights, **found.to_dict()})
+    return found
+
+
+def _name(group: Group) -> str:
+    names = [str(run.directory) for run in group.runs]
+    return names[0] if len(names) == 1 else f"{shorten(names, 1)} (n = {len(names)})"
+
+
+def _told(heading: str, values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    digits = {"score": 3, "minutes": 1}.get(heading, 2)
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values):.{digits}f}"
+
+
+def _curves(group: Group, pattern: str, gather: Callable) -> np.ndarray:
+    """(runs, epochs): what the log says under the names that match, NaN where it says nothing."""
+    table = np.full((len(group.runs), max(len(run.history) for run in group.runs)), np.nan)
+    for line, run in zip(table, group.runs, strict=True):
+        for row in run.history:
+            if names := fnmatch.filter(row, pattern):
+                line[row["epoch"]] = gather([row[name] for name in names])
+    return table
