@@ -13,7 +13,7 @@ from ecul import TwoStreamResNet, evaluate, train
 from ecul.cli import main
 from ecul.common.tables import render_table
 from ecul.report import pictures
-from ecul.report.compare import compare
+from ecul.report.compare import _differing, compare
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,15 @@ def test_runs_that_differ_in_their_seed_are_one_row(runs, dataset):
     ]
     assert two["score"] == pytest.approx(np.mean([log[-1]["score"] for log in logs]))
     assert two["minutes"] == pytest.approx(np.mean([sum(row["seconds"] for row in log) for log in logs]) / 60)
+
+
+def test_what_follows_from_the_method_is_not_told_again():
+    def settings(method, **fields):
+        return {"dataset": "sysu", **tiny(method=method, **fields).to_dict()}
+
+    assert _differing([settings("united"), settings("mbccm")]) == ["method"]
+    assert _differing([settings("united"), settings("mbccm", lr=0.1)]) == ["method", "lr"]
+    assert _differing([settings("mbccm"), settings("mbccm", weight_joint=0.1)]) == ["weight_joint"]
 
 
 def test_accuracy_is_kept_until_the_weights_change(runs, tmp_path, monkeypatch):

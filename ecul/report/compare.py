@@ -17,6 +17,7 @@ from ecul.common.files import hash_file, write_json
 from ecul.common.names import shorten
 from ecul.common.pretrained import weights_file
 from ecul.common.tables import render_table
+from ecul.config import METHODS
 from ecul.evaluation.protocols import Results, evaluate
 from ecul.model import TwoStreamResNet
 from ecul.report.pictures import draw_overlaid
@@ -47,7 +48,7 @@ class Group:
     @property
     def name(self) -> str:
         """What tells it from the others: its settings, or its directories."""
-        told = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        told = shorten([f"{name} {value}" for name, value in self.settings.items()], 4)
         return told or shorten([str(run.directory) for run in self.runs], 2)
 
     def row(self) -> dict[str, Any]:
@@ -112,8 +113,7 @@ def compare(
         groups.setdefault(key, []).append(run)
     if not groups:
         raise ValueError("runs: expected one or more run directories")
-    names = list(dict.fromkeys(name for own in settings.values() for name in own))
-    differ = [n for n in names if len({json.dumps(own.get(n)) for own in settings.values()}) > 1]
+    differ = _differing(list(settings.values()))
     place = choose_device(device)
     return Comparison(
         [
@@ -128,6 +128,26 @@ def _settings(run: SavedRun) -> dict[str, Any]:
     options = {k: v for k, v in run.dataset["options"].items() if k not in ("trial", "pack")}
     config = {k: v for k, v in run.config.to_dict().items() if k != "seed"}
     return {"dataset": run.dataset["dataset"], **options, **config, "epochs done": len(run.history)}
+
+
+def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The names of those that differ, but for what follows from the methods, where these differ."""
+
+    def differ(name: str, chosen: Iterable[dict[str, Any]]) -> bool:
+        return len({json.dumps(own.get(name)) for own in chosen}) > 1
+
+    def follows(name: str, own: dict[str, Any]) -> bool:
+        value = METHODS[own["method"]].get(name, own[name])
+        return name in METHODS[own["method"]] and own[name] == (
+            list(value) if isinstance(value, tuple) else value
+        )
+
+    return [
+        name
+        for name in dict.fromkeys(name for own in settings for name in own)
+        if differ(name, [own for own in settings if not (name in own and follows(name, own))])
+        or any(differ(name, [own for own in settings if own["method"] == method]) for method in METHODS)
+    ]
 
 
 def _group(runs: Sequence[SavedRun], settings: dict, root: str | Path | None, device: torch.device) -> Group:
