@@ -97,6 +97,8 @@ NAMES = "sysu, regdb, llcm, market, or folders (of one's own: root/visible and r
 OPTIONS = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
 TRAINED_ON = "pixels of the images that it was trained with, which no file says (default: 288 144)"
 FIELDS = "a field of Config, for instance iterations=100 or size=[256,128]; may be repeated"
+VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
+LOGS = "also write log.csv, or files for TensorBoard, into the run directory; may be repeated"
 APART = "0 to 1, how far apart the modalities are (default: 0, shape and pattern carry over whole)"
 FLAG: dict[str, Any] = {"action": "store_true"}
 PAIRS: dict[str, Any] = {"type": _pair, "action": "append", "default": []}
@@ -106,7 +108,7 @@ DATASET = (arg("dataset", help=NAMES), arg("root", help="the folder of the data 
 DEVICE = arg("--device", help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
 FORMAT = arg("--format", choices=FORMATS, default="text", help="of the table (default: text)")
 JSON = arg("--json", **FLAG, help="print JSON instead of text")
-METHOD = arg("--method", default="united", choices=METHODS, help="the method (default: united)")
+METHOD = arg("--method", choices=METHODS, help="the method (default: united)")
 READING = (
     arg("--skip-unreadable", **FLAG, help="leave out images that cannot be read, and list them"),
     arg("--batch-size", type=int, default=256, help="images at a time (default: 256), halved when too many"),
@@ -118,20 +120,32 @@ READING = (
     arg("-o", "--output", required=True, help="the run directory"),
     arg("--preset", choices=DATASETS, help="whose settings (default: those of the data set, else sysu's)"),
     arg("--resume", **FLAG, help="go on with the run that is in the directory"),
+    arg("--config", metavar="FILE", help="settings to start from: a run's config.json, or TOML of fields"),
+    arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
+    arg("--log", action="append", choices=("csv", "tensorboard"), default=[], help=LOGS),
     arg("--trials", type=_numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),
     arg("--set", **PAIRS, metavar="FIELD=VALUE", help=FIELDS),
 )  # fmt: skip
 def train(args: argparse.Namespace) -> None:
     """Train without identity labels; the run directory holds model, log and configuration."""
     from ecul.common import distributed
+    from ecul.config import read_fields
+    from ecul.run.hooks import LOGGERS
     from ecul.run.saved import trial_directory
 
-    fields = {"method": args.method, **dict(args.set)}
+    fields = {} if args.config is None else read_fields(args.config)
+    fields |= {**({} if args.method is None else {"method": args.method}), **dict(args.set)}
+    if args.validate and "validation" not in dict(args.option):
+        args.option.append(("validation", 0.2))
     for trial in args.trials or [None]:
         dataset = ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
         config = Config.preset(args.preset or dataset.protocol or "sysu", **fields)
         output = trial_directory(args.output, trial)
-        run = ecul.train(dataset, config, output=output, resume=args.resume, device=args.device)
+        hooks = [LOGGERS[name](output) for name in args.log]
+        options = {"resume": args.resume, "device": args.device, "validate": args.validate}
+        run = ecul.train(
+            dataset, config, output=output, **options, on_epoch=lambda row, h=hooks: [hook(row) for hook in h]
+        )
         if distributed.rank() == 0:
             print(f"finished {len(run.history)} epochs; the model is {output / 'model.safetensors'}")
     distributed.stop()
@@ -324,13 +338,14 @@ def demo(args: argparse.Namespace) -> None:
     output, device = Path(args.output), choose_device(args.device)
     dataset = ecul.open_dataset("sysu", ecul.synthesize(output / f"world-{args.seed}", seed=args.seed))
     print(dataset.check(decode=True))
-    config = Config.preset("demo", method=args.method, seed=args.seed)
+    method = args.method or "united"
+    config = Config.preset("demo", method=method, seed=args.seed)
     before = ecul.evaluate(build_model(config, device), dataset)
-    output /= f"{args.method}-{args.seed}"
+    output /= f"{method}-{args.seed}"
     run = ecul.train(dataset, config, output=output, resume=True, device=device)
     after = ecul.evaluate(run.model, dataset)
     print(f"\nsynthetic world, held-out identities, before training\n{before.table()}")
-    print(f"\nafter {len(run.history)} epochs without labels ({args.method})\n{after.table()}")
+    print(f"\nafter {len(run.history)} epochs without labels ({method})\n{after.table()}")
     print(f"\nthe run directory is {run.output}")
 
 

@@ -9,9 +9,11 @@ marked [R] are our reconstruction where the papers' public description is silent
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ecul import MODALITIES
@@ -224,3 +226,26 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON-ready values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def read_fields(path: str | os.PathLike) -> dict[str, Any]:
+    """The fields that a file gives: a run's `config.json`, without what it says of the model, or TOML.
+
+    Errors: ValueError for a file that cannot be read as such, or on Python 3.10 for TOML.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            import tomllib  # since Python 3.11
+
+            fields = tomllib.loads(text)
+        else:
+            fields = json.loads(text)
+    except ImportError as e:
+        raise ValueError(f"{path}: Python 3.10 cannot read TOML; give JSON") from e
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as JSON or, if it ends in .toml, as TOML: {e}") from e
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} should hold fields of Config by name, not {type(fields).__name__}")
+    return {name: value for name, value in fields.items() if name != "model"}

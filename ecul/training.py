@@ -27,11 +27,13 @@ from ecul.common.logs import logging_to_stderr
 from ecul.common.names import shorten
 from ecul.config import Config
 from ecul.data.dataset import Dataset
+from ecul.evaluation.validation import check_validation, validation_figures
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
 from ecul.optim import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_about_start
 from ecul.run.checkpoint import load_run, run_directory, save_run
-from ecul.run.log import LEGEND, describe, label_scores, monitors
+from ecul.run.hooks import as_hook, wants_to_stop
+from ecul.run.log import LEGEND, describe, label_scores, monitors, remaining
 from ecul.stages import Term, make_terms
 from ecul.trainset import TrainImages, dataset_fingerprint, image_fingerprints, load_images
 
@@ -72,18 +74,23 @@ def train(
     output: str | Path | None = None,
     resume: bool = False,
     device: str | torch.device | None = None,
-    on_epoch: Callable[[dict], object] | None = None,
+    on_epoch: Callable[..., object] | None = None,
     model: torch.nn.Module | None = None,
+    validate: int = 0,
 ) -> Run:
     """Train a visible-infrared model on unlabelled images.
 
     dataset: a `Dataset` (`open_dataset`, `Dataset.from_arrays`, `Dataset.from_folders`); its identities, if
     any, are read by the monitors of the log alone. config: a `Config`, by default `Config()`. output: the
-    run directory, None for none; resume: go on with the run that is there. device: by default the GPU when
-    there is one. on_epoch(row): called with each epoch's dict. model: a backbone of one's own, any module
-    with `num_features` that maps (N, 3, H, W) to (N, num_features), or one with `embed` like
-    `TwoStreamResNet`. Under torchrun the processes share one run. Returns a `Run`: the last epoch's weights,
-    or those of the best label-free score with `keep="score"`.
+    run directory, None for none; resume: go on with the run that is there, and further than it was to go
+    where config has more epochs. device: by default the GPU when there is one. on_epoch(row) or
+    on_epoch(row, model): called after each epoch with its dict, and with the model where it takes two; by
+    `raise StopIteration` it ends the run here, as if these had been all epochs. model: a backbone of one's
+    own, any module with `num_features` that maps (N, 3, H, W) to (N, num_features), or one with `embed` like
+    `TwoStreamResNet`. validate: every so many epochs evaluate the test images of a data set opened with
+    `validation`, or of one's own; the log has the figures, and nothing is selected by them. Under torchrun
+    the processes share one run. Returns a `Run`: the last epoch's weights, or those of the best label-free
+    score with `keep="score"`.
 
     Errors, before any work: an incomplete data set, an output directory that cannot be used or holds another
     run, weights of another architecture. Later: an epoch without two clusters a modality is skipped with a
@@ -91,9 +98,10 @@ def train(
     Source: ECUL and MBCCM.
     """
     config = config or Config()
-    if on_epoch is not None and not callable(on_epoch):
-        raise TypeError(f"on_epoch must be a function of a row, got {on_epoch!r}")
+    hook = as_hook(on_epoch)
     _check(dataset, config)
+    if validate:
+        check_validation(dataset, validate)
     place = distributed.start(device)
     with run_directory(output, hold=distributed.rank() == 0) as directory:
         goes_on = directory is not None and (directory / "resume.safetensors").exists()
@@ -121,15 +129,19 @@ def train(
         if config.epochs == 0:
             save()
         images = load_images(dataset, config.size, place)
-        model.trained_on = np.concatenate([image_fingerprints(side) for side in images.pixels])  # type: ignore[assignment]
+        prints = [image_fingerprints(side) for side in images.pixels]
+        model.trained_on = np.concatenate(prints)  # type: ignore[assignment]
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, images, config, epoch, directory)
+            if validate and (epoch + 1) % validate == 0 and distributed.rank() == 0:
+                row |= validation_figures(model, dataset)
             save()
             if distributed.rank() == 0:
-                log.info(describe(row))
-                if on_epoch is not None:
-                    on_epoch(row)
+                log.info(describe(row, config.epochs, remaining(state.history, config.epochs)))
+            if distributed.first_says(distributed.rank() == 0 and wants_to_stop(hook, row, model), place):
+                log.info("stopped after %d of %d epochs, as on_epoch asked for", epoch + 1, config.epochs)
+                break
         if config.keep == "score" and config.epochs and state.kept is None:
             _put_best_back(state, images, config)
             save()
@@ -326,7 +338,7 @@ def _put_best_back(state: State, images: TrainImages, config: Config) -> None:
     scores = [r["score"] for r in (*state.history[1:], row)]  # of the weights after 1, 2, ... epochs
     state.kept = 1 + scores.index(max(scores))
     if distributed.rank() == 0:
-        kept = (state.kept, config.epochs, max(scores))
+        kept = (state.kept, len(state.history), max(scores))
         log.info("the weights after %d of %d epochs are kept: score %.3f", *kept)
     if state.best is not None:
         state.model.load_state_dict(state.best)

@@ -286,7 +286,9 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
     root = layouts.sysu(tmp_path, images=1)
     with pytest.raises(ValueError, match="expected one of sysu, regdb, llcm, market, folders, not 'SYSU'"):
         open_dataset("SYSU", root)
-    with pytest.raises(ValueError, match="trial: no option of 'sysu'; its options are subset, pack"):
+    with pytest.raises(
+        ValueError, match="trial: no option of 'sysu'; its options are subset, validation, pack"
+    ):
         open_dataset("sysu", root, trial=1)
     with pytest.raises(ValueError, match="protocol: no option of 'sysu'"):
         open_dataset("sysu", root, protocol="regdb")

@@ -159,8 +159,8 @@ def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dat
     train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
     with pytest.raises(ValueError, match="holds a run; resume it"):
         train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
-    with pytest.raises(ValueError, match="epochs_cross: 0 then, 2 now"):
-        train(dataset, tiny(), output=tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="lr: 0.001 then, 0.002 now"):
+        train(dataset, tiny(epochs_cross=0, lr=2e-3), output=tmp_path / "run", resume=True)
 
 
 def test_an_unwritable_output_is_said_at_the_start(dataset, tmp_path):
@@ -336,7 +336,7 @@ def test_epochs_are_told_where_nobody_has_set_up_logging(dataset, monkeypatch, c
     monkeypatch.setattr(logging.getLogger("ecul"), "propagate", False)
     run = train(dataset, tiny())
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 3 and lines[0].startswith("epoch   1 stage 1")
+    assert len(lines) == 3 and lines[0].startswith("epoch 1/3 stage 1")
     assert not logging.getLogger("ecul").handlers
     assert repr(run) == "Run(TwoStreamResNet, 3 epochs, no directory)"
     monkeypatch.setattr(logging.getLogger("ecul"), "level", logging.ERROR)

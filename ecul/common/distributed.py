@@ -76,6 +76,11 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def first_says(answer: bool, device: torch.device) -> bool:
+    """Process 0's answer, on every process."""
+    return bool(broadcast(torch.tensor(int(answer), device=device))) if size() > 1 else answer
+
+
 def require_same(text: str, what: str) -> None:
     """A RuntimeError in each process whose text is not process 0's."""
     if size() > 1:

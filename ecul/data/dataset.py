@@ -4,9 +4,11 @@ Identities are only ever read by evaluation, by monitors and by checks.
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ecul import MODALITIES
 from ecul.common.names import did_you_mean
@@ -124,7 +126,10 @@ class Dataset:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults, by data set
-    **{name: {**layout.options, "subset": False, "pack": True} for name, layout in LAYOUTS.items()},
+    **{
+        n: {**layout.options, "subset": False, "validation": None, "pack": True}
+        for n, layout in LAYOUTS.items()
+    },
     "folders": {**{m: m for m in MODALITIES}, "cameras": False, "skip_unreadable": False, "pack": True},
 }
 
@@ -137,6 +142,8 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     the user's cache where that is read-only), or into the folder given here; False reads directly.
     subset (all but "folders"): allow other numbers of images and people than published; evaluation then says
     that these are not the published test images.
+    validation (all but "folders"): a share of the training people, as 0.2, to hold out: they are not trained
+    on, and the test images are theirs instead of the published ones.
     trial: "regdb"'s split, 1 to 10 (default 1); for "market", the sub-folder of a trial.
     protocol ("market"): whose protocol to evaluate with, "sysu", "regdb" or "llcm".
     visible, infrared ("folders"): the two folders of `Dataset.from_folders`, inside the root or absolute, by
@@ -168,7 +175,9 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     return Dataset.from_folders(**{**options, **places})
 
 
-def _open_layout(name: str, layout: Layout, root: Path, subset: bool, pack: Any, **options: Any) -> Dataset:
+def _open_layout(
+    name: str, layout: Layout, root: Path, subset: bool, validation: Any, pack: Any, **options: Any
+) -> Dataset:
     found, extra = layout.read(root, **options)
     trial = options.get("trial")
     label = name if layout.shared or trial is None else f"{name}{trial}"
@@ -184,7 +193,7 @@ def _open_layout(name: str, layout: Layout, root: Path, subset: bool, pack: Any,
         row = {path: place for place, path in enumerate(sources[home].names)}
         splits[split] = Images(modality, names, sources[home], camids, pids, [row[path] for path in names])
     given = {"subset": subset or None, **options}
-    return Dataset(
+    whole = Dataset(
         name,
         str(root),
         **splits,
@@ -194,6 +203,24 @@ def _open_layout(name: str, layout: Layout, root: Path, subset: bool, pack: Any,
         extra=tuple(extra),
         options={option: value for option, value in given.items() if value is not None} | _packing(pack),
     )
+    return whole if validation is None else _hold_out(whole, validation)
+
+
+def _hold_out(dataset: Dataset, share: Any) -> Dataset:
+    """This data set with a share of its training people, always the same, in the place of the test people."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(
+            f"validation: expected a share of the training people, above 0 and below 1, got {share!r}"
+        )
+    people = np.unique(np.concatenate([dataset.visible.identities(), dataset.infrared.identities()]))
+    held = np.random.default_rng(0).permutation(people)[: max(1, round(share * len(people)))]
+    splits: dict[str, Any] = {}
+    for modality in MODALITIES:
+        images = getattr(dataset, modality)
+        tested = np.isin(images.identities(), held)
+        splits |= {modality: images.subset(~tested), f"test_{modality}": images.subset(tested)}
+    options = {**dataset.options, "validation": share}
+    return replace(dataset, **splits, subset=True, options=options)
 
 
 def _packing(pack: Any) -> dict[str, Any]:

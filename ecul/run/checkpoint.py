@@ -98,16 +98,22 @@ def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Ma
 def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     """Put the state of `save_run` back to the last finished epoch.
 
-    Errors: ValueError naming what differs when the configuration or the data set is another one, or a file
-    that is damaged.
+    The configuration may differ in what comes after that epoch: a run can be lengthened. Errors: ValueError
+    naming what differs when the configuration or the data set is another one, or a file that is damaged.
     """
     saved, metadata, tensors = _read_run(output)
-    now = {**config.to_dict(), **data}
-    then = {**Config.from_dict(saved["config"]).to_dict(), **saved["dataset"]}
-    differs = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+    epoch, before = int(metadata["epoch"]), Config.from_dict(saved["config"])
+    now, then = {**config.to_dict(), **data}, {**before.to_dict(), **saved["dataset"]}
+    past = [{**_past(c, epoch), **d} for c, d in ((before, saved["dataset"]), (config, data))]
+    differs = [k for k in {**past[0], **past[1]} if past[0].get(k) != past[1].get(k)]
     if differs:
         listed = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs)
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
+    if epoch < config.epochs and int(metadata.get("kept", 0)):
+        raise ValueError(
+            f"{output} has ended with the weights of its best score, and those of its last epoch are gone: "
+            'it cannot go on. With keep="last" a run can be lengthened'
+        )
     part = {
         kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
         for kind in ("model.", "labels.", "best.", "optimizer.")
@@ -116,10 +122,19 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     found = [part["labels."][k] for k in ("own", "visible", "infrared") if k in part["labels."]]
     state.labels = torch.cat(found) if found else None  # earlier versions wrote them by modality
     state.best = part["best."] or None
-    state.history = saved["history"][: int(metadata["epoch"])]
+    state.history = saved["history"][:epoch]
     state.kept = int(metadata.get("kept", 0)) or None
     moments = _moments(part["optimizer."], state.optimizer)
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+
+
+def _past(config: Config, epochs: int) -> dict[str, Any]:
+    """The settings as far as the first epochs depend on them: what comes later may be changed."""
+    values = config.to_dict()
+    values |= {name: min(values[name], epochs) for name in ("epochs_intra", "tsmem_switch")}
+    values["epochs_cross"] = min(config.epochs, epochs) - values["epochs_intra"]
+    values["lr_milestones"] = [milestone for milestone in config.lr_milestones if milestone < epochs]
+    return values
 
 
 def _read_run(output: Path) -> tuple[dict, dict[str, str], dict[str, torch.Tensor]]:

@@ -8,7 +8,8 @@ from ecul.run.scores import adjusted_rand, mutual_rate, separation
 
 LEGEND = (
     "clusters and outliers: visible/infrared, then of both together; score: separation of the clusters, "
-    "without identities; loss: the sum of the stage's terms, of which stage 2 has more"
+    "without identities; loss: the sum of the stage's terms, of which stage 2 has more, then the mean of "
+    "each, visible/infrared/joint"
 )
 PARTS = ("extract", "labels", "train")  # of an epoch's seconds
 
@@ -44,18 +45,38 @@ def monitors(labels: Labels, identities: np.ndarray | None) -> dict[str, float]:
     return {f"monitor_ari_{name}": value for name, value in named.items() if not np.isnan(value)}
 
 
-def describe(row: dict) -> str:
-    """One line of text for one epoch."""
+def remaining(history: list[dict], epochs: int, latest: int = 5) -> float:
+    """Seconds that a run of so many epochs will take from here, if epochs go on as the latest ones."""
+    return float(np.mean([row["seconds"] for row in history[-latest:]])) * (epochs - len(history))
+
+
+def describe(row: dict, epochs: int | None = None, left: float = 0.0) -> str:
+    """One line of text for one epoch of so many, with so many seconds left."""
     clusters, outliers = (_joined(row, kind, "d") for kind in ("clusters_", "outliers_"))
-    text = f"epoch {row['epoch'] + 1:3d} stage {row['stage']} clusters {clusters} outliers {outliers}"
+    total = "" if epochs is None else f"/{epochs}"
+    text = f"epoch {row['epoch'] + 1}{total} stage {row['stage']} clusters {clusters} outliers {outliers}"
     text += f" score {row['score']:.3f}"
-    losses = [v for k, v in row.items() if k.startswith("loss_")]
+    losses = {k.removeprefix("loss_"): v for k, v in row.items() if k.startswith("loss_")}
     if losses:
+        kinds = dict.fromkeys(name.split("_")[0] for name in losses)
+        parts = [f"{kind} {_joined(losses, kind, '.2f')}" for kind in kinds]
         shares = "/".join(f"{100 * row[f'seconds_{part}'] / row['seconds']:.0f}" for part in PARTS)
-        text += f" loss {sum(losses):.3f} {row['seconds']:.1f} s ({'/'.join(PARTS)} {shares} %)"
+        text += f" loss {sum(losses.values()):.3f} ({', '.join(parts)})"
+        text += f" {row['seconds']:.1f} s ({'/'.join(PARTS)} {shares} %)"
         text += f" {row['images_per_second']:.0f} images/s"
-    monitored = _joined(row, "monitor_", ".2f")
-    return text + (f" (monitor: ARI {monitored})" if monitored else "")
+    for heading, kind, form in (
+        ("monitor: ARI", "monitor_", ".2f"),
+        ("validation: Rank-1/mAP", "valid", ".1f"),
+    ):
+        told = _joined(row, kind, form)
+        text += f" ({heading} {told})" if told else ""
+    return text + (f", {_span(left)} left" if left else "")
+
+
+def _span(seconds: float) -> str:
+    """So much time in the unit that suits it."""
+    size, unit = next((s, u) for s, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= s or s == 1)
+    return f"{seconds / size:.{0 if size == 1 else 1}f} {unit}"
 
 
 def _joined(row: dict, kind: str, form: str) -> str:

@@ -1,0 +1,83 @@
+"""What is called after each epoch: functions of a row of the log, or of a row and the model."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ecul.common.files import write_file
+from ecul.common.tables import render_table
+
+Hook = Callable[[dict, nn.Module], object]
+
+
+def as_hook(on_epoch: Callable[..., object] | None) -> Hook:
+    """on_epoch as a function of a row and the model, whichever of the two it takes.
+
+    Errors: TypeError for what is neither a function of one nor of both.
+    """
+    if on_epoch is None:
+        return lambda row, model: None
+    wanted = f"on_epoch must be a function of a row, or of a row and the model, got {on_epoch!r}"
+    if not callable(on_epoch):
+        raise TypeError(wanted)
+    try:
+        signature = inspect.signature(on_epoch)
+    except ValueError:  # a built-in function that does not tell
+        return lambda row, model: on_epoch(row)
+    for given in ((None,), (None, None)):
+        try:
+            signature.bind(*given)
+        except TypeError:
+            continue
+        return lambda *both: on_epoch(*both[: len(given)])
+    raise TypeError(wanted)
+
+
+def wants_to_stop(hook: Hook, row: dict, model: nn.Module) -> bool:
+    """Call the hook; whether it ended the run, by StopIteration."""
+    try:
+        hook(row, model)
+    except StopIteration:
+        return True
+    return False
+
+
+def csv_logger(directory: str | Path) -> Callable[[dict], None]:
+    """Write `log.csv` beside the run's `log.jsonl`: a row an epoch, a column for each name in any of them."""
+    directory = Path(directory)
+
+    def on_epoch(row: dict) -> None:
+        lines = (directory / "log.jsonl").read_text().splitlines()
+        write_file(
+            directory / "log.csv", render_table("csv", "", [], [json.loads(x) for x in lines]).encode()
+        )
+
+    return on_epoch
+
+
+def tensorboard_logger(directory: str | Path) -> Callable[[dict], None]:
+    """Write each number of a row as a scalar into `tensorboard/` of the run; epochs count from 1.
+
+    Errors: ImportError that says what to install.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ImportError("TensorBoard's files need its package: pip install tensorboard") from e
+    writers: list[Any] = []  # made with the first epoch: not for a run that fails before
+
+    def on_epoch(row: dict) -> None:
+        if not writers:
+            writers.append(SummaryWriter(str(Path(directory) / "tensorboard")))
+        for name, value in row.items():
+            writers[0].add_scalar(name.replace("_", "/", 1), value, row["epoch"] + 1)
+        writers[0].flush()
+
+    return on_epoch
+
+
+LOGGERS = {"csv": csv_logger, "tensorboard": tensorboard_logger}

@@ -1,0 +1,174 @@
+"""What happens between epochs: a callback, validation, log files, an early end, a longer run."""
+
+import csv
+import json
+import logging
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY, tiny
+
+from ecul import TwoStreamResNet, evaluate, open_dataset, train
+from ecul.cli import main
+from ecul.config import Config, read_fields
+from ecul.run.saved import read_run
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def test_on_epoch_may_take_the_model_too(dataset):
+    rows, models, defaults = [], [], []
+
+    def both(row, model):
+        rows.append(row)
+        models.append(model)
+        evaluate(model, dataset, modes="all", trials=1, progress=False)
+
+    plain = train(dataset, tiny())
+    watched = train(dataset, tiny(), on_epoch=both)
+    assert rows == watched.history and all(model is watched.model for model in models) and len(models) == 2
+    assert same(plain.model, watched.model)
+    train(dataset, tiny(epochs_cross=0), on_epoch=lambda row, where=defaults: where.append(row["epoch"]))
+    assert defaults == [0]  # what has a default is nobody's model
+    for wrong in (lambda: None, lambda a, b, c: None, 5):
+        with pytest.raises(TypeError, match="a function of a row, or of a row and the model"):
+            train(dataset, tiny(), on_epoch=wrong)
+
+
+def stop(row):
+    raise StopIteration
+
+
+def test_on_epoch_can_end_a_run_that_goes_on_later(dataset, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="ecul")
+    run = train(dataset, tiny(), output=tmp_path / "run", on_epoch=stop)
+    assert len(run.history) == 1 and not run.model.training and "stopped after 1 of 2 epochs" in caplog.text
+    assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model)
+    resumed = train(dataset, tiny(), output=tmp_path / "run", resume=True)
+    assert same(resumed.model, train(dataset, tiny()).model)
+    best = tiny(keep="score")
+    train(dataset, best, output=tmp_path / "best", on_epoch=stop)
+    with pytest.raises(ValueError, match="ended with the weights of its best score"):
+        train(dataset, best, output=tmp_path / "best", resume=True)
+
+
+def test_a_finished_run_can_be_lengthened_and_its_past_not_changed(dataset, tmp_path):
+    short, long = tiny(lr_milestones=(2,)), tiny(epochs_cross=2, lr_milestones=(2, 9))
+    train(dataset, short, output=tmp_path / "run")
+    for past in ({"lr_milestones": (1,)}, {"epochs_intra": 2}, {"epochs_cross": 0}, {"temp": 0.1}):
+        with pytest.raises(ValueError, match=f"{next(iter(past))}: .* then, .* now"):
+            train(dataset, short.replace(**past), output=tmp_path / "run", resume=True)
+    run = train(dataset, long, output=tmp_path / "run", resume=True)
+    assert same(run.model, train(dataset, long).model) and len(run.history) == 3
+    assert read_run(tmp_path / "run").config == long
+
+
+def test_validation_people_are_held_out_and_only_watched(world, tmp_path):
+    whole, held = open_dataset("sysu", world), open_dataset("sysu", world, validation=0.2)
+    trained, tested = ({*getattr(held, name).pids} for name in ("visible", "test_visible"))
+    assert len(tested) == 2 and len(trained) == 8 and trained | tested == {*whole.visible.pids}
+    assert {*held.infrared.pids} == trained and {*held.test_infrared.pids} == tested
+    assert held.check().ok and not tested & {*whole.test_visible.pids}
+    run = train(held, tiny(epochs_cross=2), validate=2, output=tmp_path / "run")
+    assert ["validation_mAP" in row for row in run.history] == [False, True, False]
+    assert same(run.model, train(held, tiny(epochs_cross=2)).model)
+    saved = read_run(tmp_path / "run")
+    assert saved.history == run.history
+    saved.require_same(saved.open())  # the report finds the same people
+    last = train(held, tiny(epochs_cross=1), validate=2)
+    row = evaluate(last.model, held, progress=False).rows[0]
+    assert (
+        last.history[1]["validation_mAP"] == row["mAP"] and row["caution"] == "not SYSU-MM01's own test set"
+    )
+    with pytest.raises(ValueError, match="these are the published test images"):
+        train(whole, tiny(), validate=1)
+    for share in (0, 1, True, "half"):
+        with pytest.raises(ValueError, match="validation: expected a share of the training people"):
+            open_dataset("sysu", world, validation=share)
+    with pytest.raises(ValueError, match="validate: expected a number of epochs"):
+        train(held, tiny(), validate=1.5)
+
+
+def test_lines_tell_how_far_it_is_how_long_and_what_each_term_gives(dataset, caplog):
+    caplog.set_level(logging.INFO, logger="ecul")
+    run = train(dataset, tiny())
+    lines = [line for line in caplog.messages if line.startswith("epoch ")]
+    assert lines[0].startswith("epoch 1/2 stage 1 ") and lines[1].startswith("epoch 2/2 stage 2 ")
+    assert re.search(r", \d+ (s|min) left$|, \d+\.\d min left$", lines[0]) and "left" not in lines[1]
+    losses = {k: v for k, v in run.history[1].items() if k.startswith("loss_")}
+    clusters = "/".join(f"{losses[f'loss_cluster_{m}']:.2f}" for m in ("visible", "infrared", "joint"))
+    assert f"loss {sum(losses.values()):.3f} (cluster {clusters}, instance " in lines[1]
+    assert f"consistency {losses['loss_consistency']:.2f}" in lines[1]
+
+
+def test_log_files_for_other_programs(world, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            written.append((self.folder, name, value, step))
+
+        def flush(self):
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    command = ["train", "sysu", world, "-o", str(tmp_path / "run"), "--preset", "demo", "--device", "cpu"]
+    command += [part for k, v in TINY.items() for part in ("--set", f"{k}={json.dumps(v)}")]
+    command += ["--log", "csv", "--log", "tensorboard"]
+    assert main(command) == 2 and not (tmp_path / "run").exists()  # no such package
+    module.SummaryWriter = SummaryWriter
+    assert main(command) == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 2 and {*table[0]} == {*log[0], *log[1]}
+    for row, line in zip(log, table, strict=True):
+        assert {k: float(v) for k, v in line.items() if v} == {k: float(v) for k, v in row.items()}
+    place = str(tmp_path / "run" / "tensorboard")
+    assert (place, "loss/cluster_visible", log[1]["loss_cluster_visible"], 2) in written
+    assert len(written) == sum(map(len, log))
+
+
+def test_settings_come_back_from_a_file(world, tmp_path, capsys):
+    def command(out, *more):
+        return ["train", "sysu", world, "-o", str(tmp_path / out), "--device", "cpu", *more]
+
+    fields = [part for k, v in TINY.items() for part in ("--set", f"{k}={json.dumps(v)}")]
+    assert main(command("a", "--preset", "demo", "--method", "ecul", *fields, "--set", "seed=3")) == 0
+    file = str(tmp_path / "a" / "config.json")
+    assert main(command("b", "--config", file)) == 0
+    first, again = (read_run(tmp_path / name).config for name in "ab")
+    assert first == again and first.method == "ecul"
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
+    given = ("--config", file, "--set", "seed=4", "--validate", "1", "--option", "validation=0.3")
+    assert main(command("c", *given)) == 0
+    third = read_run(tmp_path / "c")
+    assert third.config == first.replace(seed=4) and third.dataset["options"]["validation"] == 0.3
+    assert all(np.isfinite(row["validation_mAP"]) for row in third.history)
+    (tmp_path / "d.json").write_text("[1]")
+    (tmp_path / "e.json").write_text("{")
+    for name, message in (("d.json", "should hold fields of Config"), ("e.json", "cannot be read as JSON")):
+        assert main(command("x", "--config", str(tmp_path / name))) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
+def test_settings_may_be_toml(tmp_path):
+    (tmp_path / "f.toml").write_text('method = "mbccm"\nsize = [32, 16]\nlr = 1e-3\n')
+    fields = read_fields(tmp_path / "f.toml")
+    config = Config.preset("demo", **fields)
+    assert (config.method, config.size, config.lr) == ("mbccm", (32, 16), 1e-3)
