@@ -21,6 +21,22 @@ from ecul.config import DATASETS, METHODS, Config
 
 log = logging.getLogger("ecul")
 arg = partial(methodcaller, "add_argument")  # an argument of a command, told as argparse takes it
+PURPOSE = """\
+Find the same person in photographs and in infrared images, trained without any labels: two piles of images of
+people who were cut out, one visible and one infrared, give a model that searches one by the other."""
+EXAMPLES = """\
+for a first look:
+  ecul demo                                              rendered images, trained and evaluated in minutes
+with images of one's own, in photos/visible and photos/infrared:
+  ecul train folders photos --preset demo -o runs/mine   a small model; ecul report runs/mine shows what came
+  ecul search runs/mine --query photos/infrared --query-modality infrared \\
+      --gallery photos/visible --gallery-modality visible
+with a published data set:
+  ecul check sysu DATA                                   is it complete?
+  ecul train sysu DATA --set weights=resnet50.pth -o runs/sysu
+  ecul evaluate sysu DATA --model runs/sysu
+
+ecul COMMAND --help tells what a command takes."""
 COMMANDS: dict[str, tuple[Callable, tuple[methodcaller, ...]]] = {}
 
 
@@ -49,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ecul", description=(__doc__ or "").split("\n")[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ecul", description=PURPOSE, epilog=EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=ecul.__version__)
     parser.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -130,13 +147,14 @@ def train(args: argparse.Namespace) -> None:
     """Train without identity labels; the run directory holds model, log and configuration."""
     from ecul.common import distributed
     from ecul.config import read_fields
+    from ecul.data.layouts import LAYOUTS
     from ecul.run.hooks import LOGGERS
     from ecul.run.saved import trial_directory
 
     fields = {} if args.config is None else read_fields(args.config)
     fields |= {**({} if args.method is None else {"method": args.method}), **dict(args.set)}
-    if args.validate and "validation" not in dict(args.option):
-        args.option.append(("validation", 0.2))
+    if args.validate and args.dataset in LAYOUTS:
+        args.option = [("validation", 0.2), *args.option]
     for trial in args.trials or [None]:
         dataset = ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
         config = Config.preset(args.preset or dataset.protocol or "sysu", **fields)

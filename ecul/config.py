@@ -231,9 +231,11 @@ class Config:
 def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     """The fields that a file gives: a run's `config.json`, without what it says of the model, or TOML.
 
-    Errors: ValueError for a file that cannot be read as such, or on Python 3.10 for TOML.
+    Errors: FileNotFoundError; ValueError for a file that cannot be read as such, or on Python 3.10 for TOML.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of settings {path}")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":

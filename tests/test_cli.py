@@ -249,6 +249,14 @@ def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
 def test_the_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "ecul", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
+    assert "the same person in photographs and in infrared images" in done.stdout  # what it is for
+    examples = [
+        line.strip().split("  ")[0] for line in done.stdout.splitlines() if line.startswith("  ecul ")
+    ]
+    whole = done.stdout.replace("\\\n", "")
+    for example in (e for e in examples if not e.endswith("\\")):
+        _parser().parse_args(example.split()[1:])
+    assert len(examples) == 6 and "--query-modality infrared" in whole
 
 
 def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, caplog, monkeypatch):

@@ -424,6 +424,8 @@ def test_evaluate_refuses_what_it_cannot_measure(world):
         evaluate(None, nameless, features={"visible": np.eye(2), "infrared": np.eye(2)})
     for options, message in (
         ({"modes": ["outdoor"]}, "modes: 'sysu' knows all, indoor, not"),
+        ({"modes": "indor"}, "did you mean 'indoor'"),
+        ({"draw": "absent.mat"}, "draw: there is no file 'absent.mat'"),
         ({"trials": 0}, "^trials: expected whole numbers of at least 1, not 0"),
         ({"trials": "3"}, "^trials: .* not '3'"),
         ({"trials": True}, "^trials: "),

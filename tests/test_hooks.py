@@ -13,7 +13,7 @@ import torch
 from tiny import TINY, tiny
 
 from ecul import TwoStreamResNet, evaluate, open_dataset, train
-from ecul.cli import main
+from ecul.cli import _parser, main
 from ecul.config import Config, read_fields
 from ecul.run.saved import read_run
 
@@ -159,9 +159,18 @@ def test_settings_come_back_from_a_file(world, tmp_path, capsys):
     third = read_run(tmp_path / "c")
     assert third.config == first.replace(seed=4) and third.dataset["options"]["validation"] == 0.3
     assert all(np.isfinite(row["validation_mAP"]) for row in third.history)
+    assert main(command("d", "--config", file, "--validate", "5")) == 0
+    assert read_run(tmp_path / "d").dataset["options"]["validation"] == 0.2
+    assert _parser().parse_args(["check", "sysu", world]).option == []  # what one command adds is its own
     (tmp_path / "d.json").write_text("[1]")
     (tmp_path / "e.json").write_text("{")
-    for name, message in (("d.json", "should hold fields of Config"), ("e.json", "cannot be read as JSON")):
+    assert main(["train", "folders", str(tmp_path), "-o", str(tmp_path / "x"), "--validate", "1"]) == 2
+    assert "validation" not in capsys.readouterr().err
+    for name, message in (
+        ("d.json", "should hold fields of Config"),
+        ("e.json", "cannot be read as JSON"),
+        ("f", "no file"),
+    ):
         assert main(command("x", "--config", str(tmp_path / name))) == 2
         assert message in capsys.readouterr().err
 

@@ -34,6 +34,8 @@ def read_permutations(path: str | os.PathLike) -> list[np.ndarray]:
     """rand_perm_cam.mat: six cells (a camera) of cells (an identity) of (trials, images) 1-based numbers."""
     from scipy.io import loadmat
 
+    if not os.path.isfile(path):
+        raise ValueError(f"draw: there is no file {str(path)!r}; rand_perm_cam.mat comes with SYSU-MM01")
     try:
         cameras = loadmat(path)["rand_perm_cam"].ravel()
         permutations = [np.atleast_1d(camera.squeeze()) for camera in cameras]

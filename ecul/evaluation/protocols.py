@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES
+from ecul.common.names import did_you_mean
 from ecul.common.tables import render_table
 from ecul.data.dataset import Dataset
 from ecul.data.images import Images
@@ -181,7 +182,8 @@ def _plan(
     title, known = _PROTOCOLS[protocol]
     modes = list(known) if modes is None else [modes] if isinstance(modes, str) else modes
     if unknown := [mode for mode in modes if mode not in known]:
-        raise ValueError(f"modes: {protocol!r} knows {', '.join(known)}, not {unknown}")
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"modes: {protocol!r} knows {', '.join(known)}, not {unknown}{hint}")
     if protocol != "sysu" and (shots is not None or str(draw) != "random"):
         raise ValueError(f"shots and draw are for 'sysu', not {protocol!r}")
     counts = (1,) if shots is None else [shots] if np.ndim(shots) == 0 else list(shots)
