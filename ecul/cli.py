@@ -192,8 +192,9 @@ def evaluate(args: argparse.Namespace) -> None:
     options = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
     found = []
     for path, trial in zip(paths, trials, strict=True):
+        model = _model(str(path), args)
         dataset = ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
-        found.append(ecul.evaluate(_model(str(path), args), dataset, **options))
+        found.append(ecul.evaluate(model, dataset, **options))
         if len(paths) > 1:
             log.info("%s\n%s", path, found[-1].table())
     results = average(found) if len(found) > 1 else found[0]
