@@ -20,7 +20,7 @@ LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own lay
     | {"trainset", "labels", "batches", "stages", "optim", "search", "export", "importers", "estimator"},
     {"evaluation", "run"},
     {"training"},
-    {"report", "cli", "__main__"},
+    {"report", "cli", "shell", "__main__"},
 )
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -17,7 +17,7 @@ from tiny import TINY
 
 import ecul
 from ecul import MODALITIES, TwoStreamResNet, evaluation, export, extract, importers, kernels, report
-from ecul.cli import _parser, main
+from ecul.cli import main, parser
 from ecul.features import embed_pixels
 from ecul.search import extract_folder, save_features, search
 
@@ -70,17 +70,17 @@ def settings(**overrides):
 
 
 def subparsers():
-    (choices,) = [a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    (choices,) = [a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return choices
 
 
 def test_every_command_is_there_and_every_option_has_help():
     assert set(subparsers()) == COMMANDS
-    for name, parser in subparsers().items():
-        assert parser.description, name
-        for action in parser._actions:
+    for name, inner in subparsers().items():
+        assert inner.description, name
+        for action in inner._actions:
             assert action.help and len(action.help) > 5, f"{name} {action.option_strings or action.dest}"
-        assert parser.format_help()
+        assert inner.format_help()
 
 
 def test_errors_are_one_line_and_code_two(capsys, tmp_path):
@@ -255,7 +255,7 @@ def test_the_module_runs_as_a_program():
     ]
     whole = done.stdout.replace("\\\n", "")
     for example in (e for e in examples if not e.endswith("\\")):
-        _parser().parse_args(example.split()[1:])
+        parser().parse_args(example.split()[1:])
     assert len(examples) == 6 and "--query-modality infrared" in whole
 
 

@@ -13,7 +13,7 @@ import torch
 from tiny import TINY, tiny
 
 from ecul import TwoStreamResNet, evaluate, open_dataset, train
-from ecul.cli import _parser, main
+from ecul.cli import main, parser
 from ecul.config import Config, read_fields
 from ecul.run.saved import read_run
 
@@ -161,7 +161,7 @@ def test_settings_come_back_from_a_file(world, tmp_path, capsys):
     assert all(np.isfinite(row["validation_mAP"]) for row in third.history)
     assert main(command("d", "--config", file, "--validate", "5")) == 0
     assert read_run(tmp_path / "d").dataset["options"]["validation"] == 0.2
-    assert _parser().parse_args(["check", "sysu", world]).option == []  # what one command adds is its own
+    assert parser().parse_args(["check", "sysu", world]).option == []  # what one command adds is its own
     (tmp_path / "d.json").write_text("[1]")
     (tmp_path / "e.json").write_text("{")
     assert main(["train", "folders", str(tmp_path), "-o", str(tmp_path / "x"), "--validate", "1"]) == 2

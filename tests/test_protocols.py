@@ -78,6 +78,9 @@ def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys, c
     command = ["train", "regdb", root, "-o", str(runs), "--option", "subset=true", "--trials", "1-2"]
     command += ["--preset", "demo", "--device", "cpu", *(part for f in fields for part in ("--set", f))]
     assert main(command) == 0
+    with pytest.raises(SystemExit):
+        main([*command, "--trials", "2-1"])
+    assert "the smaller first, got '2-1'" in capsys.readouterr().err
     assert main(command) == 2 and "holds a run; resume it" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0 and "trial-2" in capsys.readouterr().out
     ask = ["evaluate", "regdb", root, "--option", "subset=true", "--json"]
