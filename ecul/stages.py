@@ -1,8 +1,8 @@
 """What an epoch learns from: a stage is a list of terms, each one loss with its memory.
 
 The loop computes every term's loss in the same way and updates every term in the same way. Stage 1 has a
-cluster and an instance term per modality; stage 2 adds joint terms (ECUL), agnostic terms and the consistency
-constraint (MBCCM), or all of them (united).
+cluster and an instance term per modality; stage 2 adds joint terms (ECUL), agnostic terms (united), or these
+and the consistency constraint (MBCCM).
 
 ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
