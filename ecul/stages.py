@@ -126,7 +126,7 @@ def make_terms(
             contrasts.append(instance_term(m, config.weight_instance, own))
     specific = [term for term in contrasts if isinstance(term.memory, ClusterMemory)]
     joint, weight = labels.joint, config.weight_joint
-    if joint is not None and count_clusters(joint) >= 2:
+    if joint is not None and weight > 0 and count_clusters(joint) >= 2:
         groups = (torch.arange(len(own), device=own.device) >= border).long()
         means = cluster_means(features, joint, groups) if start == "mean" else None
         contrasts.append(cluster_term("joint", weight, joint, means))
