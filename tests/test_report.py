@@ -223,7 +223,7 @@ def test_the_accuracy_is_that_of_evaluate(run, dataset):
     text = report(run.output, dataset, queries=1, top=1, progress=False).read_text()
     for row in evaluate(run.model, dataset, progress=False).rows:
         assert f"<th>{row['mode']}</th><td>{row['rank1']:.2f} ± {row['rank1_std']:.2f}</td>" in text
-    assert "SYSU-MM01; single-shot" in text
+    assert "own test set; single-shot" in text
     blind = dataclasses.replace(dataset, test_visible=None, test_infrared=None)
     assert "Accuracy" not in report(run.output, blind, queries=1, top=1, progress=False).read_text()
     with pytest.raises(ValueError, match="queries and top must be at least 1"):

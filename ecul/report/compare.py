@@ -137,15 +137,13 @@ def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
         return len({json.dumps(own.get(name)) for own in chosen}) > 1
 
     def follows(name: str, own: dict[str, Any]) -> bool:
-        value = METHODS[own["method"]].get(name, own[name])
-        return name in METHODS[own["method"]] and own[name] == (
-            list(value) if isinstance(value, tuple) else value
-        )
+        given = METHODS[own["method"]]
+        return name in given and json.dumps(given[name]) == json.dumps(own.get(name))
 
     return [
         name
         for name in dict.fromkeys(name for own in settings for name in own)
-        if differ(name, [own for own in settings if not (name in own and follows(name, own))])
+        if differ(name, [own for own in settings if not follows(name, own)])
         or any(differ(name, [own for own in settings if own["method"] == method]) for method in METHODS)
     ]
 
@@ -160,7 +158,7 @@ def _group(runs: Sequence[SavedRun], settings: dict, root: str | Path | None, de
     cautions = {row["caution"] for found in results for row in found.rows} - {""}
     if 0 < len(results) < len(runs):
         cautions.add(f"accuracy of {len(results)} of {len(runs)} runs")
-    figures["score"] = [run.history[-1]["score"] for run in runs if "score" in run.history[-1]]
+    figures["score"] = [run.history[-1]["score"] for run in runs]
     figures["minutes"] = [sum(row["seconds"] for row in run.history) / 60 for run in runs]
     return Group(tuple(runs), settings, figures, "; ".join(sorted(cautions)))
 
