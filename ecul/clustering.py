@@ -20,12 +20,31 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
+from torch import distributed as dist
 from tqdm import tqdm
 
+from ecul.common import distributed
 from ecul.kernels import jaccard_neighbors, pair_similarity, topk_similarity
+from ecul.kernels.jaccard import graph_of, jaccard_pairs
 
 CSR = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # indptr, indices, values
 ROWS = 8192  # rows handled at a time by the steps that need more than O(k) room a row
+
+# What `emcc` holds on a GPU at N = 1,000,000, D = 2048, k1 = k3 = 40 and 300 non-zeros an extended row, in GB
+# beyond the features: 22 at most, while neighbours are found.
+#   points, float32, until the encodings are made          N * D * 4        8.2
+#   neighbours: rounded rows, float16                      N * D * 2        4.1
+#     maxima of a part of the columns, 320 a row           N * 320 * 4      1.3   gone before the lists come
+#     lists with scores, 1,024 a row                       N * 1,024 * 8    8.2
+#     cut short, 160 a row                                 N * 160 * 4      0.6
+#   ranks, 40 a row                                        N * 40 * 8       0.3
+#   encodings, 60 a row, columns and values                N * 60 * 16      1.0
+#   extended, 300 a row                                    N * 300 * 12     3.6
+#   graph: renumbered columns and units                    N * 300 * 8      2.4
+#     first entries, 100 a row, by row and by column       N * 100 * 48     4.8
+#     listed pairs, 128 a row                              N * 128 * 16     2.0
+#     overlaps of a few rows                               2**25 * 4        0.1
+# Joining strips of encodings or extended rows takes their room twice; a strip itself takes 0.5 GB at most.
 
 
 def _same_kind(function: Callable) -> Callable[..., Any]:
@@ -63,6 +82,7 @@ def emcc(
     k3: int | None = 12,
     eps: float = 0.6,
     min_samples: int = 4,
+    together: bool = False,
 ) -> torch.Tensor:
     """Cluster features across cameras and modalities; -1 marks outliers.
 
@@ -79,6 +99,8 @@ def emcc(
             nearest, cameras and modalities unused, which is the standard clustering.
         eps: the largest Jaccard distance between neighbours, in (0, 1].
         min_samples: neighbours, the point among them, that make a core point.
+        together: share the work with the other processes of torch.distributed's group: all of them call, with
+            equal arguments, and all get the same labels, those of one process.
 
     Returns:
         (N,) int64 labels; clusters count from 0 in the order of their smallest core point. A tensor for
@@ -110,10 +132,13 @@ def emcc(
             bar.update()
             return result
 
-        ranks = done(_rank(points, max(k1, k2, k3 or 0)))
-        encodings = done(_encode(points, ranks, k1))
-        encodings = done(extend_encodings(*encodings, ranks, cameras, modalities, k2=k2, k3=k3))
-        graph = done(neighbor_graph(*encodings, eps=eps))
+        ranks = done(_rank(points, max(k1, k2, k3 or 0), together))
+        encodings = done(_encode(points, ranks, k1, together))
+        del points
+        encodings = done(_extend(encodings, ranks, cameras, modalities, k2, k3, together))
+        turn, turns = (distributed.rank(), distributed.size()) if together else (0, 1)
+        pairs = jaccard_pairs(*encodings, eps, turn, turns)
+        graph = done(graph_of(_joined(pairs.T, together).T, size))
         return done(dbscan(*graph, min_samples=min_samples))
 
 
@@ -178,16 +203,8 @@ def extend_encodings(
     _check_range(k2, k3)
     cameras = _check_codes("cameras", cameras, ranks)
     modalities = _check_codes("modalities", modalities, ranks, largest=1)
-    if k3 is None:
-        cameras, modalities, k3 = torch.zeros_like(cameras), torch.zeros_like(modalities), k2
-    size = len(indptr) - 1
-    _check_ranks(ranks, size, k3)
-    parts = []
-    for near in ranks[:, :k3].split(ROWS):
-        weights = _on_grid(_member_weights(cameras[near], modalities[near], k2))
-        extended = _times(near, weights, (indptr, indices, values.double()))
-        parts.append((_degrees(extended), extended.indices()[1], extended.values().float()))
-    return _stacked(parts)
+    _check_ranks(ranks, len(indptr) - 1, k3 or k2)
+    return _extend((indptr, indices, values), ranks, cameras, modalities, k2, k3)
 
 
 @_same_kind
@@ -234,20 +251,25 @@ def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) ->
     return torch.from_numpy(labels.astype(np.int64)).to(indptr.device)
 
 
-def _rank(points: torch.Tensor, k: int) -> torch.Tensor:
+def _rank(points: torch.Tensor, k: int, together: bool = False) -> torch.Tensor:
     itself = torch.arange(len(points), device=points.device)[:, None]
     k = min(k, len(points))
     if k <= 1:
         return itself[:, :k]
-    return torch.cat([itself, topk_similarity(points, points, k - 1, exclude_self=True)[1]], 1)
+    if not together:
+        return torch.cat([itself, topk_similarity(points, points, k - 1, exclude_self=True)[1]], 1)
+    own = itself[distributed.share(len(points))]
+    near = topk_similarity(points[own[:, 0]], points, k)[1]
+    others = near.gather(1, (near == own).int().sort(dim=1, stable=True).indices)[:, : k - 1]
+    return _joined(torch.cat([own, others], 1), together)
 
 
-def _encode(points: torch.Tensor, ranks: torch.Tensor, k1: int) -> CSR:
+def _encode(points: torch.Tensor, ranks: torch.Tensor, k1: int, together: bool = False) -> CSR:
     near, mutual = _reciprocal(ranks, k1)
     near_half, mutual_half = _reciprocal(ranks, round(k1 / 2) + 1)
     half = _stacked([(mutual_half.sum(1), near_half[mutual_half], mutual_half[mutual_half].double())])
-    itself, parts = torch.arange(len(points), device=points.device), []
-    for rows in itself.split(ROWS):
+    parts = [_no_rows(points, torch.float64)]
+    for rows in _strips(points, together):
         own = _sparse(*_entries(near[rows], mutual[rows].double()), (len(rows), len(points)))
         inside = (_times(near[rows], mutual[rows], half) * own).coalesce()  # |H(j) & R(i)| for j in R(i)
         i, j = inside.indices()
@@ -257,7 +279,49 @@ def _encode(points: torch.Tensor, ranks: torch.Tensor, k1: int) -> CSR:
         weights = _on_grid(_exp(2 * pair_similarity(points, points, rows[i], j) - 2))
         totals = weights.new_zeros(len(rows)).index_add_(0, i, weights)
         parts.append((_degrees(expanded), j, _on_grid(weights / totals[i])))
-    return _stacked(parts)
+    return _stacked(parts, together)
+
+
+def _extend(
+    encodings: CSR,
+    ranks: torch.Tensor,
+    cameras: torch.Tensor,
+    modalities: torch.Tensor,
+    k2: int,
+    k3: int | None,
+    together: bool = False,
+) -> CSR:
+    if k3 is None:
+        cameras, modalities, k3 = torch.zeros_like(cameras), torch.zeros_like(modalities), k2
+    indptr, indices, values = encodings
+    parts = [_no_rows(ranks, torch.float32)]
+    for rows in _strips(ranks, together):
+        near = ranks[rows, :k3]
+        weights = _on_grid(_member_weights(cameras[near], modalities[near], k2))
+        extended = _times(near, weights, (indptr, indices, values.double()))
+        parts.append((_degrees(extended), extended.indices()[1], extended.values().float()))
+    return _stacked(parts, together)
+
+
+def _strips(table: torch.Tensor, together: bool) -> list[torch.Tensor]:
+    """The rows of the table that are this process's to handle, some at a time."""
+    rows = torch.arange(len(table), device=table.device)
+    rows = rows[distributed.share(len(table))] if together else rows
+    return [strip for strip in rows.split(ROWS) if len(strip)]
+
+
+def _joined(rows: torch.Tensor, together: bool) -> torch.Tensor:
+    """The rows of all processes, however many each has, in the order of the processes."""
+    if not together or distributed.size() == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(distributed.size())]
+    dist.all_gather(counts, count)
+    padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 def _reciprocal(ranks: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -347,10 +411,16 @@ def _degrees(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.indices()[0].bincount(minlength=len(matrix))
 
 
-def _stacked(parts: list[CSR]) -> CSR:
+def _stacked(parts: list[CSR], together: bool = False) -> CSR:
     """One CSR matrix of strips of rows, given as (entries in each row, columns, values)."""
-    degrees, indices, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    degrees, indices, values = (_joined(torch.cat(part), together) for part in zip(*parts, strict=True))
     return torch.cat([degrees.new_zeros(1), degrees.cumsum(0)]), indices, values
+
+
+def _no_rows(like: torch.Tensor, dtype: torch.dtype) -> CSR:
+    """A strip for `_stacked` without rows, on the device of a tensor."""
+    none = torch.empty(0, dtype=torch.int64, device=like.device)
+    return none, none, none.to(dtype)
 
 
 def _normalize(features: torch.Tensor) -> torch.Tensor:
@@ -360,14 +430,16 @@ def _normalize(features: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"features must be floating point, got {features.dtype}: try features.float()")
     if features.ndim != 2:
         raise ValueError(f"features must have shape (N, D), got {tuple(features.shape)}")
-    points = features.detach().float()
-    squares = (_row_sums(rows.double().square_()) for rows in points.split(ROWS))
-    norms = torch.cat([square.sqrt().float() for square in squares])[:, None]
+    strips = features.detach().split(ROWS)
+    norms = torch.cat([_row_sums(rows.float().double().square_()).sqrt().float()[:, None] for rows in strips])
     for bad, what in ((~norms.isfinite(), "not finite"), (norms == 0, "all zeros")):
         if bad.any():
             row, count = int(bad.flatten().nonzero()[0]), int(bad.sum())
             raise ValueError(f"features must be finite, no row zero; row {row} is {what} ({count} such rows)")
-    return (points / norms).mul_(2.0**26).round_().div_(2.0**26)
+    points = torch.empty(features.shape, device=features.device)
+    for rows, part, sizes in zip(strips, points.split(ROWS), norms.split(ROWS), strict=True):
+        part.copy_(_on_grid(rows.float() / sizes))
+    return points
 
 
 def _check_codes(name: str, codes: Any, points: torch.Tensor, largest: int | None = None) -> torch.Tensor:

@@ -120,6 +120,7 @@ def _candidates_kernel(
 PRODUCT = Config({"BLOCK": 128, "BLOCK_D": 64, "TALL": 8}, warps=8, stages=3, shared=131072)
 PART = 8  # the first bound comes from one column in so many
 MAXIMA = 8  # and from so many times k maxima a row at a time
+CLOSEST = 65536  # rows whose lists are cut short at a time
 
 
 def random_order(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -244,4 +245,7 @@ def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symm
     kept = (bounds(best, k, margin), lists, scores, counts)
     options |= {"ROOM": room, "SYMMETRIC": symmetric}
     PRODUCT.launch(_candidates_kernel, (tiles[0] * tiles[1],), *rows, *kept, *tiles, *shapes, **options)
-    return closest(lists, scores, counts, k, margin)
+    parts = [slice(start, start + CLOSEST) for start in range(0, M, CLOSEST)]
+    found = [closest(lists[rows], scores[rows], counts[rows], k, margin[rows]) for rows in parts]
+    columns, overflowed = zip(*found, strict=True)
+    return torch.cat(columns), torch.cat(overflowed)

@@ -1,14 +1,18 @@
 """Short lists that hold the k best columns of every row: the first two steps of `topk_similarity` on a CPU.
 
-The steps and their bounds are those of `_shortlist`, a strip of rows at a time in place of tiles. Where the
-processor multiplies bfloat16, products come rounded to it, by a 256th at most: the bounds allow for that.
+The steps and their bounds are those of `_shortlist`, with strips of rows and columns in place of tiles. Where
+the processor multiplies bfloat16, products come rounded to it, by a 256th at most: the bounds allow for that,
+and rows whose neighbours bfloat16 cannot tell apart are looked at again in float32.
 """
+
+import math
 
 import torch
 
-from ._shortlist import PART, Shortlist, bounds, closest, largest_error, power_of_two, random_order
+from ._shortlist import Shortlist, bounds, closest, largest_error, power_of_two, random_order
 
-ROWS = 512  # of x at a time
+ROWS, COLUMNS = 512, 16384  # of x and of y at a time
+PART = 4  # the first bound comes from one column in so many
 BRAIN = any(
     getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
 )  # whether the processor has such instructions
@@ -18,32 +22,59 @@ COARSE = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}
 
 def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
     """The short lists of the rows of x."""
-    (M, D), N = x.shape, y.shape[0]
-    y_rounded, *y_norms = _round(y)
-    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else _round(x)
-    margin = largest_error(x_norms, y_norms, D, 2.0**-23)
-    least = _bounds(x_rounded, y_rounded, k, exclude_self, margin).to(DTYPE)
+    itself = torch.arange(len(x)) if exclude_self else None
+    lists, overflowed = _shortlist(x, y, k, itself, symmetric, DTYPE)
+    if torch.float32 != DTYPE and overflowed.any():
+        again = overflowed.nonzero()[:, 0]
+        itself = again if exclude_self else None
+        more, overflowed[again] = _shortlist(x[again], y, k, itself, False, torch.float32)
+        lists[again] = -1
+        lists[again, : more.shape[1]] = more
+    return lists, overflowed
 
-    room = min(N, max(256, 2 * PART * k))
-    lists, scores = torch.empty((M, room), dtype=torch.int32), torch.empty((M, room), dtype=DTYPE)
+
+def _shortlist(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    k: int,
+    itself: torch.Tensor | None,
+    symmetric: bool,
+    dtype: torch.dtype,
+) -> Shortlist:
+    """`itself`, where given, names the row of y to leave out for each row of x."""
+    (M, D), N, coarse = x.shape, y.shape[0], COARSE[dtype]
+    y_rounded, *y_norms = _round(y, dtype)
+    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else _round(x, dtype)
+    margin = largest_error(x_norms, y_norms, D, 2.0**-23)
+    least = _bounds(x_rounded, y_rounded, k, itself, margin, coarse).to(dtype)
+
+    room = min(N, max(256, 3 * PART * k))
+    lists, scores = torch.empty((M, room), dtype=torch.int32), torch.empty((M, room), dtype=dtype)
     counts = torch.zeros(M, dtype=torch.int64)
     found = []
     for start in range(0, M, ROWS):
-        stop = min(start + ROWS, M)
-        first = start if symmetric else 0  # the columns before it had this row among theirs
-        products = x_rounded[start:stop] @ y_rounded[first:].T
-        if exclude_self:
-            products.diagonal(start - first).fill_(torch.nan)  # which no comparison finds
-        near = products >= least[start:stop, None]
-        _append(products, near, lists[start:stop], scores[start:stop], counts[start:stop], first)
-        if symmetric:
-            across = products[:, stop - start :].T
-            near = (across >= least[stop:, None]).contiguous()
-            _append(across, near, lists[stop:], scores[stop:], counts[stop:], start)
-        kept = (lists[start:stop], scores[start:stop].float(), counts[start:stop])
-        found.append(closest(*kept, k, margin[start:stop], COARSE[DTYPE]))
-    columns, overflowed = zip(*found, strict=True)
-    return torch.cat(columns), torch.cat(overflowed)
+        rows = slice(start, min(start + ROWS, M))
+        for first in range(start if symmetric else 0, N, COLUMNS):  # those before had this row among theirs
+            columns = slice(first, min(first + COLUMNS, N))
+            products = x_rounded[rows] @ y_rounded[columns].T
+            if itself is not None:
+                _leave_out(products, itself[rows] - first, torch.nan)  # which no comparison finds
+            near = products >= least[rows, None]
+            _append(products, near, lists[rows], scores[rows], counts[rows], first)
+            if symmetric and columns.stop > rows.stop:
+                beyond = slice(max(rows.stop, first), columns.stop)
+                across = products[:, beyond.start - first :].T
+                near = (across >= least[beyond, None]).contiguous()
+                _append(across, near, lists[beyond], scores[beyond], counts[beyond], start)
+        found.append(closest(lists[rows], scores[rows].float(), counts[rows], k, margin[rows], coarse))
+    shortest, overflowed = zip(*found, strict=True)
+    return torch.cat(shortest), torch.cat(overflowed)
+
+
+def _leave_out(products: torch.Tensor, columns: torch.Tensor, value: float) -> None:
+    """Put the value in each row's column, where that is one of these."""
+    rows = ((columns >= 0) & (columns < products.shape[1])).nonzero()[:, 0]
+    products[rows, columns[rows]] = value
 
 
 def _append(
@@ -66,7 +97,7 @@ def _append(
 
 
 def _bounds(
-    x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, margin: torch.Tensor
+    x: torch.Tensor, y: torch.Tensor, k: int, itself: torch.Tensor | None, margin: torch.Tensor, coarse: float
 ) -> torch.Tensor:
     """The bound of each row from the products with a part of the columns, drawn at random."""
     count = min(len(y), max(len(y) // PART, 2 * k))
@@ -75,23 +106,22 @@ def _bounds(
     place[chosen] = torch.arange(count)
     part, least = y[chosen], []
     for start in range(0, len(x), ROWS):
-        row = torch.arange(start, min(start + ROWS, len(x)))
-        products = x[row] @ part.T
-        if exclude_self:
-            met = row[place[row] >= 0]
-            products[met - start, place[met]] = -torch.inf
+        rows = slice(start, start + ROWS)
+        products = x[rows] @ part.T
+        if itself is not None:
+            _leave_out(products, place[itself[rows]], -torch.inf)
         best = products.topk(min(k, count)).values.float()
-        least.append(bounds(best, k, margin[row], COARSE[DTYPE]))
+        least.append(bounds(best, k, margin[rows], coarse))
     return torch.cat(least)
 
 
-def _round(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows in DTYPE, their norms and those of the errors; a power of two keeps products within range."""
+def _round(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows in this dtype, their norms and those of the errors; a power of two keeps products within range."""
     scale = float(power_of_two(matrix))
-    if 2.0**-32 < scale < 2.0**32:
+    if abs(math.log2(scale)) < 32:
         scale = 1.0
-    as_it_is = matrix.dtype == DTYPE and scale == 1
-    rounded = matrix if as_it_is else torch.empty(matrix.shape, dtype=DTYPE)
+    as_it_is = matrix.dtype == dtype and scale == 1
+    rounded = matrix if as_it_is else torch.empty(matrix.shape, dtype=dtype)
     sizes, errors = torch.zeros(2, len(matrix))
     for start in range(0, len(matrix), 8192):
         strip = slice(start, start + 8192)

@@ -18,6 +18,7 @@ SHARE = 6  # this part of the overlap asked for must lie in the rows' first entr
 ROWS, PARTS = 256, 8  # the reference compares this many rows with one of this many parts at a time
 PAIRS = 4096  # and measures this many pairs at a time
 STRIP = 2**25  # overlaps the kernel holds at a time
+SORTED = 65536  # rows that the kernel's launcher sorts at a time
 FOUND = 128  # pairs a row that the kernel has room for at first
 BLOCK, WARPS = 256, 4
 
@@ -66,7 +67,14 @@ def jaccard_neighbors(
 def jaccard_neighbors_reference(
     indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`jaccard_neighbors` in sparse products on the host: the specification and the CPU path.
+    """`jaccard_neighbors` in sparse products on the host: the specification and the CPU path."""
+    return graph_of(_pairs_on_host(indptr, indices, values, eps, 0, 1), len(indptr) - 1)
+
+
+def _pairs_on_host(
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float, turn: int, turns: int
+) -> torch.Tensor:
+    """`jaccard_pairs` in sparse products.
 
     As min(a, b) <= sqrt(a b), the product of the square roots bounds every overlap from above. It is taken of
     the first entries, some rows with a part of all at a time; the few pairs whose bound reaches the share of
@@ -74,8 +82,7 @@ def jaccard_neighbors_reference(
     """
     size, device = len(indptr) - 1, indptr.device
     if eps == 1 or size == 0:
-        everyone = torch.arange(size, device=device)
-        return torch.arange(size + 1, device=device) * size, everyone.repeat(size)
+        return torch.triu_indices(size, size, 1, device=device)[:, turn::turns]
     units = _units(values).cpu().numpy()
     encodings = csr_matrix((units, indices.cpu().numpy(), indptr.cpu().numpy()), shape=(size, size))
     rare_first = np.bincount(encodings.indices, minlength=size).argsort(kind="stable")
@@ -108,10 +115,11 @@ def jaccard_neighbors_reference(
 
     pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
-        pairs = np.concatenate(list(pool.map(search, range(0, size, ROWS))), axis=1)
+        found = [np.empty((2, 0), np.int64)]
+        pairs = np.concatenate(found + list(pool.map(search, range(turn * ROWS, size, turns * ROWS))), axis=1)
     finally:
         pool.shutdown(cancel_futures=True)
-    return _graph(torch.from_numpy(pairs).to(device), size)
+    return torch.from_numpy(pairs).to(device)
 
 
 def _first_entries(encodings: csr_matrix, least: int) -> csr_matrix:
@@ -137,7 +145,7 @@ def _share(least: int) -> int:
     return max(1, least // SHARE)
 
 
-def _graph(pairs: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def graph_of(pairs: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j: (2, pairs)."""
     i, j = pairs
     itself = torch.arange(size, device=i.device)
@@ -146,14 +154,24 @@ def _graph(pairs: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([degree.new_zeros(1), degree.cumsum(0)]), keys % max(size, 1)
 
 
-def _search(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def jaccard_pairs(
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float, turn: int, turns: int
+) -> torch.Tensor:
+    """One part of the pairs (i, j) within eps, i < j, (2, pairs) int64; `turns` parts are all of them.
+
+    Arguments as for `jaccard_neighbors`; strips of rows take turns, for the first rows have most partners.
+    """
     _check_matrix(indptr, indices, values)
     if eps < 1 and len(indices) and use_triton(values):
         with torch.cuda.device_of(values):
-            return _launch(indptr, indices, values, eps)
-    return jaccard_neighbors_reference(indptr, indices, values, eps)
+            return _launch(indptr, indices, values, eps, turn, turns)
+    return _pairs_on_host(indptr, indices, values, eps, turn, turns)
+
+
+def _search(
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return graph_of(jaccard_pairs(indptr, indices, values, eps, 0, 1), len(indptr) - 1)
 
 
 _operator = torch.library.custom_op("ecul::jaccard_neighbors", _search, mutates_args=())
@@ -235,7 +253,7 @@ def _measure(pairs, overlaps, indptr, cols, units, room, STEPS: tl.constexpr, BL
         below, above = tl.zeros((BLOCK,), tl.int64) + low, tl.zeros((BLOCK,), tl.int64) + high
         for _ in range(STEPS):  # until below is the first entry whose column is not smaller
             middle = (below + above) // 2
-            smaller = tl.load(cols + middle, mask=middle < high, other=2**62) < column
+            smaller = tl.load(cols + middle, mask=middle < high, other=2**31 - 1) < column
             below = tl.where(smaller & (below < above), middle + 1, below)
             above = tl.where(smaller, above, middle)
         shared = (lane < stop) & (below < high)
@@ -245,23 +263,38 @@ def _measure(pairs, overlaps, indptr, cols, units, room, STEPS: tl.constexpr, BL
     tl.store(overlaps + pair, tl.sum(overlap, 0))
 
 
+def _rare_first(
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, least: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Columns renumbered, rare ones first, and their units; of what is left the rows, columns and units.
+
+    Some rows at a time: sorting takes several times the room of what is sorted.
+    """
+    size, device = len(indptr) - 1, indptr.device
+    rank = torch.empty(size, dtype=torch.int64, device=device)
+    rank[indices.bincount(minlength=size).argsort(stable=True)] = torch.arange(size, device=device)
+    cols, units = (torch.empty(len(indices), dtype=torch.int32, device=device) for _ in range(2))
+    tops = list(range(0, size, SORTED))
+    edges, left = [*indptr[tops].tolist(), len(indices)], []
+    for top, start, stop in zip(tops, edges, edges[1:], strict=False):
+        strip, offsets = slice(start, stop), indptr[top : top + SORTED + 1] - start
+        row = torch.arange(len(offsets) - 1, device=device).repeat_interleave(offsets.diff())
+        keys, order = (row * size + rank[indices[strip]]).sort()
+        cols[strip], units[strip] = keys % size, _units(values[strip])[order]
+        sums = torch.cat([offsets.new_zeros(1), units[strip].cumsum(0, dtype=torch.int64)])
+        kept = sums[offsets[1:]][row] - sums[:-1] > least - _share(least)
+        left.append((row[kept] + top, cols[strip][kept], units[strip][kept]))
+    rows, columns, parts = (torch.cat(part) for part in zip(*left, strict=True))
+    return cols, units, (rows, columns, parts)
+
+
 def _launch(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float, turn: int, turns: int
+) -> torch.Tensor:
     size, device = len(indptr) - 1, indptr.device
     least = _least_overlap(eps)
-    frequency = indices.bincount(minlength=size)
-    rank = torch.empty_like(frequency)
-    rank[frequency.argsort(stable=True)] = torch.arange(size, device=device)
-    rows = torch.arange(size, device=device).repeat_interleave(indptr.diff())
-    keys, order = (rows * size + rank[indices]).sort()
-    cols, units = keys % size, _units(values)[order]
-    sums = torch.cat([indptr.new_zeros(1), units.cumsum(0, dtype=torch.int64)])
-    kept = sums[indptr[1:]][rows] - sums[:-1] > least - _share(least)
-    left = torch.cat([indptr.new_zeros(1), kept.cumsum(0)])[indptr]
-    first = rows[kept], cols[kept], units[kept]
-
-    by_column = (first[1] * size + first[0]).argsort()
+    cols, units, first = _rare_first(indptr, indices, values, least)
+    by_column = (first[1].long() * size + first[0]).argsort()
     place = torch.empty_like(by_column)
     place[by_column] = torch.arange(len(by_column), device=device)
     ends = first[1].bincount(minlength=size).cumsum(0)
@@ -269,12 +302,12 @@ def _launch(
     height = max(1, min(size, STRIP // size))
     strip = torch.empty(height, size, dtype=torch.int32, device=device)
     tops = list(range(0, size, height))
-    edges = [*left[tops].tolist(), len(by_column)]
+    edges = [*torch.searchsorted(first[0], torch.tensor(tops, device=device)).tolist(), len(by_column)]
     room = FOUND * size
     while True:
         pairs = torch.empty(2, room, dtype=torch.int64, device=device)
         count = torch.zeros(1, dtype=torch.int64, device=device)
-        for top, start, stop in zip(tops, edges, edges[1:], strict=False):
+        for top, start, stop in list(zip(tops, edges, edges[1:], strict=False))[turn::turns]:
             if start == stop:
                 continue
             strip.zero_()
@@ -294,4 +327,4 @@ def _launch(
         _measure[(found,)](
             pairs, overlaps, indptr, cols, units, room, STEPS=steps, BLOCK=BLOCK, num_warps=WARPS
         )
-    return _graph(pairs[:, :found][:, overlaps >= least], size)
+    return pairs[:, :found][:, overlaps >= least]

@@ -50,17 +50,22 @@ def pair_similarity_reference(
     key, order = key.sort(stable=True)
     sizes = key[key >= 0].bincount(minlength=-(-x.shape[0] // STRIP) * blocks).tolist()
     ends = torch.tensor(sizes).cumsum(0) + int((key < 0).sum())
-    wide: tuple[int, torch.Tensor] = -1, x[:0].double()
+    held, wide = -1, x.new_empty((min(STRIP, x.shape[0]), x.shape[1]), dtype=torch.float64)
+    narrow = x.new_empty((min(BLOCK, y.shape[0]), x.shape[1]), dtype=torch.float64)
     for number, (size, end) in enumerate(zip(sizes, ends.tolist(), strict=True)):
         if size == 0:
             continue
         strip, block = number // blocks, number % blocks
-        if wide[0] != strip:
-            wide = strip, x[strip * STRIP : (strip + 1) * STRIP].double()
+        x_part = x[strip * STRIP : (strip + 1) * STRIP]
+        y_part = y[block * BLOCK : (block + 1) * BLOCK]
+        if held != strip:
+            held = strip
+            wide[: len(x_part)] = x_part
+        narrow[: len(y_part)] = y_part
         part = order[end - size : end]
-        narrow = y[block * BLOCK : (block + 1) * BLOCK].double()
-        counts = (rows[part] - strip * STRIP).bincount(minlength=len(wide[1]))
-        out[part] = _sampled(wide[1], narrow, counts, columns[part] - block * BLOCK)
+        counts = (rows[part] - strip * STRIP).bincount(minlength=len(x_part))
+        sampled = wide[: len(x_part)], narrow[: len(y_part)]
+        out[part] = _sampled(*sampled, counts, columns[part] - block * BLOCK)
     return out
 
 

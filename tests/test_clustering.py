@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,6 +385,33 @@ from ecul import emcc
 print(json.dumps(emcc({arrays}, **{sizes}).tolist()))
 """
     assert in_a_process(code, TRITON_INTERPRET="1") == labels
+
+
+def in_processes(count, tmp_path, arrays, *more):
+    """Cluster in this many processes: how they ended, and where the labels are."""
+    given = dict(zip(("features", "cameras", "modalities"), arrays, strict=True))
+    np.savez(tmp_path / "given.npz", **given)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
+    files = [Path(__file__).with_name("together.py"), tmp_path / "given.npz", tmp_path / "labels.npy"]
+    done = subprocess.run([*command, *files, *more], capture_output=True, text=True, timeout=300)
+    return done, tmp_path / "labels.npy"
+
+
+@pytest.mark.parametrize("count, size", [(2, 301), (3, 100), (3, 2)])
+def test_labels_are_the_same_in_several_processes(tmp_path, count, size):
+    """Uneven shares, and processes without a row."""
+    features, camera, modality = world(0, size, 12, 4, 2, noise=0.4)
+    features[size // 2 :: 2] = features[: len(features[size // 2 :: 2])]  # some points twice
+    done, labels = in_processes(count, tmp_path, (features, camera, modality))
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = emcc(features, camera, modality, k1=12, k2=3, k3=9)
+    assert size < 100 or alone.max() > 3
+    np.testing.assert_array_equal(np.load(labels), alone)
+
+
+def test_a_killed_process_ends_the_others(tmp_path):
+    done, labels = in_processes(2, tmp_path, world(0, 100, 12, 4, 2), "kill")
+    assert done.returncode != 0 and "SIGKILL" in done.stderr and not labels.exists()
 
 
 @pytest.mark.gpu

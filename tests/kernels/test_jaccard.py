@@ -62,7 +62,16 @@ def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, ex
 
 @pytest.mark.parametrize(
     "name, size",
-    [("ROWS", 7), ("PARTS", 3), ("PAIRS", 3), ("STRIP", 60), ("STRIP", 1), ("BLOCK", 16), ("FOUND", 1)]
+    [
+        ("ROWS", 7),
+        ("PARTS", 3),
+        ("PAIRS", 3),
+        ("STRIP", 60),
+        ("STRIP", 1),
+        ("BLOCK", 16),
+        ("FOUND", 1),
+        ("SORTED", 7),
+    ]
     + [("SHARE", 1), ("SHARE", 2), ("SHARE", 10**9)],
 )
 def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, name, size):
@@ -180,10 +189,10 @@ def test_the_kernel_compiles_without_spills(target):
     compiling = pytest.importorskip("compiling")
     with compiling.compiling(getattr(compiling, target)) as compiled:
         arguments = as_arguments(random_encodings(0, 70, 10))
-        jaccard._launch(*arguments, 0.5)
+        jaccard._launch(*arguments, 0.5, 0, 1)
         indptr, whole = arguments[0], torch.zeros(9, dtype=torch.int32)
         options = {"STEPS": 9, "BLOCK": jaccard.BLOCK, "num_warps": jaccard.WARPS}
-        jaccard._measure[(1,)](torch.zeros(2, 3).long(), whole, indptr, indptr, whole, 3, **options)
+        jaccard._measure[(1,)](torch.zeros(2, 3).long(), whole, indptr, whole, whole, 3, **options)
     assert {name for name, _ in compiled} == {"_add_overlaps", "_list_pairs", "_measure"}
     for name, kernel in compiled:
         if target != "GFX942":
