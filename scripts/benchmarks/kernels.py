@@ -30,18 +30,18 @@ class Case(NamedTuple):
 def rows(device, quick):
     """Rows for the table, one for every rival; peak memory in bytes beyond the inputs, on a GPU."""
     if device == "cpu":
-        for case in _cases("cpu", torch.float32, quick):
-            yield from _measured(case, _cpu_times, 1 if quick else 3)
+        for case in cases("cpu", torch.float32, quick):
+            yield from measured(case, cpu_times, 1 if quick else 3)
         for work in ("topk_similarity", "memory_contrast, forward + backward", "momentum_update_"):
             yield table_row(f"{work}, GPU", "not measured: no GPU", "us")
         return
-    ceilings = _ceilings()
+    reached = gpu_ceilings()
     for dtype in (torch.bfloat16, torch.float32):
-        for case in _cases("cuda", dtype, quick):
-            yield from _measured(case, _gpu_times, 20 if quick else 100, ceilings)
+        for case in cases("cuda", dtype, quick):
+            yield from measured(case, gpu_times, 20 if quick else 100, reached)
 
 
-def _cases(device, dtype, quick):
+def cases(device, dtype, quick):
     name = str(dtype).removeprefix("torch.")
     dim = 256 if quick else 2048
     size, batch = (2_000, 64) if quick else (16_000 if device == "cpu" else 34_167, 384)
@@ -124,7 +124,7 @@ def _unit_rows(size, dim, dtype, device, seed):
     return F.normalize(torch.randn(size, dim, generator=_generator(seed))).to(device, dtype)
 
 
-def _measured(case, timer, n, ceilings=None):
+def measured(case, timer, n, ceilings=None):
     measured = timer({"ours": case.ours, **case.rivals}, n)
     ours, peak = measured.pop("ours")
     reached = ""
@@ -138,7 +138,7 @@ def _measured(case, timer, n, ceilings=None):
         yield table_row(case.work, sizes, "us", ours * 1e6, theirs * 1e6, n=n, peak_memory=peak)
 
 
-def _cpu_times(works, n):
+def cpu_times(works, n):
     """Median seconds of n for each work, in turns, so that a busy moment falls on all; one run uncounted."""
     times = {name: [] for name in works}
     for _ in range(n + 1):
@@ -149,7 +149,7 @@ def _cpu_times(works, n):
     return {name: (statistics.median(measured[1:]), None) for name, measured in times.items()}
 
 
-def _gpu_times(works, n):
+def gpu_times(works, n):
     """For each work the median seconds of n by the device's own clock, the L2 cache cold; peak bytes."""
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     return {name: _gpu_time(work, n, flush) for name, work in works.items()}
@@ -175,9 +175,9 @@ def _gpu_time(work, n, flush):
     return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3, peak
 
 
-def _ceilings():
+def gpu_ceilings():
     """TFLOP/s of a large bfloat16 product, TB/s of a large copy (bytes read plus bytes written)."""
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
-    times = _gpu_times({"product": lambda: square @ square, "copy": source.clone}, 20)
+    times = gpu_times({"product": lambda: square @ square, "copy": source.clone}, 20)
     return 2 * 8192**3 / times["product"][0] / 1e12, 2 * 2**30 / times["copy"][0] / 1e12

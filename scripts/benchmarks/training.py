@@ -31,14 +31,14 @@ from ecul.trainset import load_images
 def rows(device, quick):
     """Rows for the table: `ours` and `published` in `unit`, the median of n; peak memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        for work, overrides, steps in _sizes(device, quick):
-            yield _step(Path(folder), work, Config.preset("demo", **overrides), device, steps)
+        for work, overrides, steps in sizes(device, quick):
+            yield step(Path(folder), work, Config.preset("demo", **overrides), device, steps)
         root = synthesize(Path(folder) / "world", identities=16 if quick else 96, progress=False)
         demo = Config.preset("demo", **({"iterations": 2} if quick else {}))
-        yield from _epochs("demo recipe", open_dataset("sysu", root), demo, device)
+        yield from epochs("demo recipe", open_dataset("sysu", root), demo, device)
     yield from _kept(quick)
     if device == "cuda" or quick:
-        yield from _epochs("SYSU-MM01's numbers", *_of_sysu_size(quick), device)
+        yield from epochs("SYSU-MM01's numbers", *of_sysu_size(quick), device)
     else:
         yield table_row(
             "training step, 384 images 288×144, ResNet-50, GPU", "not measured: no GPU", "images/s"
@@ -46,7 +46,7 @@ def rows(device, quick):
         yield table_row("epoch of SYSU-MM01's numbers, ResNet-50, GPU", "not measured: no GPU", "s")
 
 
-def _sizes(device, quick):
+def sizes(device, quick):
     small = {"method": "mbccm", "linear_transform": False, "identities": 8, "instances": 4}
     if quick:
         return [("training step, depth 10", small, 2)]
@@ -75,7 +75,7 @@ def _labels(dataset, width, device):
     return features, Labels.from_own(features, torch.cat(own).to(device), len(own[0]))
 
 
-def _step(folder, work, config, device, steps):
+def step(folder, work, config, device, steps):
     """Images per second of stage 1 steps: both views, losses, backward, optimiser, memory update."""
     dataset, device = _open(folder, config), torch.device(device)
     images = load_images(dataset, config.size, device)
@@ -215,7 +215,7 @@ def _saved_bytes(model, images, autocast):
     return sum(storage.nbytes() for place, storage in saved.items() if place not in own)
 
 
-def _epochs(work, dataset, config, device):
+def epochs(work, dataset, config, device):
     """Seconds of an epoch of each stage, and the share of its parts from the log's own clock."""
     device = torch.device(device)
     model = build_model(config, device)
@@ -230,7 +230,7 @@ def _epochs(work, dataset, config, device):
         yield table_row(f"epoch of stage {stage}, {work}", sizes, "s", row["seconds"], n=1)
 
 
-def _of_sysu_size(quick):
+def of_sysu_size(quick):
     """As many images, identities and cameras as SYSU-MM01 trains on, of coarse patterns with noise."""
     people, height, width = (8, 64, 32) if quick else (395, 288, 144)
     generator = torch.Generator().manual_seed(0)
