@@ -137,7 +137,8 @@ def emcc(
         del points
         encodings = done(_extend(encodings, ranks, cameras, modalities, k2, k3, together))
         turn, turns = (distributed.rank(), distributed.size()) if together else (0, 1)
-        pairs = jaccard_pairs(*encodings, eps, turn, turns)
+        indptr, indices, values = encodings
+        pairs = jaccard_pairs(indptr, indices, values, eps, turn, turns)
         graph = done(graph_of(_joined(pairs.T, together).T, size))
         return done(dbscan(*graph, min_samples=min_samples))
 

@@ -30,7 +30,8 @@ def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symm
         more, overflowed[again] = _shortlist(x[again], y, k, itself, False, torch.float32)
         lists[again] = -1
         lists[again, : more.shape[1]] = more
-    return lists, overflowed
+    longest = max(k, int((lists >= 0).sum(1).max()))
+    return lists[:, :longest], overflowed
 
 
 def _shortlist(
@@ -43,8 +44,8 @@ def _shortlist(
 ) -> Shortlist:
     """`itself`, where given, names the row of y to leave out for each row of x."""
     (M, D), N, coarse = x.shape, y.shape[0], COARSE[dtype]
-    y_rounded, *y_norms = _round(y, dtype)
-    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else _round(x, dtype)
+    y_rounded, *y_norms = round_rows(y, dtype)
+    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, dtype)
     margin = largest_error(x_norms, y_norms, D, 2.0**-23)
     least = _bounds(x_rounded, y_rounded, k, itself, margin, coarse).to(dtype)
 
@@ -115,7 +116,7 @@ def _bounds(
     return torch.cat(least)
 
 
-def _round(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def round_rows(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows in this dtype, their norms and those of the errors; a power of two keeps products within range."""
     scale = float(power_of_two(matrix))
     if abs(math.log2(scale)) < 32:

@@ -4,6 +4,7 @@ Step 7 of EMCC (arXiv 2412.19134): d_ij = 1 - s / (2 - s), s = sum_l min(v_il, v
 """
 
 from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,16 +12,21 @@ import torch
 from scipy.sparse import csr_matrix
 
 from ._checks import check_device, check_vector
+from ._shortlist import largest_error, random_order
+from ._shortlist_cpu import COARSE, DTYPE, round_rows
 from ._triton import jit, tl, triton, use_triton
 
 UNIT = 2**30  # overlaps are whole numbers of units of 2**-30: no order of summation changes them
 SHARE = 6  # this part of the overlap asked for must lie in the rows' first entries
 ROWS, PARTS = 256, 8  # the reference compares this many rows with one of this many parts at a time
+BUCKETS = 512  # sums in a sketch
+SKETCHED = 1  # a pair of sketches costs as much as so many products of two entries
 PAIRS = 4096  # and measures this many pairs at a time
 STRIP = 2**25  # overlaps the kernel holds at a time
 SORTED = 65536  # rows that the kernel's launcher sorts at a time
 FOUND = 128  # pairs a row that the kernel has room for at first
 BLOCK, WARPS = 256, 4
+Candidates = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]  # pairs (i, j) of a strip of rows i
 
 # Rows that overlap by `least` or more share a good part of that in their first entries, in one order of the
 # columns for all. Cut off the end of each row, as long as its values sum to `least - share` at most. Of two
@@ -76,36 +82,24 @@ def _pairs_on_host(
 ) -> torch.Tensor:
     """`jaccard_pairs` in sparse products.
 
-    As min(a, b) <= sqrt(a b), the product of the square roots bounds every overlap from above. It is taken of
-    the first entries, some rows with a part of all at a time; the few pairs whose bound reaches the share of
-    the overlap that eps asks for are measured.
+    As min(a, b) <= sqrt(a b), the product of the square roots bounds every overlap from above: of the first
+    entries, or, where these meet too often, of sketches, the sums of a row's values over 512 random sets of
+    columns. The few pairs whose bound reaches what eps asks for are measured.
     """
     size, device = len(indptr) - 1, indptr.device
     if eps == 1 or size == 0:
         return torch.triu_indices(size, size, 1, device=device)[:, turn::turns]
     units = _units(values).cpu().numpy()
     encodings = csr_matrix((units, indices.cpu().numpy(), indptr.cpu().numpy()), shape=(size, size))
-    rare_first = np.bincount(encodings.indices, minlength=size).argsort(kind="stable")
-    encodings = encodings.tocsc()[:, rare_first].tocsr()
     least = _least_overlap(eps)
-    roots = _first_entries(encodings, least).astype(np.float32).sqrt()
-    longest = int(np.diff(roots.indptr).max())
-    reach = (
-        least // SHARE / (1 + (longest + 4) * 2**-23)
-    )  # what the bound may lack by its rounding in float32
-    edges = np.linspace(0, size, PARTS + 1).astype(int)
-    parts = [(a, b, roots[a:b].T.tocsr()) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    encodings, left = _rare_first_on_host(encodings, least)
+    sparse = (np.bincount(left.indices, minlength=size).astype(float) ** 2).sum() < SKETCHED * size**2
+    candidates = (_by_first_entries if sparse else _by_sketches)(encodings, left, least)
 
     def search(start: int) -> np.ndarray:
         """The pairs (i, j) within eps, i < j, with i among the rows from `start` on."""
         found = [np.empty((2, 0), np.int64)]
-        for first, last, columns in parts:
-            if last <= start:
-                continue
-            bound = roots[start : start + ROWS] @ columns
-            likely = np.flatnonzero(bound.data >= reach)
-            i = np.searchsorted(bound.indptr, likely, "right") - 1 + start
-            j = bound.indices[likely].astype(np.int64) + first
+        for i, j in candidates(start):
             i, j = i[i < j], j[i < j]
             for part in range(0, len(i), PAIRS):
                 one, other = i[part : part + PAIRS], j[part : part + PAIRS]
@@ -122,13 +116,55 @@ def _pairs_on_host(
     return torch.from_numpy(pairs).to(device)
 
 
-def _first_entries(encodings: csr_matrix, least: int) -> csr_matrix:
-    """Each row without its end, see above."""
+def _rare_first_on_host(encodings: csr_matrix, least: int) -> tuple[csr_matrix, csr_matrix]:
+    """The encodings with their columns in the order of their frequency, and what is left of their rows."""
+    rare_first = np.bincount(encodings.indices, minlength=encodings.shape[1]).argsort(kind="stable")
+    encodings = encodings.tocsc()[:, rare_first].tocsr()
     sums = np.concatenate([[0], np.cumsum(encodings.data, dtype=np.int64)])
     rest = np.repeat(sums[encodings.indptr[1:]], np.diff(encodings.indptr)) - sums[:-1]  # from an entry on
     kept = rest > least - _share(least)
     indptr = np.concatenate([[0], np.cumsum(kept)])[encodings.indptr]
-    return csr_matrix((encodings.data[kept], encodings.indices[kept], indptr), shape=encodings.shape)
+    return encodings, csr_matrix((encodings.data[kept], encodings.indices[kept], indptr), encodings.shape)
+
+
+def _by_first_entries(_: csr_matrix, left: csr_matrix, least: int) -> Candidates:
+    """Pairs whose first entries may share enough: sparse products, with a part of the rows at a time."""
+    size = left.shape[0]
+    roots = left.astype(np.float32).sqrt()
+    longest = int(np.diff(roots.indptr).max())
+    reach = _share(least) / (1 + (longest + 4) * 2**-23)  # what the bound may lack by its rounding in float32
+    edges = np.linspace(0, size, PARTS + 1).astype(int)
+    parts = [(a, b, roots[a:b].T.tocsr()) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+    def candidates(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for first, last, columns in parts:
+            if last > start:
+                bound = roots[start : start + ROWS] @ columns
+                likely = np.flatnonzero(bound.data >= reach)
+                i = np.searchsorted(bound.indptr, likely, "right") - 1
+                yield i + start, bound.indices[likely].astype(np.int64) + first
+
+    return candidates
+
+
+def _by_sketches(encodings: csr_matrix, _: csr_matrix, least: int) -> Candidates:
+    """Pairs whose sketches may share enough: a dense product, where rows share columns with most others."""
+    size = encodings.shape[0]
+    bucket = random_order(size).numpy() % BUCKETS
+    sums = csr_matrix((encodings.data / UNIT, bucket[encodings.indices], encodings.indptr), (size, BUCKETS))
+    sketches = np.empty((size, BUCKETS), np.float32)
+    for start in range(0, size, ROWS):
+        np.sqrt(sums[start : start + ROWS].toarray(), out=sketches[start : start + ROWS])
+    rounded, *norms = round_rows(torch.from_numpy(sketches), DTYPE)
+    margin = float(largest_error(norms, norms, BUCKETS, 2.0**-22).max())
+    reach = (least / UNIT - margin) * (1 - 2 * COARSE[DTYPE])
+
+    def candidates(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        near = rounded[start : start + ROWS] @ rounded[start:].T >= reach
+        i, j = near.nonzero().numpy().T
+        yield i + start, j + start
+
+    return candidates
 
 
 def _units(values: torch.Tensor) -> torch.Tensor:

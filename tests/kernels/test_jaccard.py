@@ -162,6 +162,27 @@ def test_torch_compile_keeps_it_in_one_graph(device):
     assert_graph(graph, dense_distance(random_encodings(1, 12, 5)) <= 0.5)
 
 
+@pytest.mark.parametrize("sketched", [0, 10**9], ids=["sketches", "first entries"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_to_find_candidates_finds_few_and_no_pair_is_lost(monkeypatch, sketched, dtype):
+    monkeypatch.setattr(jaccard, "SKETCHED", sketched)
+    monkeypatch.setattr(jaccard, "DTYPE", dtype)
+    rng = np.random.default_rng(0)
+    encodings = np.zeros((900, 900))
+    for i in range(900):  # thirty rows a group, a third of their mass anywhere
+        encodings[i, i // 30 * 30 :][:30] = 1 + rng.random(30)
+        encodings[i, rng.integers(0, 900, 40)] += rng.random(40)
+    encodings = np.round(encodings / encodings.sum(1, keepdims=True) * 2**30) / 2**30
+    within = dense_distance(encodings) <= 0.7
+    measured, original = [], jaccard.csr_matrix.minimum
+    monkeypatch.setattr(
+        jaccard.csr_matrix, "minimum", lambda a, b: measured.append(a.shape[0]) or original(a, b)
+    )
+    assert_graph(jaccard_neighbors_reference(*as_arguments(encodings), 0.7), within)
+    pairs = (within.sum() - 900) / 2
+    assert pairs > 10_000 and sum(measured) < 1.5 * pairs
+
+
 @pytest.mark.interpreted
 def test_the_kernel_returns_what_the_reference_returns():
     arguments = as_arguments(random_encodings(2, 60, 10))

@@ -52,6 +52,14 @@ def test_widens_the_rows_before_it_multiplies(dtype, device):
     torch.testing.assert_close(pair_similarity(x.T.clone().T, y, rows, columns), want, atol=1e-15, rtol=0)
 
 
+def test_a_pair_of_one_set_is_the_same_both_ways(device):
+    x = on_grid(20, 130, 0, device)
+    rows, columns = some_pairs(400, 20, 20, device)
+    got = pair_similarity(x, x, rows, columns)
+    assert torch.equal(got, pair_similarity(x, x.clone(), rows, columns))
+    assert torch.equal(got, pair_similarity_reference(x, x.clone(), rows, columns))
+
+
 def test_no_pairs_and_wrong_pairs(device):
     x = on_grid(4, 3, 0, device)
     none = torch.zeros(0, dtype=torch.int64, device=device)
