@@ -24,17 +24,31 @@ FIELDS = "a field of Config, for instance iterations=100 or size=[256,128]; may 
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
 LOGS = "also write log.csv, or files for TensorBoard, into the run directory; may be repeated"
 APART = "0 to 1, how far apart the modalities are (default: 0, shape and pattern carry over whole)"
+RERANKINGS = ("k-reciprocal", "modality")
+RERANK = (
+    "order answers by the neighbourhoods of queries and gallery together: k-reciprocal ones (default), or "
+    "those that count both modalities alike"
+)
 FLAG: dict[str, Any] = {"action": "store_true"}
 PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
 OPTION = arg("--option", **PAIRS, metavar="NAME=VALUE", help=OPTIONS)
-DATASET = (arg("dataset", help=NAMES), arg("root", help="the folder of the data set, as downloaded"), OPTION)
+SKIP = "leave out images that cannot be read, and list them"
+DATASET = (
+    arg("dataset", help=NAMES),
+    arg("root", help="the folder of the data set, as downloaded"),
+    OPTION,
+    arg(
+        "--skip-unreadable", action="append_const", dest="option", const=("skip_unreadable", True),
+        help=f"folders of one's own: {SKIP}",
+    ),
+)  # fmt: skip
 DEVICE = arg("--device", help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
 FORMAT = arg("--format", choices=FORMATS, default="text", help="of the table (default: text)")
 JSON = arg("--json", **FLAG, help="print JSON instead of text")
 METHOD = arg("--method", choices=METHODS, help="the method (default: united)")
 READING = (
-    arg("--skip-unreadable", **FLAG, help="leave out images that cannot be read, and list them"),
+    arg("--skip-unreadable", **FLAG, help=f"{SKIP}; a run trained so does it by itself"),
     arg("--batch-size", type=int, default=256, help="images at a time (default: 256), halved when too many"),
 )
 
@@ -156,7 +170,7 @@ def extract(args: argparse.Namespace) -> None:
     from ecul.search import extract_folder, save_features
 
     prepare_output(args.output, ".safetensors")
-    options = {"skip_unreadable": args.skip_unreadable, "batch_size": args.batch_size}
+    options = {"skip_unreadable": _skips(args), "batch_size": args.batch_size}
     found = extract_folder(_model(args.model, args), args.folder, args.modality, **options)
     save_features(args.output, found, args.model)
     _list_unreadable(found)
@@ -171,6 +185,7 @@ def extract(args: argparse.Namespace) -> None:
     arg("--query-modality", required=True, choices=MODALITIES, help="of the queries"),
     arg("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery"),
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
+    arg("--rerank", nargs="?", const="k-reciprocal", choices=RERANKINGS, help=RERANK),
     arg("-o", "--output", help="a .png to draw the first 24 queries and 20 answers in"),
     *READING, DEVICE, JSON,
 )  # fmt: skip
@@ -181,7 +196,8 @@ def search(args: argparse.Namespace) -> None:
 
     if args.output:
         prepare_picture(args.output)
-    options = {"skip_unreadable": args.skip_unreadable, "batch_size": args.batch_size, "top": args.top}
+    options = {"skip_unreadable": _skips(args), "batch_size": args.batch_size}
+    options |= {"top": args.top, "rerank": args.rerank}
     model = _model(args.model, args)
     ranking = search(model, args.query, args.gallery, args.query_modality, args.gallery_modality, **options)
     _list_unreadable(ranking.query, ranking.gallery)
@@ -228,10 +244,16 @@ def export(args: argparse.Namespace) -> None:
 @command(
     *DATASET, JSON,
     arg("--quick", **FLAG, help="count files without decoding every image"),
+    arg("--clean", **FLAG, help="also remove packs that the images no longer match"),
 )  # fmt: skip
 def check(args: argparse.Namespace) -> int:
     """Compare a data set's folder with what was published; exit code 1 when something is wrong."""
-    found = ecul.open_dataset(args.dataset, args.root, **dict(args.option)).check(decode=not args.quick)
+    from ecul.data.checks import clean_packs
+
+    dataset = ecul.open_dataset(args.dataset, args.root, **dict(args.option))
+    for path in clean_packs(dataset) if args.clean else ():
+        print(f"removed the old pack {path}", file=sys.stderr)
+    found = dataset.check(decode=not args.quick)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
     return 0 if found.ok else 1
 
@@ -284,6 +306,13 @@ def _model(path: str, args: argparse.Namespace) -> Any:
     from ecul.common.distributed import choose_device
 
     return ecul.TwoStreamResNet.from_pretrained(path).to(choose_device(args.device))
+
+
+def _skips(args: argparse.Namespace) -> bool:
+    """Whether images that cannot be read are left out: as said here, or as the model's run was told."""
+    run = Path(args.model) / "resume.json"
+    options = json.loads(run.read_text()).get("options", {}) if run.is_file() else {}
+    return args.skip_unreadable or options.get("skip_unreadable", False)
 
 
 def _list_unreadable(*folders: Any) -> None:

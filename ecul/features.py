@@ -1,5 +1,6 @@
 """From images to unit feature rows."""
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from ecul.augment import normalize
-from ecul.data.decode import read_images, unreadable
+from ecul.data.decode import SKIP, read_images, unreadable
 from ecul.data.images import Images, check_modality
 
+log = logging.getLogger("ecul")
 CHUNK = 4096  # image files decoded before they are embedded and forgotten
+GRAY, COLOURED = 3.0, 10.0  # mean spread of an image's channels, 0 to 255: at most, at least
+LOOKED_AT = 256  # images of a modality
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,26 @@ def extract_files(
                 pixels.append(image)
         if pixels and (skip_unreadable or not problems):
             stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+            if start == 0:
+                warn_if_other(stacked, modality)
             rows.append(embed_pixels(model, stacked, modality, batch_size, flip, progress).cpu())
     if problems and not (skip_unreadable and kept):
-        advice = "; skip_unreadable of extract_folder and search leaves such images out"
-        raise unreadable(problems, len(paths), "" if skip_unreadable else advice)
+        raise unreadable(problems, len(paths), "" if skip_unreadable else SKIP)
     return FolderFeatures(torch.cat(rows), kept, modality, list(problems))
+
+
+def warn_if_other(pixels: torch.Tensor, modality: str) -> None:
+    """Warn where images, uint8 (N, 3, H, W), look like the other modality's: nearly all gray, or coloured."""
+    looked = pixels[:: 1 + len(pixels) // LOOKED_AT]
+    spread = (looked.amax(1) - looked.amin(1)).float().mean((1, 2))
+    odd, kind, other = (
+        (spread <= GRAY, "gray", "infrared")
+        if modality == "visible"
+        else (spread >= COLOURED, "coloured", "visible")
+    )
+    if 10 * int(odd.sum()) > 9 * len(looked):
+        told = (modality, int(odd.sum()), len(looked), kind, other)
+        log.warning("%s: %d of %d images looked at are %s, as %s ones are; is the modality right?", *told)
 
 
 def require_model(model: Any) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,20 @@ from ecul.common.files import hash_file, prepare_output, write_tensors
 from ecul.common.pretrained import weights_file
 from ecul.data.folders import find_images
 from ecul.data.images import check_modality
+from ecul.evaluation.rerank import k_reciprocal_distances, modality_distances
 from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
 
 __all__ = ["FolderFeatures", "Ranking", "extract_folder", "save_features", "search"]
+RERANKINGS: dict[str, Callable[..., np.ndarray]] = {
+    "k-reciprocal": k_reciprocal_distances,
+    "modality": modality_distances,
+}
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The best answers to each query: gallery rows (Q, top) int64, cosine similarities (Q, top) float32."""
+    """The answers to each query, best first: gallery rows (Q, top) int64, cosine similarities float32."""
 
     query: FolderFeatures
     gallery: FolderFeatures
@@ -95,6 +101,7 @@ def search(
     gallery_modality: str,
     *,
     top: int = 10,
+    rerank: str | None = None,
     **options: Any,
 ) -> Ranking:
     """The `top` gallery images most like each query, best first, as a `Ranking`.
@@ -102,16 +109,27 @@ def search(
         (query_features @ gallery_features.T).topk(top, dim=1)
 
     query: an image or a folder; gallery: a folder; each modality is "visible" or "infrared". top is clamped
-    to the gallery's size. options: those of `extract_folder`. Errors: those of `extract_folder`; ValueError
-    for top below 1.
+    to the gallery's size. rerank: the order is then that of `k_reciprocal_distances` ("k-reciprocal") or of
+    `modality_distances` ("modality"), over all queries and the gallery together, the scores still cosines.
+    options: those of `extract_folder`. Errors: those of `extract_folder`; ValueError for top below 1 or an
+    unknown rerank.
     """
+    if rerank is not None and rerank not in RERANKINGS:
+        raise ValueError(f"rerank must be one of {', '.join(RERANKINGS)}, or None, got {rerank!r}")
     if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
     check_modality(gallery_modality)
     query_files, gallery_files = _find(query), _find(gallery)  # both are there before any work
     queries = extract_files(model, query_files, query_modality, **options)
     answers = extract_files(model, gallery_files, gallery_modality, **options)
-    scores, rows = topk_similarity(queries.features, answers.features, min(int(top), len(answers.paths)))
+    top = min(int(top), len(answers.paths))
+    if rerank is None:
+        scores, rows = topk_similarity(queries.features, answers.features, top)
+    else:
+        distances = torch.from_numpy(RERANKINGS[rerank](queries.features, answers.features))
+        rows = distances.sort(stable=True).indices[:, :top]
+        pairs = zip(queries.features, rows, strict=True)
+        scores = torch.stack([answers.features[found] @ query for query, found in pairs])
     return Ranking(queries, answers, rows, scores)
 
 

@@ -16,6 +16,7 @@ import torch
 from ecul import MODALITIES
 from ecul.common import distributed
 from ecul.data.dataset import Dataset
+from ecul.features import warn_if_other
 
 log = logging.getLogger("ecul")
 
@@ -75,6 +76,8 @@ def load_images(dataset: Dataset, size: tuple[int, int], device: torch.device) -
     if problems:
         raise ValueError("\n".join(problems))
     if distributed.rank() == 0:
+        for side, loaded in zip(sides, pixels, strict=True):
+            warn_if_other(loaded, side.modality)
         distributed.wait()
     needed = sum(p.numel() for p in pixels)
     on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 4

@@ -17,8 +17,8 @@ LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own lay
     {"common"},
     {"data", "synthetic"},
     {"config", "features", "clustering", "matching", "memory", "losses", "sampling", "augment", "model"}
-    | {"trainset", "labels", "batches", "stages", "optim", "search", "export", "importers", "estimator"},
-    {"evaluation", "run"},
+    | {"trainset", "labels", "batches", "stages", "optim", "export", "importers", "estimator"},
+    {"evaluation", "run", "search"},
     {"training"},
     {"report", "cli", "shell", "__main__"},
 )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -284,6 +285,65 @@ def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, cap
     assert main(again) == 0
     again[-1] = str(tmp_path / "nowhere")
     assert main(again) == 2 and "is not a folder" in capsys.readouterr().err
+
+
+def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog):
+    """A run trained with it searches and extracts with it; without it every error names the same flag."""
+    for modality in MODALITIES:
+        for i in range(12):
+            layouts.picture(tmp_path / "own" / modality / f"{i}.png", (16, 16))
+        (tmp_path / "own" / modality / "broken.png").write_bytes(b"no image")
+    root, run, visible = (str(tmp_path / name) for name in ("own", "run", "own/visible"))
+    train = [
+        "train",
+        "folders",
+        root,
+        "-o",
+        run,
+        "--preset",
+        "demo",
+        *settings(epochs_cross=0, size=[16, 16]),
+    ]
+    model = TwoStreamResNet(10, 4, False, (16, 16))
+    model.save_pretrained(tmp_path / "model")
+    out = ["-o", str(tmp_path / "f.safetensors")]
+    for command in (train, ["extract", str(tmp_path / "model"), visible, "--modality", "visible", *out]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "skip_unreadable=True (--skip-unreadable) leaves such images out" in error
+    assert (
+        main(["check", "folders", root]) == 1 and main(["check", "folders", root, "--skip-unreadable"]) == 0
+    )
+    assert main([*train, "--skip-unreadable"]) == 0
+    capsys.readouterr()
+    assert main(["extract", run, visible, "--modality", "visible", *out]) == 0
+    done = capsys.readouterr()
+    assert "12 features of size" in done.out and "skipped, cannot be read" in done.err
+    found = ["search", run, "--query", visible, "--gallery", str(tmp_path / "own" / "infrared")]
+    found += ["--query-modality", "visible", "--gallery-modality", "infrared", "--top", "2", "--rerank"]
+    assert main(found) == 0 and len(capsys.readouterr().out.splitlines()) == 36
+
+
+def test_check_removes_packs_of_images_as_they_were(tmp_path, capsys, caplog):
+    for modality in MODALITIES:
+        for i in range(3):
+            layouts.picture(tmp_path / modality / f"{i}.png")
+    caplog.set_level("INFO", "ecul")
+    dataset = ecul.open_dataset("folders", tmp_path)
+    sizes, folder = ((12, 6), (24, 12)), tmp_path / "visible" / ".ecul-pack"
+    for size in (*sizes, *sizes):
+        dataset.visible.load(size, progress=False)
+    told = [r.message for r in caplog.records if "packing" in r.message]
+    assert len(told) == 2 and told[0].startswith(f"packing 3 images, 0.0 MB, into {folder} (once;")
+    (tmp_path / "visible" / "0.png").write_bytes((tmp_path / "visible" / "1.png").read_bytes() + b" ")
+    dataset.visible.load(sizes[0], progress=False)
+    assert len(list(folder.iterdir())) == 2  # one of each size, the other size's of images as they were
+    assert main(["check", "folders", str(tmp_path), "--clean"]) == 0
+    (kept,) = folder.iterdir()
+    assert kept.name.startswith("folders-visible-12x6-")
+    assert re.findall("removed the old pack (.*)", capsys.readouterr().err)[0].startswith(
+        str(folder / "folders-visible-24x12-")
+    )
 
 
 def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Image files to features: lists and folders, a chunk at a time."""
+"""Image files to features, lists and folders a chunk at a time; and which of them answer a query."""
 
 import layouts
 import numpy as np
@@ -7,9 +7,11 @@ import torch
 
 import ecul.features
 from ecul import extract
+from ecul.clustering import rank_neighbors, reciprocal_encodings
 from ecul.data.decode import read_image
-from ecul.features import extract_files
-from ecul.search import extract_folder
+from ecul.evaluation.rerank import k_reciprocal_distances, modality_distances
+from ecul.features import extract_files, warn_if_other
+from ecul.search import extract_folder, search
 
 
 class Colours(torch.nn.Module):
@@ -62,3 +64,73 @@ def test_files_that_cannot_be_read_are_all_named_or_skipped(photos, tmp_path):
     assert found.unreadable == [str(photos[place]) for place in (1, 4)] and len(found.features) == 3
     with pytest.raises(ValueError, match="1 of 1 images cannot be read:"):
         extract_files(model, photos[1:2], "visible", skip_unreadable=True, progress=False)
+
+
+def unit_rows(count, seed, size=6):
+    rows = torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+@pytest.mark.parametrize(("queries", "gallery", "ks"), [(7, 15, (6, 2, 5)), (1, 4, (20, 6, 12))])
+def test_modality_distances_are_those_of_a_dense_loop(queries, gallery, ks):
+    k1, k2, k3 = ks
+    query, found = unit_rows(queries, 0), unit_rows(gallery, 1)
+    points, size = torch.cat([query, found]), queries + gallery
+    ranks = rank_neighbors(points, max(k1, k3))
+    dense = torch.zeros(size, size, dtype=torch.float64)
+    indptr, indices, values = reciprocal_encodings(points, ranks, k1)
+    for row in range(size):
+        part = slice(indptr[row], indptr[row + 1])
+        dense[row, indices[part]] = values[part]
+    extended = torch.zeros_like(dense)
+    for row in range(size):
+        near = ranks[row, :k3].tolist()
+        sides = [[j for j in near if (j < queries) == mine][:k2] for mine in (True, False)]
+        sides = [members for members in sides if members]
+        for members in sides:
+            extended[row] += dense[members].mean(0) / len(sides)
+    expected = np.empty((queries, gallery))
+    for q in range(queries):
+        for g in range(gallery):
+            shared = float(torch.minimum(extended[q], extended[queries + g]).sum())
+            cosine = float(query[q] @ found[g])
+            expected[q, g] = 0.7 * (1 - shared / (2 - shared)) + 0.3 * (1 - cosine)
+    assert np.allclose(modality_distances(query, found, *ks), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rerank", "distances"), [("k-reciprocal", k_reciprocal_distances), ("modality", modality_distances)]
+)
+def test_search_in_the_order_of_a_reranking(rerank, distances, photos, tmp_path):
+    model = Colours()
+    features = [extract(model, photos, m, progress=False) for m in ("infrared", "visible")]
+    order = np.argsort(distances(*features), axis=1, kind="stable")
+    sides = (tmp_path, tmp_path, "infrared", "visible")
+    found = search(model, *sides, top=4, rerank=rerank, progress=False)
+    assert found.rows.tolist() == order[:, :4].tolist()
+    assert torch.allclose(found.scores, (features[0] @ features[1].T).gather(1, found.rows), atol=1e-6)
+    with pytest.raises(ValueError, match="rerank must be one of k-reciprocal, modality, or None, got 'k'"):
+        search(model, *sides, rerank="k")
+
+
+def test_images_that_look_like_the_other_modality_are_warned_of(caplog):
+    rng = np.random.default_rng(0)
+    colours = torch.from_numpy(rng.integers(0, 256, (600, 3, 4, 2), dtype=np.uint8))
+    gray = colours[:, :1].expand(-1, 3, -1, -1)
+    warn_if_other(colours, "visible")
+    warn_if_other(gray, "infrared")
+    warn_if_other(torch.cat([gray, colours[:100]]), "visible")  # a camera at night among others
+    warn_if_other(gray[:0], "visible")
+    assert caplog.records == []
+    warn_if_other(gray, "visible")
+    warn_if_other(colours, "infrared")
+    first, second = (record.message for record in caplog.records)
+    assert (
+        first == "visible: 200 of 200 images looked at are gray, as infrared ones are; is the modality right?"
+    )
+    assert second.startswith("infrared: 200 of 200 images looked at are coloured, as visible ones are")
+
+
+def test_a_folder_of_the_other_modality_is_warned_of(photos, tmp_path, caplog):
+    extract_folder(Colours(), tmp_path, "infrared", progress=False)
+    assert "infrared: 2 of 2 images looked at are coloured" in caplog.text

@@ -179,9 +179,21 @@ def _overlaps(splits: Mapping[str, Images], protocol: str | None) -> Iterator[st
                 yield f"{modality}: {len(names)} {kind} to train and to test on: {shorten(names)}"
 
 
-def _decode(splits: Mapping[str, Images], result: CheckResult, progress: bool) -> None:
+def clean_packs(dataset: Any) -> list[Path]:
+    """Remove packs beside a `Dataset` that its images no longer match; returns their paths.
+
+    Errors: ValueError for an image that is missing, without which nobody knows what a pack should match.
+    """
+    return [path for source in _sources(dataset.splits()) for path in source.clean()]
+
+
+def _sources(splits: Mapping[str, Images]) -> list[Files]:
     sources = {id(images.source): images.source for images in splits.values()}
-    files = [source for source in sources.values() if isinstance(source, Files)]
+    return [source for source in sources.values() if isinstance(source, Files)]
+
+
+def _decode(splits: Mapping[str, Images], result: CheckResult, progress: bool) -> None:
+    files = _sources(splits)
     known = {*result.missing, *result.unreadable}
     problems = find_unreadable(
         [path for source in files for path in source.paths() if str(path) not in known], progress

@@ -13,6 +13,7 @@ import numpy as np
 from ecul import MODALITIES
 from ecul.common.names import did_you_mean
 from ecul.data.checks import CheckResult, check_dataset
+from ecul.data.decode import SKIP
 from ecul.data.folders import find_images
 from ecul.data.images import Column, Images, Pixels
 from ecul.data.layouts import LAYOUTS, SPLITS, Layout
@@ -111,12 +112,11 @@ class Dataset:
         if a == b or a in b.parents or b in a.parents:  # its images would count in both modalities
             got = " and ".join(repr(str(folder)) for folder in places.values())
             raise ValueError(f"visible and infrared: expected two folders apart, got {got}")
-        advice = "; skip_unreadable=True leaves such images out"
         splits: dict[str, Any] = {}
         extra: list[str] = []
         for modality, folder in places.items():
             names, camids, others = find_images(folder, cameras, skip_unreadable)
-            source = Files(folder, names, f"folders-{modality}", pack, advice)
+            source = Files(folder, names, f"folders-{modality}", pack, SKIP)
             splits[modality] = Images(modality, names, source, camids)
             extra += [str(folder / other) for other in others]
         root = places["visible"].parent

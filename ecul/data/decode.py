@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 HEIC = (".heic", ".heif", ".hif")
+SKIP = "; skip_unreadable=True (--skip-unreadable) leaves such images out"  # advice where it may be said
 
 
 @lru_cache(maxsize=1)

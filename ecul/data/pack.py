@@ -8,11 +8,13 @@ pack of other images is never found; the file is renamed into place when it is w
 import hashlib
 import io
 import json
+import logging
 import os
+import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from ecul.common.files import draft
 from ecul.data.decode import in_parallel, pillow, read_images, resize, unreadable
 
+log = logging.getLogger("ecul")
 Place = str | os.PathLike
 
 VERSION = 2  # of a pack; part of its stamp
@@ -86,8 +89,7 @@ class Files:
 
         It is private to this process: writing to it changes no file.
         """
-        prefix = f"{self.label}-{size[0]}x{size[1]}"
-        name = f"{prefix}-{self._stamp(size)}.npy"
+        name = self._name(size)
         for folder in self.folders:
             with suppress(OSError, ValueError):
                 found = np.lib.format.open_memmap(folder / name, mode="c")
@@ -95,8 +97,10 @@ class Files:
                     return found
         for folder in self.folders:
             if _can_write(folder):
+                told = len(self.names), np.prod((len(self.names), *size, 3)) / 1e6, folder
+                log.info("packing %d images, %.1f MB, into %s (once; pack=False reads the files)", *told)
                 pixels = self._pack(folder / name, size, progress)
-                _remove_others(folder, prefix, name)
+                self.clean({size: name})
                 return pixels
         warnings.warn(
             f"no pack: none of {[str(f) for f in self.folders]} can be written; reading images directly "
@@ -119,6 +123,28 @@ class Files:
                 if not whole:
                     found.append(path)
         return found
+
+    def clean(self, current: Mapping[tuple[int, ...], str] | None = None) -> list[Path]:
+        """Remove packs that these images no longer match, also of earlier versions, and abandoned drafts.
+
+        current: the names of the packs to keep, by size; only packs of these sizes are looked at. By default
+        those that the images match now, of every size. Returns what was removed.
+        """
+        removed, form = [], re.compile(rf"\.?{re.escape(self.label)}-(\d+)x(\d+)[-.]")
+        kept = dict(current or {})
+        for folder in self.folders:
+            for path in sorted(folder.glob(f"*{escape(self.label)}-*x*")):
+                size = tuple(map(int, found.groups())) if (found := form.match(path.name)) else None
+                if size is None or (current is not None and size not in current):
+                    continue
+                if size not in kept:
+                    kept[size] = self._name(size)
+                with suppress(OSError):  # another process may have it open, or have removed it
+                    fresh = path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ABANDONED
+                    if path.name != kept[size] and not fresh:
+                        path.unlink()
+                        removed.append(path)
+        return removed
 
     def _read(
         self, rows: np.ndarray | None, size: tuple[int, int], progress: bool, what: str
@@ -152,7 +178,10 @@ class Files:
         except OSError as error:
             raise OSError(f"cannot pack into {str(path)!r}: {error}; pack=False reads directly") from error
 
-    def _stamp(self, size: tuple[int, int]) -> str:
+    def _name(self, size: tuple[int, ...]) -> str:
+        return f"{self.label}-{size[0]}x{size[1]}-{self._stamp(size)}.npy"
+
+    def _stamp(self, size: tuple[int, ...]) -> str:
         """The hash of what the pixels are made from; a ValueError names an image that is missing."""
         sources = []
         for name in self.names:
@@ -172,17 +201,6 @@ def _can_write(folder: Path) -> bool:
             return True
     except OSError:
         return False
-
-
-def _remove_others(folder: Path, prefix: str, name: str) -> None:
-    """Remove older packs of this label and size, those of earlier versions too, and abandoned drafts."""
-    start = escape(prefix)
-    for pattern in (f"{start}-*.npy", f"{start}-*.uint8*", f"{start}.json", f".{start}-*.npy.*.tmp"):
-        for path in folder.glob(pattern):
-            with suppress(OSError):  # another process may have it open, or have removed it
-                fresh = path.suffix == ".tmp" and time.time() - path.stat().st_mtime < ABANDONED
-                if path.name != name and not fresh:
-                    path.unlink()
 
 
 def _stack(images: Iterator[np.ndarray], count: int, size: tuple[int, int]) -> torch.Tensor:
