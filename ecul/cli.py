@@ -304,8 +304,9 @@ def _trial_options(args: argparse.Namespace, trial: int | None) -> dict[str, Any
 
 def _model(path: str, args: argparse.Namespace) -> Any:
     from ecul.common.distributed import choose_device
+    from ecul.streams import load_model
 
-    return ecul.TwoStreamResNet.from_pretrained(path).to(choose_device(args.device))
+    return load_model(path).to(choose_device(args.device))
 
 
 def _skips(args: argparse.Namespace) -> bool:

@@ -84,6 +84,10 @@ NOT_NEGATIVE = Rule("not be negative", lambda v: v >= 0)
 DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: 0 < v <= 1)
 MOMENTUM = Rule("be in [0, 1)", lambda v: 0 <= v < 1)
 FILE = Rule("be the path of a file", lambda v: isinstance(v, str))
+BACKBONE = Rule(
+    "be timm:NAME or torchvision:NAME",
+    lambda v: isinstance(v, str) and v.startswith(("timm:", "torchvision:")),
+)
 EPOCHS = Rule("be whole numbers like (20, 40, 60)", lambda v: isinstance(v, tuple) and all(map(_is_whole, v)))
 PIXELS = Rule(
     "be (height, width), whole numbers of at least 16 pixels",
@@ -118,12 +122,14 @@ class Config:
 
     method: str = _held("united", _one_of(*METHODS))
 
-    # network: the two-stream ResNet
+    # network: the two-stream ResNet, or any backbone in two streams, "timm:NAME" or "torchvision:NAME"
+    backbone: str | None = _held(None, _or_none(BACKBONE))
     depth: int = _held(50, _one_of(10, 18, 34, 50, 101))
     width: int = _held(64, _at_least(1))
     non_local: bool = _held(False, FLAG)
-    weights: str | None = _held(None, _or_none(FILE))  # a torchvision ResNet's, .safetensors or .pth
+    weights: str | None = _held(None, _or_none(FILE))  # the backbone's own, .safetensors or .pth
     size: tuple[int, int] = _held((288, 144), PIXELS)  # height, width
+    stem_stride: int = _held(2, _one_of(1, 2))  # of the ResNet's stem: 1 for small images
 
     # batches: identities x instances images from each modality
     identities: int = _held(8, _at_least(2))

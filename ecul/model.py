@@ -17,6 +17,7 @@ from ecul import MODALITIES
 from ecul.common.files import read_weights, require_tensors
 from ecul.common.pretrained import Pretrained
 from ecul.data.images import check_modality
+from ecul.features import evaluating
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -75,12 +76,33 @@ class NonLocal(nn.Module):
 class Stem(nn.Module):
     """conv1, bn1, relu, maxpool of a ResNet: the part that each modality has for itself."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, stride: int = 2) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _conv(3, width, 7, 2), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = _conv(3, width, 7, stride), nn.BatchNorm2d(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+
+
+def output_size(network: nn.Module, size: tuple[int, int]) -> int:
+    """The D of the rows (N, D) that a network gives of images of this size, from one batch of it.
+
+    Errors: ValueError for a network that cannot take such images, or gives something else.
+    """
+    parameter = next(network.parameters(), torch.empty(0))
+    images = torch.zeros(2, 3, *size, device=parameter.device)
+    with evaluating(network), torch.no_grad():
+        try:
+            rows = network(images)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as e:
+            raise ValueError(f"model: {type(network).__name__} takes no images of {size} pixels: {e}") from e
+    if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != 2:
+        got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
+        raise ValueError(
+            f"model: {type(network).__name__} should give rows (2, num_features) of two images, got {got}; "
+            "it needs its pooling, and no classifier (timm: num_classes=0)"
+        )
+    return rows.shape[1]
 
 
 class Backbone(Pretrained):
@@ -91,7 +113,8 @@ class Backbone(Pretrained):
     network: any module with `num_features` that maps (N, 3, H, W) to (N, num_features); input_size: (H, W),
     which `extract` resizes to. `train(..., model=network)` makes one; afterwards
     `Backbone.from_pretrained(run, network)` is what `extract`, `export` and `report` take as a model.
-    Errors: TypeError for a network without `num_features`.
+    Errors: TypeError for a network without `num_features`; ValueError, before any work, where one batch gives
+    rows of another size.
     """
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
@@ -99,6 +122,11 @@ class Backbone(Pretrained):
         if not hasattr(network, "num_features"):
             raise TypeError(
                 f"model must have `num_features`, its embedding's size; {type(network).__name__} has not"
+            )
+        if (given := output_size(network, input_size)) != network.num_features:
+            raise ValueError(
+                f"model: its rows have {given} features where num_features says {network.num_features}; "
+                "build it without its classifier (timm: num_classes=0)"
             )
         self.network, self.num_features, self.input_size = network, network.num_features, tuple(input_size)
         self.settings = {"network": type(network).__name__, "input_size": list(input_size)}
@@ -138,7 +166,8 @@ class TwoStreamResNet(Pretrained):
 
     depth: 10 or 18 (small machines), 34, 50 (as published), 101; width: channels of the first stage, 64 as
     published; non_local: two non-local blocks in layer2 and three in layer3; input_size: (H, W) in pixels,
-    which `extract` resizes to. Errors: ValueError for another depth.
+    which `extract` resizes to; stem_stride: 2 as published, 1 keeps the detail of small images. Errors:
+    ValueError for another depth.
     Source: ECUL and MBCCM, implementation details; their published code.
     """
 
@@ -148,6 +177,7 @@ class TwoStreamResNet(Pretrained):
         width: int = 64,
         non_local: bool = False,
         input_size: tuple[int, int] = (288, 144),
+        stem_stride: int = 2,
     ) -> None:
         super().__init__()
         if depth not in BLOCKS:
@@ -157,11 +187,12 @@ class TwoStreamResNet(Pretrained):
             "width": width,
             "non_local": non_local,
             "input_size": list(input_size),
+            "stem_stride": stem_stride,
         }
         self.input_size = tuple(input_size)
         self.checkpointing = False  # recompute each block in backward instead of storing its activations
         block = Bottleneck if depth >= 50 else BasicBlock
-        self.visible, self.infrared = Stem(width), Stem(width)
+        self.visible, self.infrared = Stem(width, stem_stride), Stem(width, stem_stride)
         inputs = width
         for stage, (count, stride) in enumerate(zip(BLOCKS[depth], (1, 2, 2, 1), strict=True), 1):
             layers = []
@@ -224,8 +255,8 @@ class TwoStreamResNet(Pretrained):
     def from_pretrained(cls, path: str | Path) -> "TwoStreamResNet":
         """The model saved in a directory (a run directory, too) or in a `model.safetensors` file."""
         file, metadata = cls._find(path)
-        names = ("depth", "width", "non_local", "input_size")
-        model = cls(**{name: json.loads(metadata[name].lower()) for name in names})
+        names = ("depth", "width", "non_local", "input_size", "stem_stride")  # the last not in old files
+        model = cls(**{name: json.loads(metadata[name].lower()) for name in names if name in metadata})
         return model._filled(file, metadata)
 
 

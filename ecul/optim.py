@@ -9,6 +9,7 @@ from ecul.common import distributed
 from ecul.config import Config
 from ecul.features import require_model
 from ecul.model import Backbone, TwoStreamResNet
+from ecul.streams import TwoStream
 
 log = logging.getLogger("ecul")
 
@@ -20,13 +21,20 @@ def build_model(
     if model is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = TwoStreamResNet(config.depth, config.width, config.non_local, config.size)
+            if config.backbone is None:
+                sizes = (config.depth, config.width, config.non_local, config.size, config.stem_stride)
+                model = TwoStreamResNet(*sizes)
+            else:
+                model = TwoStream(config.backbone, config.size)
         if config.weights is not None:
             model.load_backbone(config.weights)
     else:
         model = _own_model(model, config)
     if hasattr(model, "checkpointing"):
         model.checkpointing = config.checkpointing  # type: ignore[assignment]
+    elif config.checkpointing:
+        name = config.backbone or type(model).__name__
+        raise ValueError(f"checkpointing is for TwoStreamResNet, not for {name}")
     if distributed.size() > 1 and device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -36,8 +44,6 @@ def _own_model(model: torch.nn.Module, config: Config) -> torch.nn.Module:
     """One's own network, wrapped unless it has `embed`; settings that would not reach it are refused."""
     if config.weights is not None:
         raise ValueError("weights are for the network that train builds; load your own model's before")
-    if config.checkpointing and not hasattr(model, "checkpointing"):
-        raise ValueError(f"checkpointing is for TwoStreamResNet, not for {type(model).__name__}")
     if not hasattr(model, "embed"):
         return Backbone(model, config.size)
     require_model(model)
@@ -77,9 +83,10 @@ def uses_bf16(config: Config, device: torch.device) -> bool:
 
 def warn_about_start(config: Config, device: torch.device) -> None:
     """Warn about random initial weights, and about a large network on a CPU."""
-    if config.depth < 50:
+    if config.backbone is None and config.depth < 50:
         return
     if config.weights is None:
         log.warning("weights is None: the network starts from random weights, not ImageNet's as published")
     if device.type == "cpu":
-        log.warning("a ResNet-%d takes hours an epoch on a CPU; preset 'demo' takes seconds", config.depth)
+        name = config.backbone or f"ResNet-{config.depth}"
+        log.warning("a %s takes hours an epoch on a CPU; preset 'demo' takes seconds", name)

@@ -17,6 +17,7 @@ LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own lay
     {"common"},
     {"data", "synthetic"},
     {"config", "features", "clustering", "matching", "memory", "losses", "sampling", "augment", "model"}
+    | {"streams"}
     | {"trainset", "labels", "batches", "stages", "optim", "export", "importers", "estimator"},
     {"evaluation", "run", "search"},
     {"training"},

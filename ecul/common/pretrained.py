@@ -62,6 +62,15 @@ class Pretrained(nn.Module):
         write_json(directory / "config.json", {**(config or {}), "model": self.settings})
 
     @classmethod
+    def holds(cls, path: str | os.PathLike) -> bool:
+        """Whether a network of this class was saved at this path."""
+        try:
+            with safe_open(weights_file(path), framework="pt") as f:
+                return (f.metadata() or {}).get("architecture") == cls.__name__
+        except (OSError, SafetensorError):
+            return False
+
+    @classmethod
     def _find(cls, path: str | os.PathLike) -> tuple[Path, dict[str, str]]:
         """The weights file in a directory, or itself, and its metadata; a ValueError for another network."""
         file = weights_file(path)
@@ -76,9 +85,9 @@ class Pretrained(nn.Module):
             raise ValueError(f"{file} cannot be read as safetensors: {e}") from e
         found = metadata.get("architecture")
         if found != cls.__name__:
-            known = found in ("TwoStreamResNet", "Backbone")
+            home = {"TwoStreamResNet": "model", "Backbone": "model", "TwoStream": "streams"}.get(str(found))
             hint = (
-                f"in Python ecul.model.{found} loads it" if known else "give a model that this library wrote"
+                f"in Python ecul.{home}.{found} loads it" if home else "give a model that this library wrote"
             )
             raise ValueError(f"{file} holds {found or 'no named network'}, not {cls.__name__}; {hint}")
         return file, metadata

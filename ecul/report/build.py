@@ -21,11 +21,11 @@ from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
 from ecul.matching import match_clusters
 from ecul.memory import cluster_means
-from ecul.model import TwoStreamResNet
 from ecul.report import pictures
 from ecul.report.page import Section, render_page
 from ecul.report.pictures import Cell
 from ecul.run.saved import SavedRun, read_run
+from ecul.streams import load_model
 from ecul.trainset import TrainImages
 
 log = logging.getLogger("ecul")
@@ -89,7 +89,7 @@ def report(
     try:
         dataset = dataset if dataset is not None else saved.open(root, options)
         saved.require_same(dataset)
-        model = model or TwoStreamResNet.from_pretrained(saved.directory)
+        model = model or load_model(saved.directory)
     except (ValueError, FileNotFoundError) as e:
         if given:
             raise

@@ -1,0 +1,257 @@
+"""Any backbone in two streams: its first layer apart, the rest shared, known by name to every command."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tiny import tiny
+from torch import nn
+
+from ecul import Config, TwoStreamResNet, extract, train
+from ecul.cli import main
+from ecul.model import Backbone, BasicBlock
+from ecul.streams import TwoStream, load_model
+
+SIZE = (32, 32)
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet-18, narrow, by its names."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8)
+        self.relu, self.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        widths = (8, 8, 16, 32, 64)
+        for i in range(1, 5):
+            blocks = BasicBlock(widths[i - 1], widths[i], 1 + (i > 1)), BasicBlock(widths[i], widths[i], 1)
+            setattr(self, f"layer{i}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXt(nn.Module):
+    """torchvision's ConvNeXt with one block, by its names."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        stem = nn.Sequential(nn.Conv2d(3, 12, 4, 4), LayerNorm2d(12))
+        block = nn.Sequential(
+            nn.Conv2d(12, 12, 7, 1, 3, groups=12), LayerNorm2d(12), nn.Conv2d(12, 12, 1), nn.GELU()
+        )
+        self.features = nn.Sequential(stem, block)
+        self.classifier = nn.Sequential(LayerNorm2d(12), nn.Flatten(1), nn.Linear(12, classes))
+
+    def forward(self, x):
+        return self.classifier(self.features(x).mean((2, 3), keepdim=True))
+
+
+class ViT(nn.Module):
+    """A ViT tiny as in torchvision: it must know the images' size."""
+
+    def __init__(self, image_size=224, classes=10):
+        super().__init__()
+        self.image_size = image_size
+        self.conv_proj = nn.Conv2d(3, 16, 16, 16)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, 16))
+        self.pos_embedding = nn.Parameter(torch.randn(1, (image_size // 16) ** 2 + 1, 16))
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+        self.heads = nn.Sequential()
+        self.heads.add_module("head", nn.Linear(16, classes))
+
+    def forward(self, x):
+        torch._assert(x.shape[3] == self.image_size, "Wrong image width!")
+        x = self.conv_proj(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.pos_embedding
+        return self.heads(self.encoder(x)[:, 0])
+
+
+NETWORKS = {"resnet18": ResNet, "convnext_tiny": ConvNeXt, "vit_tiny": ViT}
+STEMS = {
+    "resnet18": ("conv1", "bn1"),
+    "convnext_tiny": ("features.0.0", "features.0.1"),
+    "vit_tiny": ("conv_proj",),
+}
+
+
+def get_model(name, weights, **options):
+    if name not in NETWORKS:
+        raise ValueError(f"Unknown model {name}")
+    return NETWORKS[name](**options)
+
+
+@pytest.fixture(autouse=True)
+def torchvision(monkeypatch):
+    models = types.ModuleType("torchvision.models")
+    models.get_model = get_model
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    torch.manual_seed(0)
+
+
+def images(count, seed=0):
+    return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_stem_is_each_modalitys_own_and_the_rest_is_shared(name):
+    model = TwoStream(f"torchvision:{name}", SIZE)
+    assert model.stems == STEMS[name]
+    assert model.num_features == {"resnet18": 64, "convnext_tiny": 12, "vit_tiny": 16}[name]
+    for visible, infrared in stem_parameters(model):
+        assert torch.equal(visible, infrared) and visible.data_ptr() != infrared.data_ptr()
+    model.eval()
+    visible, infrared = images(3), images(2, seed=1)
+    assert torch.equal(model.embed(visible, "visible"), model.embed(visible, "infrared"))
+    for _, parameter in stem_parameters(model):
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    both = model(visible, infrared)
+    apart = torch.cat([model.embed(visible, "visible"), model.embed(infrared, "infrared")])
+    assert torch.allclose(both, apart, atol=1e-5) and torch.allclose(both.norm(dim=1), torch.ones(5))
+    assert not torch.allclose(model.embed(visible, "visible"), model.embed(visible, "infrared"), atol=1e-3)
+    assert model(visible, infrared[:0]).shape == (3, model.num_features)
+    model.train()(visible, infrared).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def stem_parameters(model):
+    for name in model.stems:
+        stem = model.network.get_submodule(name)
+        yield from zip(stem.visible.parameters(), stem.infrared.parameters(), strict=True)
+
+
+def test_batch_statistics_are_joint_after_the_stem():
+    model, plain = TwoStream("torchvision:resnet18", SIZE), ResNet()
+    plain.fc = nn.Identity()
+    state = plain.state_dict()
+    model.network.layer1.load_state_dict(plain.layer1.state_dict())
+    for stream in ("visible", "infrared"):
+        getattr(model.network.conv1, stream).load_state_dict({"weight": state["conv1.weight"]})
+    x = images(6)
+    model(x[:4], x[4:])
+    seen = [F.max_pool2d(F.relu(plain.bn1(plain.conv1(part))), 3, 2, 1) for part in (x[:4], x[4:])]
+    plain.layer1[0].bn1(plain.layer1[0].conv1(torch.cat(seen)))
+    assert torch.allclose(
+        model.network.layer1[0].bn1.running_mean, plain.layer1[0].bn1.running_mean, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_of_the_plain_network_come_in_without_its_classifier(name, tmp_path):
+    source = get_model(name, None, **({"image_size": 32} if name == "vit_tiny" else {}))
+    save_file(source.state_dict(), tmp_path / "plain.safetensors")
+    model = TwoStream(f"torchvision:{name}", SIZE)
+    model.load_backbone(tmp_path / "plain.safetensors")
+    first = source.get_submodule(STEMS[name][0]).weight
+    stem = model.network.get_submodule(STEMS[name][0])
+    assert torch.equal(stem.visible.weight, first) and torch.equal(stem.infrared.weight, first)
+    for end in ("fc", "classifier.2", "heads.head"):
+        if end in dict(source.named_modules()):
+            source.set_submodule(end, nn.Identity())
+    x = images(2)
+    with torch.no_grad():
+        expected = F.normalize(model.eval().bottleneck(source.eval()(x)), dim=1)
+    assert torch.allclose(model.embed(x, "infrared"), expected, atol=1e-6)
+    save_file({**source.state_dict(), "odd": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=f"does not fit this torchvision:{name}.*unknown network.odd"):
+        model.load_backbone(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_backbone_by_name_is_trained_and_used_from_the_shell(name, world, tmp_path, capsys):
+    run, photos = str(tmp_path / "run"), f"{world}/cam1"
+    command = ["train", "sysu", world, "-o", run, "--preset", "demo", "--set", f"backbone=torchvision:{name}"]
+    fields = {**tiny().to_dict(), "size": [32, 32], "epochs_cross": 0, "iterations": 1}
+    for field in ("identities", "instances", "epochs_intra", "min_samples", "k1", "k2", "k3", "iterations"):
+        command += ["--set", f"{field}={fields[field]}"]
+    command += ["--set", "epochs_cross=0", "--set", "size=[32,32]"]
+    assert main(command) == 0
+    assert main([*command, "--resume"]) == 0
+    assert main(["evaluate", "sysu", world, "--model", run, "--modes", "all"]) == 0
+    assert "SYSU-MM01" in capsys.readouterr().out
+    if name == "vit_tiny":  # one is enough: all load their model alike
+        assert main(["report", run, "--queries", "1", "--top", "2"]) == 0
+        assert (tmp_path / "run" / "report" / "ranked.png").is_file()
+    modalities = ["--query-modality", "infrared", "--gallery-modality", "visible"]
+    assert main(["search", run, "--query", photos, "--gallery", photos, *modalities, "--top", "1"]) == 0
+    model = load_model(run)
+    assert isinstance(model, TwoStream) and model.described() == f"this torchvision:{name}"
+    pixels = (255 * torch.rand(3, 3, *SIZE)).to(torch.uint8)
+    for modality in ("visible", "infrared"):
+        out = tmp_path / f"{modality}.pt2"
+        assert main(["export", run, "-o", str(out), "--modality", modality, "--no-flip"]) == 0
+        expected = extract(model, pixels, modality, flip=False, progress=False)
+        found = torch.export.load(out).module()(pixels.float())
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_what_does_not_fit_is_said_before_any_work(dataset, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="backbone must be timm:NAME or torchvision:NAME, got 'resnet18'"):
+        TwoStream("resnet18", SIZE)
+    with pytest.raises(ValueError, match="backbone must be timm:NAME or torchvision:NAME"):
+        Config(backbone="resnet18")
+    with pytest.raises(ValueError, match="'torchvision:nothing' cannot be built: Unknown model nothing"):
+        TwoStream("torchvision:nothing", SIZE)
+    with pytest.raises(ValueError, match="ViT takes no images of .* Wrong image width!"):
+        TwoStream("torchvision:vit_tiny", (32, 48))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match="'timm:vit' needs timm: pip install timm"):
+        TwoStream("timm:vit", SIZE)
+    config = tiny(size=SIZE, backbone="torchvision:resnet18", checkpointing=True)
+    with pytest.raises(
+        ValueError, match="checkpointing is for TwoStreamResNet, not for torchvision:resnet18"
+    ):
+        train(dataset, config)
+    network = ResNet()
+    network.num_features = 64
+    with pytest.raises(ValueError, match="its rows have 10 features where num_features says 64"):
+        train(dataset, tiny(size=SIZE), model=network)
+    with pytest.raises(ValueError, match=r"rows \(2, num_features\) of two images, got \(2, 8, 16, 16\)"):
+        TwoStream(nn.Sequential(network.conv1), SIZE)
+
+
+def test_ones_own_network_is_saved_and_needs_its_owner(tmp_path):
+    own = ConvNeXt()
+    own.classifier[2] = nn.Identity()
+    model = TwoStream(own, SIZE).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds one's own ConvNeXt: TwoStream.from_pretrained\(path, net"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="in Python ecul.streams.TwoStream loads it"):
+        Backbone.from_pretrained(tmp_path, own)
+    fresh = ConvNeXt()
+    fresh.classifier[2] = nn.Identity()
+    again = TwoStream.from_pretrained(tmp_path, fresh)
+    assert torch.equal(again.embed(images(2), "visible"), model.embed(images(2), "visible"))
+
+
+def test_a_stem_of_stride_one_keeps_the_detail_of_small_images(tmp_path):
+    shapes = []
+    for stride in (1, 2):
+        model = TwoStreamResNet(10, 8, False, (32, 16), stride).eval()
+        model.layer4[-1].register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape[2:])))
+        model.embed(torch.randn(2, 3, 32, 16), "visible")
+        model.save_pretrained(tmp_path)
+        assert load_model(tmp_path).settings["stem_stride"] == stride
+    assert shapes == [(4, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_tiny_patch16_224"])
+def test_networks_of_timm(name):
+    sys.modules.pop("torchvision", None), sys.modules.pop("torchvision.models", None)
+    pytest.importorskip("timm")
+    model = TwoStream(f"timm:{name}", (64, 32)).eval()
+    assert model.embed(torch.randn(2, 3, 64, 32), "infrared").shape == (2, model.num_features)
