@@ -242,6 +242,27 @@ def export(args: argparse.Namespace) -> None:
 
 
 @command(
+    *DATASET, DEVICE, JSON,
+    arg("--model", required=True, help=MODEL),
+    arg("--preset", choices=DATASETS, help="whose sizes (default: those of the data set, else sysu's)"),
+    arg("-o", "--output", help="a .png to draw the curves in"),
+)  # fmt: skip
+def tune(args: argparse.Namespace) -> None:
+    """Try k1 and eps on a model's features of the training images: clusters, outliers, label-free score."""
+    from ecul.report.pictures import draw_tuning, prepare_picture
+    from ecul.tuning import tune_config
+
+    if args.output:
+        prepare_picture(args.output)
+    dataset, model = ecul.open_dataset(args.dataset, args.root, **dict(args.option)), _model(args.model, args)
+    config = Config.preset(args.preset or dataset.protocol or "sysu")
+    found = tune_config(model, dataset, config)
+    if args.output:
+        draw_tuning(args.output, {name: part.rows for name, part in found.tunings.items()})
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+
+
+@command(
     *DATASET, JSON,
     arg("--quick", **FLAG, help="count files without decoding every image"),
     arg("--clean", **FLAG, help="also remove packs that the images no longer match"),

@@ -29,6 +29,7 @@ COMMANDS = {
     "search",
     "check",
     "synthesize",
+    "tune",
     "report",
     "compare",
     "import",

@@ -64,7 +64,7 @@ def _jaccard(encoded: np.ndarray, queries: int) -> np.ndarray:
 
 
 def modality_distances(
-    query: torch.Tensor, gallery: torch.Tensor, k1: int = 20, k2: int = 6, k3: int = 12, weight: float = 0.3
+    query: torch.Tensor, gallery: torch.Tensor, k1: int = 20, k2: int = 6, k3: int = 20, weight: float = 0.3
 ) -> np.ndarray:
     """`(1 - weight) * jaccard + weight * (1 - cosine)` between unit rows of two modalities, (Q, G) float32.
 

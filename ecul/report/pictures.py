@@ -227,6 +227,27 @@ def draw_overlaid(path: str | Path, panels: Sequence[tuple[str, Sequence[tuple[s
         figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
+def draw_tuning(path: str | Path, tables: dict[str, list[dict]]) -> None:
+    """Write the curves of `ecul.tuning` as a PNG: a row a clustering, a line for each k1 over eps."""
+    kinds = ("clusters", "outliers", "score")
+    with _picture(path, 12, 2.9 * len(tables), layout="constrained") as figure:
+        axes = figure.subplots(len(tables), len(kinds), squeeze=False)
+        for line, (name, rows) in zip(axes, tables.items(), strict=True):
+            best = max(rows, key=lambda row: row["score"])
+            for panel, kind in zip(line, kinds, strict=True):
+                panel.set_prop_cycle(color=OTHER)
+                for k1 in sorted({row["k1"] for row in rows}):
+                    of_k1 = [(row["eps"], row[kind]) for row in rows if row["k1"] == k1]
+                    panel.plot(*zip(*of_k1, strict=True), marker="o", markersize=2.5, label=f"k1 {k1}")
+                panel.axvline(best["eps"], color=NEUTRAL, linestyle=(0, (2, 2)), linewidth=1)
+                panel.set_title(f"{name}: {kind}", fontsize=10, loc="left", fontweight="bold")
+                panel.set(xlabel="eps")
+                panel.spines[["top", "right"]].set_visible(False)
+                panel.grid(alpha=0.25)
+            told = f"best: k1 {best['k1']}, eps {best['eps']}"
+            line[-1].legend(title=told, fontsize=7, title_fontsize=7, frameon=False)
+
+
 def draw_matches(
     path: str | Path, similarity: np.ndarray, match: np.ndarray, same: np.ndarray | None = None
 ) -> None:

@@ -1,0 +1,122 @@
+"""Which eps and k1 a clustering should have, without labels: what each gives, how apart its clusters are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ecul import MODALITIES
+from ecul.clustering import dbscan, extend_encodings, neighbor_graph, rank_neighbors, reciprocal_encodings
+from ecul.config import Config
+from ecul.data.dataset import Dataset
+from ecul.features import extract
+from ecul.labels import count_clusters
+from ecul.run.scores import separation
+
+EPS = tuple(round(0.2 + 0.05 * step, 2) for step in range(13))  # 0.2, 0.25, ... 0.8
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What each setting gives: rows of k1, eps, clusters, outliers and score; `best` has the best score."""
+
+    rows: list[dict[str, Any]]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the best score, the smaller eps among equals."""
+        return max(self.rows, key=lambda row: row["score"])
+
+    def table(self) -> str:
+        """Plain text, the best row marked."""
+        lines = ["  k1   eps  clusters  outliers  score"]
+        for row in self.rows:
+            line = "{k1:4d}  {eps:4.2f}  {clusters:8d}  {outliers:8d}  {score:5.3f}".format(**row)
+            lines.append(line + "  <- the best score" * (row is self.best))
+        return "\n".join(lines)
+
+
+def tune(
+    features: torch.Tensor,
+    cameras: torch.Tensor | None = None,
+    modalities: torch.Tensor | None = None,
+    *,
+    k1: int | Sequence[int] = (15, 30),
+    k2: int = 6,
+    k3: int | None = 12,
+    eps: Sequence[float] = EPS,
+    min_samples: int = 4,
+) -> Tuning:
+    """`emcc` of these features for every k1 and eps, from one product of similarities, and how good each is.
+
+        separation(features, emcc(features, cameras, modalities, k1=k1, eps=eps, ...))     # of each row
+
+    The arguments are those of `emcc`, in torch. The score, the separation of the clusters (`keep="score"`),
+    is the simplified silhouette in which an outlier counts 0. Too small an eps leaves outliers, too large a
+    one merges people; between them the score has its hill. Where its top is flat, or its clusters are far
+    from the number of people that one expects, the features cannot tell: look at the clusters.
+    Errors: those of `emcc`; ValueError for an empty list.
+    """
+    sizes = [k1] if isinstance(k1, int) else list(k1)
+    if not sizes or not len(eps):
+        raise ValueError(f"k1 and eps need at least one value, got {k1} and {eps}")
+    points = torch.nn.functional.normalize(features.float(), dim=1)
+    ranks = rank_neighbors(points, max(*sizes, k2, k3 or 0))
+    rows = []
+    for size in sizes:
+        encodings = reciprocal_encodings(points, ranks, size)
+        encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2=k2, k3=k3)
+        for distance in sorted(eps):
+            labels = dbscan(*neighbor_graph(*encodings, eps=distance), min_samples=min_samples)
+            row = {"k1": size, "eps": distance, "clusters": count_clusters(labels)}
+            row |= {"outliers": int((labels < 0).sum()), "score": separation(points, labels)}
+            rows.append(row)
+    return Tuning(rows)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The tunings of a run's clusterings by name, and the fields of Config that they recommend."""
+
+    tunings: dict[str, Tuning]
+
+    @property
+    def fields(self) -> dict[str, float]:
+        """k1 and eps of the modalities' best mean score, k1_joint and eps_joint of the joint clustering's."""
+        found: dict[str, float] = {}
+        for ending, names in (("", MODALITIES), ("_joint", ("joint",))):
+            tables = [self.tunings[name].rows for name in names]
+            scores = [sum(row["score"] for row in rows) for rows in zip(*tables, strict=True)]
+            row = tables[0][scores.index(max(scores))]
+            found |= {f"k1{ending}": row["k1"], f"eps{ending}": row["eps"]}
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `json.dumps` takes."""
+        return {"fields": self.fields, "rows": {name: found.rows for name, found in self.tunings.items()}}
+
+    def __str__(self) -> str:
+        told = [f"{name}\n{found.table()}" for name, found in self.tunings.items()]
+        chosen = " ".join(f"--set {name}={value}" for name, value in self.fields.items())
+        return "\n".join([*told, f"the best scores: {chosen}"])
+
+
+def tune_config(model: Any, dataset: Dataset, config: Config, eps: Sequence[float] = EPS) -> Settings:
+    """`tune` for each clustering of a run: visible, infrared, and both jointly, k1 halved and doubled.
+
+    model: what `extract` takes; dataset: whose training images it embeds. Errors: those of `extract`.
+    """
+    images = [getattr(dataset, m) for m in MODALITIES]
+    features = [extract(model, side, side.modality) for side in images]
+    cameras = [torch.from_numpy(side.camids) for side in images]
+
+    def tried(ending: str, rows: torch.Tensor, camids: torch.Tensor, sides: Any = None) -> Tuning:
+        k1, k2, k3 = (getattr(config, name + ending) for name in ("k1", "k2", "k3"))
+        sizes = (max(1, k1 // 2), k1, 2 * k1)
+        return tune(rows, camids, sides, k1=sizes, k2=k2, k3=k3, eps=eps, min_samples=config.min_samples)
+
+    sides = torch.arange(2).repeat_interleave(torch.tensor([len(part) for part in features]))
+    own = zip(MODALITIES, features, cameras, strict=True)
+    tunings = {name: tried("", rows, camids) for name, rows, camids in own}
+    return Settings({**tunings, "joint": tried("_joint", torch.cat(features), torch.cat(cameras), sides)})

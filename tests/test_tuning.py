@@ -1,0 +1,69 @@
+"""Label-free curves over eps and k1 agree with the clustering itself, and find what is there to find."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ecul import TwoStreamResNet, emcc
+from ecul.cli import main
+from ecul.run.scores import separation
+from ecul.tuning import EPS, Settings, Tuning, tune
+
+
+def people(count, images, spread, seed=0):
+    """Unit rows of `count` people, `images` of each, as far from them as `spread` says."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(count, 24, generator=generator).repeat_interleave(images, 0)
+    return torch.nn.functional.normalize(
+        centers + spread * torch.randn(centers.shape, generator=generator), dim=1
+    )
+
+
+def test_every_row_is_what_emcc_gives():
+    features = people(8, 6, 0.9)
+    cameras, modalities = torch.arange(48) % 3, torch.arange(48) % 2
+    sizes = {"k2": 2, "k3": 6, "min_samples": 3}
+    found = tune(features, cameras, modalities, k1=(4, 9), eps=(0.7, 0.3, 0.5), **sizes)
+    assert [(row["k1"], row["eps"]) for row in found.rows] == [
+        (k1, e) for k1 in (4, 9) for e in (0.3, 0.5, 0.7)
+    ]
+    for row in found.rows:
+        labels = emcc(features, cameras, modalities, k1=row["k1"], eps=row["eps"], **sizes)
+        assert row["clusters"] == int(labels.max()) + 1 and row["outliers"] == int((labels < 0).sum())
+        assert row["score"] == pytest.approx(separation(features, labels), abs=1e-6)
+
+
+def test_the_best_score_lies_where_the_people_are():
+    found = tune(people(12, 8, 0.9), k1=8, k2=3, k3=None, eps=(0.05, *EPS, 0.99))
+    assert found.best["clusters"] == 12 and found.best["outliers"] <= 6
+    assert found.rows[0]["score"] < found.best["score"] > found.rows[-1]["score"]
+    assert found.table().count("<- the best score") == 1
+    for empty in ({"k1": ()}, {"eps": ()}):
+        with pytest.raises(ValueError, match="k1 and eps need at least one value"):
+            tune(people(2, 4, 0.1), **empty)
+
+
+def test_one_setting_serves_both_modalities():
+    def rows(*scores):
+        return Tuning([{"k1": 5, "eps": e, "score": s} for e, s in zip((0.4, 0.5, 0.6), scores, strict=True)])
+
+    found = Settings(
+        {"visible": rows(0.5, 0.4, 0.0), "infrared": rows(0.0, 0.3, 0.4), "joint": rows(0, 0, 1)}
+    )
+    assert found.fields == {"k1": 5, "eps": 0.5, "k1_joint": 5, "eps_joint": 0.6}
+
+
+def test_from_the_shell_with_a_picture(world, tmp_path, capsys):
+    torch.manual_seed(0)
+    TwoStreamResNet(10, 4, False, (32, 16)).save_pretrained(tmp_path)
+    command = ["tune", "sysu", world, "--model", str(tmp_path), "--preset", "demo"]
+    assert main([*command, "-o", str(tmp_path / "tune.png")]) == 0
+    text = capsys.readouterr().out
+    assert "the best scores: --set k1=" in text and text.count("<- the best score") == 3
+    assert np.asarray(Image.open(tmp_path / "tune.png")).std() > 5
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["rows"]) == {"visible", "infrared", "joint"} and len(told["rows"]["joint"]) == 39
