@@ -29,6 +29,7 @@ RERANK = (
     "order answers by the neighbourhoods of queries and gallery together: k-reciprocal ones (default), or "
     "those that count both modalities alike"
 )
+UNKNOWN = "share of unknown people that may be taken for somebody (default: 0.1), once `threshold` was run"
 FLAG: dict[str, Any] = {"action": "store_true"}
 PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
@@ -46,6 +47,9 @@ DATASET = (
 DEVICE = arg("--device", help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
 FORMAT = arg("--format", choices=FORMATS, default="text", help="of the table (default: text)")
 JSON = arg("--json", **FLAG, help="print JSON instead of text")
+PRESET = arg(
+    "--preset", choices=DATASETS, help="whose sizes (default: the run's, else the data set's or sysu's)"
+)
 METHOD = arg("--method", choices=METHODS, help="the method (default: united)")
 READING = (
     arg("--skip-unreadable", **FLAG, help=f"{SKIP}; a run trained so does it by itself"),
@@ -185,6 +189,7 @@ def extract(args: argparse.Namespace) -> None:
     arg("--query-modality", required=True, choices=MODALITIES, help="of the queries"),
     arg("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery"),
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
+    arg("--unknown", type=float, default=0.1, help=UNKNOWN),
     arg("--rerank", nargs="?", const="k-reciprocal", choices=RERANKINGS, help=RERANK),
     arg("-o", "--output", help="a .png to draw the first 24 queries and 20 answers in"),
     *READING, DEVICE, JSON,
@@ -193,11 +198,13 @@ def search(args: argparse.Namespace) -> None:
     """Rank a gallery's images for each query; print the answers, and draw them if asked to."""
     from ecul.report.pictures import draw_ranking, prepare_picture
     from ecul.search import search
+    from ecul.threshold import Threshold
 
     if args.output:
         prepare_picture(args.output)
     options = {"skip_unreadable": _skips(args), "batch_size": args.batch_size}
-    options |= {"top": args.top, "rerank": args.rerank}
+    options |= {"top": args.top, "rerank": args.rerank, "unknown": args.unknown}
+    options["threshold"] = Threshold.load(args.model)
     model = _model(args.model, args)
     ranking = search(model, args.query, args.gallery, args.query_modality, args.gallery_modality, **options)
     _list_unreadable(ranking.query, ranking.gallery)
@@ -244,7 +251,7 @@ def export(args: argparse.Namespace) -> None:
 @command(
     *DATASET, DEVICE, JSON,
     arg("--model", required=True, help=MODEL),
-    arg("--preset", choices=DATASETS, help="whose sizes (default: those of the data set, else sysu's)"),
+    PRESET,
     arg("-o", "--output", help="a .png to draw the curves in"),
 )  # fmt: skip
 def tune(args: argparse.Namespace) -> None:
@@ -255,11 +262,25 @@ def tune(args: argparse.Namespace) -> None:
     if args.output:
         prepare_picture(args.output)
     dataset, model = ecul.open_dataset(args.dataset, args.root, **dict(args.option)), _model(args.model, args)
-    config = Config.preset(args.preset or dataset.protocol or "sysu")
-    found = tune_config(model, dataset, config)
+    found = tune_config(model, dataset, _config(args, dataset))
     if args.output:
         draw_tuning(args.output, {name: part.rows for name, part in found.tunings.items()})
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+
+
+@command(
+    *DATASET, DEVICE,
+    arg("--model", required=True, help=MODEL),
+    PRESET,
+    arg("--unknown", type=float, default=0.1, help="share of unknown people taken for somebody"),
+)  # fmt: skip
+def threshold(args: argparse.Namespace) -> None:
+    """Learn which similarity means the same person, and keep it beside the model, where search looks."""
+    from ecul.threshold import measure_threshold
+
+    dataset = ecul.open_dataset(args.dataset, args.root, **dict(args.option))
+    found = measure_threshold(_model(args.model, args), dataset, _config(args, dataset))
+    print(f"{found.table(args.unknown)}\nkept in {found.save(args.model)}")
 
 
 @command(
@@ -328,6 +349,14 @@ def _model(path: str, args: argparse.Namespace) -> Any:
     from ecul.streams import load_model
 
     return load_model(path).to(choose_device(args.device))
+
+
+def _config(args: argparse.Namespace, dataset: Any) -> Config:
+    """The settings that are named, else those of the model's run, else those of the data set."""
+    run = Path(args.model) / "resume.json"
+    if args.preset is None and run.is_file():
+        return Config.from_dict(json.loads(run.read_text())["config"])
+    return Config.preset(args.preset or dataset.protocol or "sysu")
 
 
 def _skips(args: argparse.Namespace) -> bool:

@@ -18,6 +18,7 @@ from ecul.data.images import check_modality
 from ecul.evaluation.rerank import k_reciprocal_distances, modality_distances
 from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
+from ecul.threshold import Threshold
 
 __all__ = ["FolderFeatures", "Ranking", "extract_folder", "save_features", "search"]
 RERANKINGS: dict[str, Callable[..., np.ndarray]] = {
@@ -28,27 +29,42 @@ RERANKINGS: dict[str, Callable[..., np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Ranking:
-    """The answers to each query, best first: gallery rows (Q, top) int64, cosine similarities float32."""
+    """The answers to each query, best first: gallery rows (Q, top) int64, cosine similarities float32.
+
+    threshold: the similarity from which on an answer counts as the same person; None: nobody said.
+    """
 
     query: FolderFeatures
     gallery: FolderFeatures
     rows: torch.Tensor
     scores: torch.Tensor
+    threshold: float | None = None
+
+    def is_same(self, score: float) -> bool:
+        """Whether an answer of this similarity counts as the same person."""
+        return self.threshold is not None and score >= self.threshold
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
-        """Query path -> list of {"score", "path"}, best first."""
+        """Query path -> list of {"score", "path"}, best first; with a threshold also "same": bool."""
         ranked = zip(self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True)
         return {
-            path: [{"score": s, "path": self.gallery.paths[row]} for row, s in zip(rows, scores, strict=True)]
+            path: [
+                {"score": s, "path": self.gallery.paths[row]}
+                | ({} if self.threshold is None else {"same": self.is_same(s)})
+                for row, s in zip(rows, scores, strict=True)
+            ]
             for path, rows, scores in ranked
         }
 
     def table(self) -> str:
-        """A block of text for each query: rank, score and path of every answer."""
+        """A block of text for each query: rank, score and path of every answer, = for the same person."""
         lines = []
         for path, answers in self.to_dict().items():
-            lines.append(path)
-            lines += [f"{rank:4d}  {a['score']:6.3f}  {a['path']}" for rank, a in enumerate(answers, 1)]
+            known = self.threshold is None or any(a["same"] for a in answers)
+            lines.append(path if known else f"{path}: nobody (none reaches {self.threshold:.3f})")
+            for rank, a in enumerate(answers, 1):
+                mark = " =" if a.get("same") else ""
+                lines.append(f"{rank:4d}  {a['score']:6.3f}{mark}  {a['path']}")
         return "\n".join(lines)
 
 
@@ -102,6 +118,8 @@ def search(
     *,
     top: int = 10,
     rerank: str | None = None,
+    threshold: Threshold | None = None,
+    unknown: float = 0.1,
     **options: Any,
 ) -> Ranking:
     """The `top` gallery images most like each query, best first, as a `Ranking`.
@@ -111,8 +129,9 @@ def search(
     query: an image or a folder; gallery: a folder; each modality is "visible" or "infrared". top is clamped
     to the gallery's size. rerank: the order is then that of `k_reciprocal_distances` ("k-reciprocal") or of
     `modality_distances` ("modality"), over all queries and the gallery together, the scores still cosines.
-    options: those of `extract_folder`. Errors: those of `extract_folder`; ValueError for top below 1 or an
-    unknown rerank.
+    threshold: from `Threshold.load(model's directory)`: answers are then marked as the same person or not, so
+    that a share `unknown` of people who are not in the gallery is taken for somebody. options: those of
+    `extract_folder`. Errors: those of `extract_folder`; ValueError for top below 1 or an unknown rerank.
     """
     if rerank is not None and rerank not in RERANKINGS:
         raise ValueError(f"rerank must be one of {', '.join(RERANKINGS)}, or None, got {rerank!r}")
@@ -130,7 +149,9 @@ def search(
         rows = distances.sort(stable=True).indices[:, :top]
         pairs = zip(queries.features, rows, strict=True)
         scores = torch.stack([answers.features[found] @ query for query, found in pairs])
-    return Ranking(queries, answers, rows, scores)
+    sides = (query_modality, gallery_modality, len(answers.paths))
+    least = None if threshold is None else threshold.at(*sides, unknown)
+    return Ranking(queries, answers, rows, scores, least)
 
 
 def _find(folder: str | os.PathLike) -> list[Path]:

@@ -19,7 +19,7 @@ LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own lay
     {"config", "features", "clustering", "matching", "memory", "losses", "sampling", "augment", "model"}
     | {"streams"}
     | {"trainset", "labels", "batches", "stages", "optim", "export", "importers", "estimator"},
-    {"evaluation", "run", "search", "tuning"},
+    {"evaluation", "run", "search", "tuning", "threshold"},
     {"training"},
     {"report", "cli", "shell", "__main__"},
 )

@@ -29,6 +29,7 @@ COMMANDS = {
     "search",
     "check",
     "synthesize",
+    "threshold",
     "tune",
     "report",
     "compare",

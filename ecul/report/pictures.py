@@ -134,10 +134,13 @@ def draw_ranking(
     rows, shown = [], (slice(queries), slice(answers))
     found, scores = ranking.rows[shown].tolist(), ranking.scores[shown].tolist()
     for query, *answered in zip(ranking.query.paths[:queries], found, scores, strict=True):
-        cells = [Cell(read_image(query, size), "query", INK)]
+        nobody = ranking.threshold is not None and not any(map(ranking.is_same, answered[1]))
+        cells = [Cell(read_image(query, size), "query\nnobody" if nobody else "query", INK)]
         for rank, (row, score) in enumerate(zip(*answered, strict=True), 1):
             name = ranking.gallery.paths[row]
-            cells.append(Cell(read_image(name, size), f"{rank}\n{score:.3f}\n{short_name(name)}"))
+            mark, color = (" =", RIGHT) if ranking.is_same(score) else ("", NEUTRAL)
+            text = f"{rank}{mark}\n{score:.3f}\n{short_name(name)}"
+            cells.append(Cell(read_image(name, size), text, color))
         rows.append((short_path(query), cells))
     draw_sheet(path, rows, lead=1)
     return len(rows)

@@ -1,0 +1,154 @@
+"""Same person or not: the estimated errors are the true ones, on both synthetic worlds, without a label."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import norm
+from tiny import tiny
+
+from ecul import MODALITIES, TwoStreamResNet, extract, open_dataset, synthesize
+from ecul.augment import normalize
+from ecul.cli import main
+from ecul.features import FolderFeatures
+from ecul.report.pictures import RIGHT, draw_ranking
+from ecul.search import Ranking
+from ecul.threshold import Pairs, Threshold, estimate_threshold, measure_threshold
+
+SIZE = (32, 16)
+
+
+@pytest.fixture(scope="module", params=[0.0, 1.0], ids=["shared", "gap"])
+def measured(request, tmp_path_factory):
+    """Thresholds from one half of a world without identities; features and images of its other half."""
+    root = tmp_path_factory.mktemp("t") / "world"
+    sizes = {"identities": 24, "test_identities": 24, "images": 2, "size": SIZE}
+    dataset = open_dataset("sysu", synthesize(root, **sizes, gap=request.param, progress=False))
+    torch.manual_seed(0)
+    model = TwoStreamResNet(10, 16, False, SIZE)
+    for _ in range(20):  # until the running statistics fit
+        model(*(normalize(getattr(dataset, m).load(SIZE, progress=False)[::2]) for m in MODALITIES))
+    blind = {m: copy.copy(getattr(dataset, m)) for m in MODALITIES}
+    for side in blind.values():
+        side.pids = None
+    blind = dataclasses.replace(dataset, test_visible=None, test_infrared=None, **blind)
+    config = tiny(k1_joint=12, k3_joint=12, eps_joint=0.5, min_samples=4)
+    tested = {m: getattr(dataset, f"test_{m}") for m in MODALITIES}
+    features = {m: extract(model.eval(), tested[m], m, progress=False) for m in MODALITIES}
+    return measure_threshold(model, blind, config), features, tested
+
+
+@pytest.mark.parametrize("sides", [(q, g) for q in MODALITIES for g in MODALITIES], ids="-".join)
+def test_estimated_errors_are_the_true_ones(measured, sides):
+    threshold, features, images = measured
+    assert threshold.source == "clusters"
+    cosines = (features[sides[0]] @ features[sides[1]].T).numpy()
+    other = images[sides[0]].pids[:, None] != images[sides[1]].pids
+    for share in (0.1, 0.03, 0.01):
+        found = threshold.pairs["-".join(sides)]
+        least = found.location + found.scale * norm.isf(share)
+        assert threshold.false_matches(*sides, least) == pytest.approx(share)
+        true = (cosines[other] >= least).mean()
+        assert share / 3 < true < 2 * share
+    best = np.where(other, cosines, -2).max(1)  # all are unknown people where their own images are left out
+    for unknown in (0.3, 0.1):
+        least = threshold.at(*sides, int(other.sum(1).mean()), unknown)
+        assert (best >= least).mean() < unknown + 0.13  # two deviations of a share of 24 people
+
+
+def normal(sides="visible-infrared", **changes):
+    return Threshold({sides: dataclasses.replace(Pairs(0.1, 0.2), **changes)}, "clusters")
+
+
+def test_a_threshold_grows_with_the_gallery_and_with_caution():
+    found, sides = normal(), ("visible", "infrared")
+    assert found.at(*sides, 1, 0.1) == pytest.approx(0.1 + 0.2 * norm.isf(0.1))
+    assert found.at(*sides, 1000, 0.1) == pytest.approx(0.1 + 0.2 * norm.isf(1 - 0.9 ** (1 / 1000)))
+    assert found.at(*sides, 1000, 0.01) > found.at(*sides, 1000, 0.1) > found.at(*sides, 10, 0.1)
+    assert found.missed(*sides, 0.5) is None
+    missed = normal(own=tuple(np.linspace(0, 1, 21))).missed
+    assert missed(*sides, 0.25) == pytest.approx(0.25) and missed(*sides, 2.0) == 1
+    with pytest.raises(ValueError, match="unknown must be a share between 0 and 1, got 1.5"):
+        found.at(*sides, 10, 1.5)
+    with pytest.raises(ValueError, match="modality"):
+        found.at("thermal", "visible", 10)
+
+
+def test_own_people_are_other_images_of_the_same_label():
+    rows = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1], [-1, 0]]), dim=1)
+    labels = torch.tensor([0, 0, 1, -1])
+    found = estimate_threshold(
+        dict.fromkeys(MODALITIES, rows), dict.fromkeys(MODALITIES, labels), "identities"
+    )
+    half = 0.5**0.5
+    assert np.allclose(
+        found.pairs["visible-visible"].own, half, atol=1e-6
+    )  # 0 and 1 have each other, 2 nobody
+    assert np.allclose(found.pairs["visible-infrared"].own, 1, atol=1e-6)
+    with pytest.raises(ValueError, match="needs images of two different people"):
+        estimate_threshold(dict.fromkeys(MODALITIES, rows), dict.fromkeys(MODALITIES, 0 * labels), "clusters")
+
+
+def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path):
+    model, found = TwoStreamResNet(10, 4, False, SIZE), normal(own=(0.1, 0.5))
+    model.save_pretrained(tmp_path)
+    assert Threshold.load(tmp_path) is None
+    file = found.save(tmp_path)
+    assert Threshold.load(tmp_path) == found == Threshold.load(tmp_path / "model.safetensors")
+    TwoStreamResNet(10, 4, False, SIZE).save_pretrained(tmp_path)
+    assert Threshold.load(tmp_path) is None
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="threshold.json is damaged"):
+        Threshold.load(tmp_path)
+
+
+def test_a_ranking_marks_the_same_person_and_nobody(tmp_path):
+    for name, tone in (("a", 10), ("b", 120)):
+        Image.new("RGB", (8, 16), (tone,) * 3).save(tmp_path / f"{name}.png")
+    files = FolderFeatures(torch.eye(2), [str(tmp_path / f"{n}.png") for n in "ab"], "visible", [])
+    ranking = Ranking(
+        files, files, torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.9, 0.4], [0.4, 0.1]]), 0.5
+    )
+    lines = ranking.table().splitlines()
+    assert lines[1].split()[1:3] == ["0.900", "="] and "=" not in lines[2]
+    assert lines[3] == f"{tmp_path / 'b.png'}: nobody (none reaches 0.500)"
+    assert [a["same"] for a in ranking.to_dict()[files.paths[0]]] == [True, False]
+    plain = dataclasses.replace(ranking, threshold=None)
+    assert "nobody" not in plain.table() and "same" not in plain.to_dict()[files.paths[0]][0]
+    draw_ranking(tmp_path / "found.png", ranking, (16, 8))
+    seen = {
+        "#{:02x}{:02x}{:02x}".format(*c)
+        for _, c in Image.open(tmp_path / "found.png").convert("RGB").getcolors(1 << 24)
+    }
+    draw_ranking(tmp_path / "plain.png", plain, (16, 8))
+    unmarked = {
+        "#{:02x}{:02x}{:02x}".format(*c)
+        for _, c in Image.open(tmp_path / "plain.png").convert("RGB").getcolors(1 << 24)
+    }
+    assert RIGHT in seen and RIGHT not in unmarked
+
+
+def test_from_the_shell(world, tmp_path, capsys):
+    torch.manual_seed(0)
+    TwoStreamResNet(10, 4, False, SIZE).save_pretrained(tmp_path)
+    assert main(["threshold", "sysu", world, "--model", str(tmp_path), "--preset", "demo"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("similarity that 10% of unknown people reach, by identities") and "kept in" in out
+    command = [
+        "search",
+        str(tmp_path),
+        "--query",
+        f"{world}/cam3",
+        "--gallery",
+        f"{world}/cam1",
+        "--top",
+        "1",
+    ]
+    command += ["--query-modality", "infrared", "--gallery-modality", "visible"]
+    assert main([*command, "--unknown", "0.999999"]) == 0
+    all_known = capsys.readouterr().out
+    assert main([*command, "--unknown", "1e-9"]) == 0
+    assert all_known.count(" =  ") > capsys.readouterr().out.count(" =  ")
