@@ -191,7 +191,7 @@ def extract(args: argparse.Namespace) -> None:
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
     arg("--unknown", type=float, default=0.1, help=UNKNOWN),
     arg("--rerank", nargs="?", const="k-reciprocal", choices=RERANKINGS, help=RERANK),
-    arg("-o", "--output", help="a .png to draw the first 24 queries and 20 answers in"),
+    arg("-o", "--output", help="a .png to draw a sample of five queries and ten answers in"),
     *READING, DEVICE, JSON,
 )  # fmt: skip
 def search(args: argparse.Namespace) -> None:

@@ -15,18 +15,18 @@ from scipy.optimize import linear_sum_assignment
 
 from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
+from ecul.labels import Labels
 from ecul.model import Backbone
 from ecul.report.build import (
-    Embedded,
     _accuracy,
     _mosaic_section,
     choose_queries,
-    cluster_margins,
     commonest,
     ignored,
     read_run,
     report,
 )
+from ecul.report.embedded import Embedded
 from ecul.report.pictures import (
     GAP,
     HEIGHT,
@@ -42,6 +42,8 @@ from ecul.report.pictures import (
     short_name,
     short_path,
 )
+from ecul.report.summary import cluster_margins, counted, verdict
+from ecul.report.views import activation, match_rows
 from ecul.search import FolderFeatures, Ranking
 
 TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
@@ -70,15 +72,27 @@ def pictures(folder):
 def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
     page = report(run.output, dataset, queries=3, top=4, progress=False)
     assert page == run.output / "report" / "index.html"
-    names = {"curves.png", "ranked.png", "clusters.png", "matches.png"}
+    names = {
+        f"{name}.png" for name in ("curves", "ranked", "clusters", "matches", "pairs", "map", "activations")
+    }
     assert set(pictures(page.parent)) == names
     text = page.read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
-    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) == 7 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "Infrared queries drawn at random (3)" in text and f"<td>{len(dataset.test_visible)}</td>" in text
     for heading in ("Curves", "Ranked lists", "Clusters", "Visible-infrared matches", "Data", "Settings"):
         assert f"<h2>{heading}</h2>" in text
     assert "united on sysu" in text and "k1_joint" in text and "2 of 2 epochs done, stage 2" in text
+    first = text[: text.index("<h2>Accuracy")]
+    happened = dict(re.findall("<th>(.*?)</th><td>(.*?)</td>", first))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", happened["ended"])
+    assert re.fullmatch(r"2 of 2 epochs in 0 min \d+ s", happened["training"])
+    assert (
+        happened["trained on"] == f"{len(dataset.visible)} visible, {len(dataset.infrared)} infrared images"
+    )
+    assert re.fullmatch(r"rank-1 [\d.]+ %, mAP [\d.]+ %", happened["all, infrared-to-visible"])
+    assert "visible cluster" in happened["verdict"] and "separation" in happened["verdict"]
+    assert '<meta name="viewport"' in text
 
 
 def test_without_the_data_there_are_curves_and_settings(run, dataset, tmp_path, caplog):
@@ -238,7 +252,7 @@ def test_the_mosaic_has_the_extremes_and_shows_a_cluster_once(monkeypatch, tmp_p
     images = pile("visible", [1] * 14, None), pile("infrared", [3] * 14, None)
     table = Embedded(images, [torch.zeros(14, 3, 4, 2, dtype=torch.uint8)] * 2, features.repeat(2, 1))
     shown = []
-    monkeypatch.setattr("ecul.report.pictures.draw_sheet", lambda path, rows: shown.extend(rows))
+    monkeypatch.setattr("ecul.report.pictures.draw_sheet", lambda path, rows, bad: shown.extend(rows))
     _mosaic_section(tmp_path, table, torch.cat([labels, torch.full((14,), -1)]), None, each=2)
     told = [(label.splitlines()[0], len(cells)) for label, cells in shown]
     assert told == [
@@ -254,11 +268,12 @@ def test_accuracy_rows_say_their_direction_and_a_failure_leaves_the_rest(run, da
     pids, rows = np.arange(24) // 4, rng.normal(size=(24, 5))
     tested = {m: pile(m, [1] * 24, pids) for m in MODALITIES}
     regdb = Dataset("regdb", None, *tested.values(), *tested.values(), protocol="regdb", trial=2)
-    (section,) = _accuracy(regdb, {m: torch.tensor(rows) for m in MODALITIES})
+    short, (section,) = _accuracy(regdb, {m: torch.tensor(rows) for m in MODALITIES})
     assert "RegDB trial 2" in section.text and len({tuple(row[:-6]) for row in section.rows}) == 3
     blind = Dataset("sysu", None, *tested.values(), *tested.values(), protocol="sysu")
-    (section,) = _accuracy(blind, {m: torch.tensor(rows) for m in MODALITIES})
-    assert "Not to be had" in section.text and not section.rows
+    assert [name for name, _ in short] == ["all, visible-to-infrared", "all, infrared-to-visible"]
+    short, (section,) = _accuracy(blind, {m: torch.tensor(rows) for m in MODALITIES})
+    assert "Not to be had" in section.text and not section.rows and short == []
 
 
 def test_the_images_are_found_where_they_lay(run, dataset):
@@ -288,7 +303,9 @@ def test_what_search_draws_at_most_fits_a_sheet(tmp_path):
     Image.new("RGB", (4, 8)).save(tmp_path / "caf\udce9.png")
     found = FolderFeatures(torch.zeros(30, 2), [str(tmp_path / "caf\udce9.png")] * 30, "visible", [])
     ranking = Ranking(found, found, torch.arange(25).repeat(30, 1), torch.zeros(30, 25))
-    assert draw_ranking(tmp_path / "found.png", ranking, (8, 4)) == 24
+    assert draw_ranking(tmp_path / "found.png", ranking, (8, 4)) == 5
+    width, height = Image.open(tmp_path / "found.png").size
+    assert width < 2200 and height < 2200  # at 200 dots an inch: a screen
 
 
 def test_too_large_a_report_is_refused_before_any_work(run, dataset):
@@ -340,5 +357,85 @@ def test_letters_that_no_font_has_are_told_once(tmp_path, caplog, monkeypatch):
 
 def test_long_names_are_broken_and_keep_their_ends():
     assert short_path("/a/b/" + "x" * 30 + ".jpg") == "…" + "x" * 19 + ".jpg\n/a/b"
-    assert short_name("C:\\pics\\0001_c1s1_000151.jpg") == "0001_c1s1_0\n00151"
-    assert short_name("q" * 11 + "r" * 12 + ".png") == "q" * 11 + "\n…" + "r" * 10
+    assert short_name("C:\\pics\\0001_c1s1_000151.jpg") == "pics\n…_c1s1_000151"
+    assert short_name("people/gate/person (259).png") == "gate\nperson (259)"
+    assert short_name("/3.png") == "3"
+
+
+def test_what_happened_is_told_in_words():
+    assert [counted(1, "epoch", 1), counted(3, "epoch", 75), counted(1, "image")] == [
+        "1 of 1 epoch",
+        "3 of 75 epochs",
+        "1 image",
+    ]
+    angles = np.repeat([0.0, 2.0, 4.0], 5)
+    apart = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
+    own = torch.arange(3).repeat_interleave(5)
+    near = apart.clone()
+    near[5:10] = torch.nn.functional.normalize(apart[5:10] + 40 * apart[:5], dim=1)
+    own[14] = -1
+    told = verdict(
+        torch.cat([apart, near]), Labels.from_own(torch.cat([apart, near]), own.repeat(2), 15)
+    ).split("; ")
+    assert (
+        told[0]
+        == "3 visible clusters far apart (separation 0.93), none of them look mixed, 7% of the images in none"
+    )
+    assert told[1].startswith("bad: 3 infrared clusters") and "2 of them look mixed" in told[1]
+    none = torch.full((30,), -1)
+    assert verdict(torch.cat([apart, near]), Labels.from_own(torch.cat([apart, near]), none, 15)).startswith(
+        "bad: fewer"
+    )
+
+
+def test_matches_are_shown_from_the_best_to_the_worst():
+    rng = np.random.default_rng(0)
+    labels = torch.arange(6).repeat_interleave(3)
+    centers = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(6, 8)), dtype=torch.float32), dim=1)
+    features = torch.cat([centers[labels], centers[labels]])
+    images = pile("visible", [1] * 18, None), pile("infrared", [3] * 18, None)
+    table = Embedded(images, [torch.zeros(18, 3, 4, 2, dtype=torch.uint8)] * 2, features)
+    similarity = np.diag(np.linspace(0.9, 0.2, 6))
+    rows, lead = match_rows(
+        table, Labels.from_own(features, labels.repeat(2), 18), similarity, similarity > 0, None
+    )
+    assert [label for label, _ in rows] == [
+        f"{name}\ncosine {value:.3f}"
+        for name, value in zip(
+            ("best", "best", "middle", "middle", "worst", "worst"), np.linspace(0.9, 0.2, 6), strict=True
+        )
+    ]
+    assert lead == 3 and all(len(cells) == 6 for _, cells in rows)
+
+
+def test_thumbnails_are_those_of_the_files(tmp_path):
+    rng = np.random.default_rng(0)
+    original = rng.integers(0, 256, (2 * HEIGHT, HEIGHT, 3), dtype=np.uint8)
+    Image.fromarray(original).save(tmp_path / "a.png")
+    images = Images.from_paths([tmp_path / "a.png"], "visible"), Images.from_paths([], "infrared")
+    tiny = torch.zeros(1, 3, 4, 2, dtype=torch.uint8)
+    table = Embedded(images, (tiny, tiny[:0]), torch.zeros(1, 2))
+    assert np.array_equal(table.thumbnail(0), original)
+    (tmp_path / "a.png").unlink()
+    assert table.thumbnail(0).shape == (4, 2, 3)
+
+
+def test_an_activation_map_is_high_where_the_network_responds():
+    model = TwoStreamResNet(10, 4, False, (64, 32)).eval()
+    seen = []
+    model.layer4[-1].register_forward_hook(lambda _, __, out: seen.append(out[0].norm(dim=0)))
+    strength = activation(model, torch.randint(0, 256, (3, 64, 32), dtype=torch.uint8), "infrared")
+    assert strength.shape == (64, 32) and strength.min() == 0 and strength.max() == 1
+    row, column = np.unravel_index(strength.argmax(), strength.shape)
+    best = np.unravel_index(int(seen[0].argmax()), seen[0].shape)
+    assert (row * seen[0].shape[0] // 64, column * seen[0].shape[1] // 32) == best
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 2)
+
+        def embed(self, x, modality):
+            return self.layer(x.mean((2, 3)))
+
+    assert activation(Flat(), torch.zeros(3, 8, 4, dtype=torch.uint8), "visible") is None

@@ -3,7 +3,6 @@
 import logging
 import textwrap
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from ecul.data.dataset import Dataset
 from ecul.data.images import Images
 from ecul.evaluation.metrics import SCORING
 from ecul.evaluation.protocols import evaluate
-from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
 from ecul.matching import match_clusters
-from ecul.memory import cluster_means
 from ecul.report import pictures
+from ecul.report.embedded import Embedded, embed
 from ecul.report.page import Section, render_page
-from ecul.report.pictures import Cell
+from ecul.report.summary import MIXED, cluster_margins, counted, summary_rows, verdict
+from ecul.report.views import match_rows, view_sections
 from ecul.run.saved import SavedRun, read_run
 from ecul.streams import load_model
 from ecul.trainset import TrainImages
@@ -34,33 +33,6 @@ CURVES = (
     "separation of the clusters, mutual nearest neighbours across modalities, stability of the labels since "
     "the epoch before."
 )
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """Visible and infrared images, pixels uint8 (n, 3, H, W) each, and features (N, D), visible first."""
-
-    images: tuple[Images, Images]
-    pixels: tuple[torch.Tensor, torch.Tensor]
-    features: torch.Tensor
-
-    def by_modality(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The visible and the infrared part of a tensor over all N images."""
-        return rows.split([len(images) for images in self.images])
-
-    def pids(self) -> np.ndarray | None:
-        """(N,) identities, None where they are not known."""
-        known = [images.pids for images in self.images if images.pids is not None]
-        return np.concatenate(known) if len(known) == len(self.images) else None
-
-    def cell(self, row: int, color: str | None = None, head: str = "", foot: str = "") -> Cell:
-        """The image at a row of N with its camera between two lines; by default in its modality's colour."""
-        infrared = row >= len(self.images[0])
-        images, row = self.images[infrared], row - infrared * len(self.images[0])
-        camera = f"camera {images.camids[row]}" if images.camids[row] else ""
-        caption = "\n".join(filter(None, (head, camera, foot)))
-        thumbnail = self.pixels[infrared][row].permute(1, 2, 0).numpy()
-        return Cell(thumbnail, caption, color or pictures.MODALITY[images.modality])
 
 
 def report(
@@ -98,46 +70,52 @@ def report(
         log.warning("curves and settings alone: %s", e)
         dataset = None
     folder.mkdir(exist_ok=True)
+    happened = summary_rows(saved.directory, saved.history, saved.config.epochs, dataset)
     pictures.draw_curves(folder / "curves.png", saved.history)
     sections = [Section("Curves", CURVES, folder / "curves.png")]
     if dataset is not None:
         model = model.to(choose_device(device))
-        trained = tested = _embed(model, (dataset.visible, dataset.infrared), progress)
+        trained = tested = embed(model, (dataset.visible, dataset.infrared), progress)
         if dataset.test_visible is not None and dataset.test_infrared is not None:
-            tested = _embed(model, (dataset.test_visible, dataset.test_infrared), progress)
+            tested = embed(model, (dataset.test_visible, dataset.test_infrared), progress)
             features = dict(zip(MODALITIES, tested.by_modality(tested.features), strict=True))
-            sections = [*_accuracy(dataset, features), *sections]
+            results, told = _accuracy(dataset, features)
+            sections = [*told, *sections]
+            happened += results
         kind = "training" if tested is trained else "test"
         sections.append(_ranked_section(folder, tested, dataset.protocol, queries, top, kind))
-        sections += _cluster_sections(folder, trained, saved)
+        labels = _labels(trained, saved)
+        happened.append(("verdict", verdict(trained.features, labels)))
+        sections += _cluster_sections(folder, trained, saved, labels)
+        sections += view_sections(folder, tested, model)
     last, config = saved.history[-1], saved.config
     sections += [
         Section("Data", rows=_data_rows(saved, dataset)),
         Section("Last epoch", rows=list({**last, "epoch": last["epoch"] + 1}.items())),
         Section("Settings", rows=list(config.to_dict().items())),
     ]
-    told = f"{len(saved.history)} of {config.epochs} epochs done, stage {last['stage']}; {saved.directory}"
-    page = render_page(f"{config.method} on {saved.dataset['dataset']}", told, sections)
+    sections = [Section("What happened", rows=happened), *sections]
+    done = counted(len(saved.history), "epoch", config.epochs)
+    subtitle = f"{done} done, stage {last['stage']}; {saved.directory}"
+    page = render_page(f"{config.method} on {saved.dataset['dataset']}", subtitle, sections)
     write_file(folder / "index.html", page.encode("utf-8", "replace"))
     return folder / "index.html"
 
 
-def _embed(model: Any, images: tuple[Images, Images], progress: bool) -> Embedded:
-    visible, infrared = (side.load(model.input_size, progress=progress) for side in images)
-    pairs = zip((visible, infrared), MODALITIES, strict=True)
-    features = torch.cat([embed_pixels(model, *pair, progress=progress).cpu() for pair in pairs])
-    return Embedded(images, (visible, infrared), features)
-
-
-def _accuracy(dataset: Dataset, features: dict) -> list[Section]:
-    """The protocol's figures; nothing where there is none or identities are not known."""
+def _accuracy(dataset: Dataset, features: dict) -> tuple[list[tuple], list[Section]]:
+    """The protocol's figures, in short and whole; nothing where there is none or identities are not known."""
     if dataset.protocol is None or any(getattr(dataset, f"test_{m}").pids is None for m in MODALITIES):
-        return []
+        return [], []
+    short: list[tuple] = []
     try:
-        told, rows = evaluate(None, dataset, features=features, progress=False).cells()
+        found = evaluate(None, dataset, features=features, progress=False)
+        for row in found.rows:
+            figures = f"rank-1 {row['rank1']:.1f} %, mAP {row['mAP']:.1f} %"
+            short.append((f"{row['mode']}, {row['direction']}", figures))
+        told, rows = found.cells()
     except ValueError as e:  # queries without an answer, say: the rest of the report stands
         told, rows = f"Not to be had: {e}", []
-    return [Section("Accuracy on the test images", f"{told}. Nothing was selected by it.", rows=rows)]
+    return short, [Section("Accuracy on the test images", f"{told}. Nothing was selected by it.", rows=rows)]
 
 
 def _ranked_section(
@@ -195,14 +173,13 @@ def _labels(table: Embedded, saved: SavedRun) -> Labels:
     return assign_labels(table.features, TrainImages(table.pixels, cameras), saved.config, stage)
 
 
-def _cluster_sections(folder: Path, table: Embedded, saved: SavedRun) -> list[Section]:
+def _cluster_sections(folder: Path, table: Embedded, saved: SavedRun, labels: Labels) -> list[Section]:
     """Clusters and matches by the final weights, where there are two clusters in each modality."""
-    labels = _labels(table, saved)
     if not labels.enough:
         return []
     return [
         _mosaic_section(folder, table, labels.own, labels.joint),
-        _match_section(folder, table, labels, saved.config.matching),
+        *_match_sections(folder, table, labels, saved.config.matching),
     ]
 
 
@@ -223,42 +200,32 @@ def _mosaic_section(
     for name, order in (("largest", -sizes), ("smallest", sizes), ("least certain", margins)):
         for cluster in order.argsort(stable=True)[:each].tolist():
             chosen.setdefault(cluster, []).append(name)
-    pids, rows = table.pids(), []
+    pids, mixed = table.pids(), []
+    rows: list[tuple[str, list[pictures.Cell]]] = []
     for cluster, names in chosen.items():
         members = torch.nonzero(labels == cluster)[:, 0].numpy()
         seen = int((members < len(table.images[0])).sum())
         label = "\n".join(textwrap.wrap(", ".join(names), 24))
         label += f"\n{seen} visible, {len(members) - seen} infrared\nmargin {float(margins[cluster]):.3f}"
+        if margins[cluster] < MIXED:
+            mixed.append(len(rows))
+            label += ": looks mixed"
         if pids is not None:
             people = np.unique(pids[members], return_counts=True)[1]
             label += f"\npurity {people.max() / len(members):.0%}, persons {len(people)}"
         spread = np.linspace(0, len(members) - 1, min(most, len(members))).round().astype(int)
         rows.append((label, [table.cell(row) for row in members[spread].tolist()]))
-    pictures.draw_sheet(folder / "clusters.png", rows)
+    pictures.draw_sheet(folder / "clusters.png", rows, bad=mixed)
     text = (
         f"{len(sizes)} {kind} clusters of the training images, {int((labels < 0).sum())} outliers, by the "
         "features of the final weights. Blue frame: visible, orange: infrared. Margin: how much more similar "
-        "the members are to their own centre than to the nearest other one, on average; it is smallest for "
-        "the least certain ones."
+        "the members are to their own centre than to the nearest other one, on average; below "
+        f"{MIXED} a cluster looks mixed (red)."
     )
     return Section("Clusters", text, folder / "clusters.png")
 
 
-def cluster_margins(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over each cluster's members of (cosine to the own centre - cosine to the nearest other one).
-
-    features: (N, D) unit rows; labels: (N,) int64, -1 = outlier, contiguous from 0. Returns (C,) float32;
-    with one cluster alone the other cosine is taken as -1.
-    """
-    kept = labels >= 0
-    cosines = features[kept] @ cluster_means(features, labels).T
-    own = labels[kept][:, None]
-    other = cosines.scatter(1, own, -1.0).amax(1)
-    margins = cosines.gather(1, own)[:, 0] - other
-    return torch.zeros(cosines.shape[1]).index_add_(0, own[:, 0], margins) / torch.bincount(own[:, 0])
-
-
-def _match_section(folder: Path, table: Embedded, labels: Labels, rule: str) -> Section:
+def _match_sections(folder: Path, table: Embedded, labels: Labels, rule: str) -> list[Section]:
     visible, infrared = (centers.numpy() for centers in labels.centers)
     match = match_clusters(visible, infrared, rule) if labels.match is None else labels.match
     same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities, many to many."
@@ -270,7 +237,15 @@ def _match_section(folder: Path, table: Embedded, labels: Labels, rule: str) -> 
         text += f" (of all pairs: {same.mean():.0%})."
         text += " The diagonal is the best one-to-one assignment, the most similar pairs first."
     pictures.draw_matches(folder / "matches.png", infrared @ visible.T, match, same)
-    return Section("Visible-infrared matches", text, folder / "matches.png")
+    pictures.draw_sheet(folder / "pairs.png", *match_rows(table, labels, infrared @ visible.T, match, same))
+    told = (
+        "Visible clusters and the infrared ones they are matched with: best, middle and worst by the cosine "
+    )
+    told += "of their centres, each with the images nearest to its centre."
+    return [
+        Section("Visible-infrared matches", told, folder / "pairs.png"),
+        Section("All matches", text, folder / "matches.png"),
+    ]
 
 
 def commonest(labels: np.ndarray, pids: np.ndarray) -> np.ndarray:

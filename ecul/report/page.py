@@ -18,6 +18,7 @@ td, th { padding: 2px 14px 2px 0; text-align: left; vertical-align: top }
 th { color: #666; font-weight: 600 }
 .sub { color: #666 }
 .columns { columns: 3 16rem }
+.table { overflow-x: auto }
 """
 
 
@@ -43,8 +44,8 @@ class Section:
             )
             lines.append(f"<tr><th>{head}</th>{''.join(f'<td>{value}</td>' for value in rest)}</tr>")
         if lines:
-            columns = ' class="columns"' if len(lines) > 10 else ""
-            parts.append(f"<div{columns}><table>{''.join(lines)}</table></div>")
+            kind = "columns" if len(lines) > 10 else "table"
+            parts.append(f'<div class="{kind}"><table>' + "".join(lines) + "</table></div>")
         return "\n".join(parts)
 
 
@@ -53,6 +54,7 @@ def render_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     title, subtitle = html.escape(title), html.escape(subtitle)
     body = "\n".join([f'<h1>{title}</h1>\n<p class="sub">{subtitle}</p>', *(s.html() for s in sections)])
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )

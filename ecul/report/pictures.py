@@ -3,7 +3,7 @@
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +76,18 @@ def _picture(path: str | Path, width: float, height: float, **options: Any) -> I
     write_file(prepare_output(path, ".png"), content.getvalue())
 
 
-def draw_sheet(path: str | Path, rows: Sequence[tuple[str, Sequence[Cell]]], lead: int = 0) -> None:
+def draw_sheet(
+    path: str | Path,
+    rows: Sequence[tuple[str, Sequence[Cell]]],
+    lead: int = 0,
+    title: str = "",
+    bad: Collection[int] = (),
+) -> None:
     """Write rows of framed images as a PNG.
 
     rows: list of (label, list of `Cell`); the label, a few short lines, stands left of its row, its first
-    line in bold. lead: how many first cells of each row are set apart, as a query is from its answers.
+    line in bold. lead: how many first cells of each row are set apart, as a query is from its answers. title:
+    a line above all. bad: rows whose label is red.
     Errors: ValueError for no rows, or more than `MOST_IMAGES` images; ImportError that says what to install.
     """
     everything = [cell for _, cells in rows for cell in cells]
@@ -92,16 +99,19 @@ def draw_sheet(path: str | Path, rows: Sequence[tuple[str, Sequence[Cell]]], lea
     lines = max(len(cell.caption.splitlines()) for cell in everything)
     step = HEIGHT + LINE * lines + 2 * GAP
     right = LABEL + max(len(cells) for _, cells in rows) * (width + GAP) + 2 * GAP * bool(lead) + GAP
-    bottom = len(rows) * step + GAP
+    head_room = 26 * bool(title)
+    bottom = head_room + len(rows) * step + GAP
     rectangle = _matplotlib().patches.Rectangle
     with _picture(path, right / 100, bottom / 100) as figure:
         axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
+        axes.text(GAP, GAP, _printable(title), color=INK, fontsize=10, va="top", fontweight="bold")
         for i, (label, cells) in enumerate(rows):
-            top = GAP + i * step
+            top = head_room + GAP + i * step
+            ink = WRONG if i in bad else INK
             head, _, rest = _printable(label).partition("\n")
             middle = top + HEIGHT / 2 - 7.5 * rest.count("\n")
-            axes.text(GAP, middle - 3, head, color=INK, fontsize=7.5, va="bottom", fontweight="bold")
-            axes.text(GAP, middle + 3, rest, color=INK, fontsize=7.5, va="top", linespacing=1.45)
+            axes.text(GAP, middle - 3, head, color=ink, fontsize=7.5, va="bottom", fontweight="bold")
+            axes.text(GAP, middle + 3, rest, color=ink, fontsize=7.5, va="top", linespacing=1.45)
             for j, cell in enumerate(cells):
                 left = LABEL + j * (width + GAP) + 2 * GAP * (lead > 0 and j >= lead)
                 extent = (left, left + width, top + HEIGHT, top)
@@ -123,17 +133,18 @@ def draw_ranking(
     path: str | Path,
     ranking: Ranking,
     size: tuple[int, int] = (288, 144),
-    queries: int = 24,
-    answers: int = 20,
+    queries: int = 5,
+    answers: int = 10,
 ) -> int:
-    """Write a `Ranking` as a PNG: its first `queries` queries with the first `answers` answers to each.
+    """Write a `Ranking` as a PNG of a screen: a sample of its queries with the first answers to each.
 
     Returns how many queries it shows. Errors: those of `prepare_picture`; ValueError for an image that can be
     read no more.
     """
-    rows, shown = [], (slice(queries), slice(answers))
-    found, scores = ranking.rows[shown].tolist(), ranking.scores[shown].tolist()
-    for query, *answered in zip(ranking.query.paths[:queries], found, scores, strict=True):
+    count, rows = len(ranking.rows), []
+    chosen = np.linspace(0, count - 1, min(queries, count)).round().astype(int).tolist()
+    found, scores = (part[chosen, :answers].tolist() for part in (ranking.rows, ranking.scores))
+    for query, *answered in zip([ranking.query.paths[i] for i in chosen], found, scores, strict=True):
         nobody = ranking.threshold is not None and not any(map(ranking.is_same, answered[1]))
         cells = [Cell(read_image(query, size), "query\nnobody" if nobody else "query", INK)]
         for rank, (row, score) in enumerate(zip(*answered, strict=True), 1):
@@ -142,7 +153,9 @@ def draw_ranking(
             text = f"{rank}{mark}\n{score:.3f}\n{short_name(name)}"
             cells.append(Cell(read_image(name, size), text, color))
         rows.append((short_path(query), cells))
-    draw_sheet(path, rows, lead=1)
+    told = f"{len(rows)} of {count} {ranking.query.modality} queries"
+    title = f"{told}, answers of {len(ranking.gallery.paths):,} {ranking.gallery.modality} images, best first"
+    draw_sheet(path, rows, lead=1, title=title)
     return len(rows)
 
 
@@ -153,13 +166,55 @@ def short_path(path: str) -> str:
 
 
 def short_name(path: str) -> str:
-    """A file's name without its suffix, in one line or two that fit below an image."""
-    name = Path(str(path).replace("\\", "/")).stem
-    return name if len(name) <= 11 else f"{name[:11]}\n{_end(name[11:], 11)}"
+    """The end of a path in lines that fit below an image: the folder, where there is one, and the name."""
+    parts = Path(str(path).replace("\\", "/")).with_suffix("").parts[-2:]
+    return "\n".join(_end(part, 13) for part in parts if part not in ("/", "."))
 
 
 def _end(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def heated(image: np.ndarray, strength: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) uint8, in gray, under the colours of a map of strengths 0 to 1 of any size."""
+    rows, columns = (
+        np.linspace(0, n - 1, m).round().astype(int)
+        for n, m in zip(strength.shape, image.shape[:2], strict=True)
+    )
+    fitted = strength[np.ix_(rows, columns)][..., None]
+    gray = image.mean(2, keepdims=True).repeat(3, 2)
+    heat = _matplotlib().colormaps["turbo"](fitted[..., 0])[..., :3] * 255
+    return (gray * (1 - 0.6 * fitted) + heat * 0.6 * fitted).astype(np.uint8)
+
+
+def draw_map(path: str | Path, points: np.ndarray, infrared: np.ndarray, pids: np.ndarray | None) -> None:
+    """Write a map of images at points (n, 2) as a PNG: by modality, and the ten commonest people in colours.
+
+    infrared: bool (n,); pids: (n,) identities, or None.
+    """
+    with _picture(path, 11 if pids is not None else 6, 5, layout="constrained") as figure:
+        panels = figure.subplots(1, 1 + (pids is not None), squeeze=False)[0]
+        kinds = (("visible", ~infrared, "o"), ("infrared", infrared, "^"))
+        for name, chosen, marker in kinds:
+            panels[0].scatter(
+                *points[chosen].T, s=9, c=MODALITY[name], marker=marker, label=name, linewidths=0
+            )
+        panels[0].set_title("modalities", fontsize=10, loc="left", fontweight="bold")
+        panels[0].legend(fontsize=7, frameon=False)
+        for panel in panels:
+            panel.set(xticks=[], yticks=[])
+        if pids is None:
+            return
+        names, counts = np.unique(pids, return_counts=True)
+        people, colors = names[np.argsort(-counts, kind="stable")[:10]], _matplotlib().colormaps["tab10"]
+        for _, chosen, marker in kinds:
+            rest = chosen & ~np.isin(pids, people)
+            panels[1].scatter(*points[rest].T, s=5, c="#dddddd", marker=marker, linewidths=0)
+            for color, person in enumerate(people):
+                mine = chosen & (pids == person)
+                panels[1].scatter(*points[mine].T, s=14, color=colors(color), marker=marker, linewidths=0)
+        told = f"{len(people)} people, circles visible, triangles infrared"
+        panels[1].set_title(told, fontsize=10, loc="left", fontweight="bold")
 
 
 def draw_curves(path: str | Path, history: Sequence[dict]) -> None:
