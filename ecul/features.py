@@ -171,8 +171,8 @@ def embed_pixels(
 ) -> torch.Tensor:
     """`extract` for a uint8 tensor (N, 3, H, W); the rows stay on the model's device.
 
-    batch_size is halved while a batch does not fit the memory. Errors: ValueError for a batch_size below 1;
-    torch.OutOfMemoryError when one image does not fit.
+    batch_size is halved while a batch does not fit the memory. Errors: ValueError for a batch_size below 1,
+    and for features that are not finite; torch.OutOfMemoryError when one image does not fit.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -193,6 +193,9 @@ def embed_pixels(
                 continue
             done += len(part)
             bar.update(len(part))
+    if wild := int((~rows.isfinite().all(1)).sum()):
+        told = f"NaN or infinite features of {wild} of {len(rows)} {modality} images"
+        raise ValueError(f"model: {told}; its weights are not finite, or too large for its precision")
     return rows
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 
 import ecul.evaluation.metrics
+from ecul import TwoStreamResNet
 from ecul.data import Dataset, open_dataset
 from ecul.evaluation import Results, average, eval_llcm, eval_regdb, eval_sysu, evaluate
 from ecul.evaluation.rerank import k_reciprocal_distances
@@ -114,6 +115,37 @@ def test_metrics_in_blocks_are_the_same(rule, monkeypatch):
     monkeypatch.setattr(ecul.evaluation.metrics, "_BLOCK", 20)
     for ours, theirs in zip(call(rule, *arrays), whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rule", [eval_sysu, eval_regdb, eval_llcm])
+def test_many_images_of_one_person_are_sorted_once_and_not_compared_one_by_one(rule, monkeypatch):
+    rng = np.random.default_rng(5)
+    queries, gallery = 20, 400
+    arguments = [rng.integers(0, 30, (queries, gallery)) / 8.0]  # with many ties
+    for low, high in ((0, 2), (1, 5)) if rule is not eval_regdb else ((0, 2),):
+        arguments += [rng.integers(low, high, queries), rng.integers(low, high, gallery)]
+    compared, ahead = [], ecul.evaluation.metrics._ahead
+
+    def counted(distances, target):
+        compared.append(distances.shape)
+        return ahead(distances, target)
+
+    monkeypatch.setattr(ecul.evaluation.metrics, "_ahead", counted)
+    few = rule(*arguments)
+    assert len(compared) <= 1  # for the CMC by identity
+    monkeypatch.setattr(ecul.evaluation.metrics, "_FEW", gallery)
+    for ours, plain in zip(few, rule(*arguments), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+    assert len(compared) > 150
+
+
+def test_features_that_are_not_finite_are_never_ranked(world):
+    dataset = open_dataset("sysu", world)
+    model = TwoStreamResNet(10, 8, input_size=(32, 16)).eval()
+    with torch.no_grad():
+        model.bottleneck.weight[0] = np.nan
+    with pytest.raises(ValueError, match=r"model: NaN or infinite features of \d+ of \d+ visible images"):
+        evaluate(model, dataset, modes=["all"], progress=False)
 
 
 def test_metrics_refuse_what_they_cannot_rank():

@@ -1,8 +1,8 @@
 """CMC, mAP and mINP as published for SYSU-MM01, RegDB and LLCM, from distances.
 
 The ranking of a query is the stable ascending order of its distances: **of equal distances the lower
-gallery index comes first** (the published scripts leave ties to an unstable sort). Nothing is sorted here:
-the rank of a positive is the number of gallery images ahead of it, and only positives need a rank.
+gallery index comes first** (the published scripts leave ties to an unstable sort). Where positives are few
+nothing is sorted: the rank of a positive is the number of gallery images ahead of it.
 Queries without a positive are left out of every mean.
 """
 
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike as Array
 
 _BLOCK = 8_000_000  # distances at a time
+_FEW = 32  # positives of a query, up to which to count what is ahead of each is less work than to sort
 Metrics = tuple[np.ndarray, float, float]
 
 
@@ -127,9 +128,7 @@ def _block_scores(
     positives = columns[(starts[place][:, None] + offsets).clip(max=len(columns) - 1)]
     bounds = np.where(offsets < held[:, None], np.take_along_axis(distances, positives, 1), np.inf)
 
-    ranks = np.full(bounds.shape, np.inf)
-    for column in offsets:
-        ranks[:, column] = 1 + _ahead(distances, positives[:, column]).sum(1)
+    ranks = _ranks(distances, positives)
     ranks[np.isinf(bounds)] = np.inf
     ranks.sort(1)
     count = np.isfinite(ranks).sum(1)
@@ -143,6 +142,17 @@ def _block_scores(
         ahead = _ahead(distances, nearest)[:, columns]
         first = 1 + np.logical_or.reduceat(ahead, starts, axis=1).sum(1)
     return np.where(matched[:, None], np.stack([first, precision, count / last], 1), np.nan)
+
+
+def _ranks(distances: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """(n, k) float64, from 1: the rank in its row of the distance at each of these columns (n, k)."""
+    if columns.shape[1] <= _FEW:
+        counts = [_ahead(distances, target).sum(1) for target in columns.T]
+        return 1.0 + np.stack(counts, 1)
+    order = np.argsort(distances, axis=1, kind="stable")
+    ranks = np.empty(distances.shape)
+    np.put_along_axis(ranks, order, np.arange(1.0, distances.shape[1] + 1)[None], axis=1)
+    return np.take_along_axis(ranks, columns, axis=1)
 
 
 def _ahead(distances: np.ndarray, target: np.ndarray) -> np.ndarray:
