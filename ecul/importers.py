@@ -12,17 +12,16 @@ with or without `module.` in front, alone in the file or under "net" (AGW), "sta
 or "model". AGW: https://arxiv.org/abs/2001.04193, ADCA: https://arxiv.org/abs/2208.01711
 """
 
-import contextlib
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ecul.common.files import read_weights, require_tensors
 from ecul.common.names import shorten
+from ecul.common.pretrained import WIDTH
+from ecul.common.weights import read_weights, require_tensors
 from ecul.model import BLOCKS, TwoStreamResNet
 
 CONTAINERS = ("net", "state_dict", "model")
@@ -80,34 +79,42 @@ def import_checkpoint(
             f"so nothing was imported: {shorten(unknown)}. Known are visible_module.visible.*, "
             "thermal_module.thermal.*, base_resnet.base.*, NL_*, bottleneck.* and what only training uses"
         )
-    model = TwoStreamResNet(**_settings(renamed, path), input_size=(input_size[0], input_size[1]))
-    model.load(_place_non_local(renamed, sorted(model.non_local), path), path)
-    return model.eval(), unused
+    settings = {**_settings(renamed, path), "input_size": (input_size[0], input_size[1])}
+    with torch.device("meta"):
+        places = sorted(TwoStreamResNet(**settings).non_local)
+    return TwoStreamResNet._build(settings, _place_non_local(renamed, places, path), path), unused
+
+
+class _Figure:
+    """In the place of NumPy's numbers and arrays (accuracies beside the weights), of which none is needed.
+
+    NumPy's own makers would trust what the file says of their insides.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+NUMPY = [
+    f"numpy.{home}.multiarray.{maker}" for home in ("core", "_core") for maker in ("_reconstruct", "scalar")
+]
+FIGURES: list[Any] = [(_Figure, name) for name in ("numpy.ndarray", "numpy.dtype", *NUMPY)]
 
 
 def _open(path: Path) -> dict[str, torch.Tensor]:
     """The dict of tensors in a file, out of whatever it is wrapped in."""
-    with torch.serialization.safe_globals(_numpy_globals()):
+    with torch.serialization.safe_globals(FIGURES):
         content = read_weights(path)
     for name in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
+        if isinstance(content.get(name), dict):
             content = content[name]
     require_tensors(content, path)
     while all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
     return content
-
-
-def _numpy_globals() -> list:
-    """What NumPy numbers and arrays (accuracies beside the weights) are made of, under old and new names."""
-    home = np._core if hasattr(np, "_core") else np.core
-    parts: list = [np.ndarray, np.dtype]
-    with contextlib.suppress(AttributeError):  # dtypes have classes of their own from NumPy 1.25
-        parts += [getattr(np.dtypes, f"{kind}DType") for kind in ("Float64", "Float32", "Int64", "Int32")]
-    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
-        for function in (home.multiarray._reconstruct, home.multiarray.scalar):
-            parts.append((function, f"{module}.{function.__name__}"))
-    return parts
 
 
 def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
@@ -118,14 +125,15 @@ def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     )
     bottlenecks = "layer1.0.conv3.weight" in state
     depths = [d for d, blocks in BLOCKS.items() if blocks == counts and (d >= 50) == bottlenecks]
-    if not depths or "visible.conv1.weight" not in state:
+    stem = state.get("visible.conv1.weight", torch.empty(0))
+    if not depths or len(stem.shape) != 4 or len(stem) not in WIDTH:
         raise ValueError(
             f"{path}: no ResNet with {counts} blocks in its four layers is known; depths are "
-            f"{', '.join(map(str, BLOCKS))}, and the visible stem must be there"
+            f"{', '.join(map(str, BLOCKS))}, and the visible stem must be there, {WIDTH[-1]} channels at most"
         )
     return {
         "depth": depths[0],
-        "width": len(state["visible.conv1.weight"]),
+        "width": len(stem),
         "non_local": any(NON_LOCAL.fullmatch(name) for name in state),
     }
 

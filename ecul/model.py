@@ -3,7 +3,6 @@
 ResNet: https://arxiv.org/abs/1512.03385, two-stream and BNNeck as in ECUL: https://arxiv.org/abs/2412.19134
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ecul import MODALITIES
-from ecul.common.files import read_weights, require_tensors
-from ecul.common.pretrained import Pretrained
+from ecul.common.pretrained import SIDE, WIDTH, Pretrained
+from ecul.common.weights import read_weights, require_tensors
 from ecul.data.images import check_modality
 from ecul.features import evaluating
 
@@ -150,8 +149,8 @@ class Backbone(Pretrained):
         network: a fresh module of the class that was trained. Errors: FileNotFoundError; ValueError for
         another kind of model, or with the list of what does not fit.
         """
-        file, metadata = cls._find(path)
-        return cls(network, json.loads(metadata["input_size"]))._filled(file, metadata)
+        saved = cls._read(path, {"input_size": (SIDE, SIDE)})
+        return cls(network, saved.about["input_size"])._filled(saved)
 
 
 class TwoStreamResNet(Pretrained):
@@ -206,6 +205,8 @@ class TwoStreamResNet(Pretrained):
         self._initialize()
 
     def _initialize(self) -> None:
+        if self.bottleneck.weight.is_meta:  # shapes alone are wanted
+            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -254,10 +255,8 @@ class TwoStreamResNet(Pretrained):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "TwoStreamResNet":
         """The model saved in a directory (a run directory, too) or in a `model.safetensors` file."""
-        file, metadata = cls._find(path)
-        names = ("depth", "width", "non_local", "input_size", "stem_stride")  # the last not in old files
-        model = cls(**{name: json.loads(metadata[name].lower()) for name in names if name in metadata})
-        return model._filled(file, metadata)
+        schema = {"depth": set(BLOCKS), "width": WIDTH, "non_local": bool, "input_size": (SIDE, SIDE)}
+        return cls._build(cls._read(path, schema, {"stem_stride": {1, 2}}))  # the last not in old files
 
 
 def _checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ecul.common.files import hash_file, prepare_output, write_tensors
+from ecul.common.files import hash_file, prepare_output
 from ecul.common.pretrained import weights_file
+from ecul.common.weights import write_tensors
 from ecul.data.folders import find_images
 from ecul.data.images import check_modality
 from ecul.evaluation.rerank import k_reciprocal_distances, modality_distances

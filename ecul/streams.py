@@ -5,7 +5,6 @@ Two streams and BNNeck as in ECUL: https://arxiv.org/abs/2412.19134
 
 import copy
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
-from ecul.common.files import read_weights, require_tensors
-from ecul.common.pretrained import Pretrained
+from ecul.common.names import printable
+from ecul.common.pretrained import SIDE, Pretrained
+from ecul.common.weights import read_weights, require_tensors
 from ecul.data.images import check_modality
 from ecul.model import TwoStreamResNet, output_size
 
@@ -126,15 +125,14 @@ class TwoStream(Pretrained):
 
         Errors: FileNotFoundError; ValueError for another kind of model, or one that only its owner can build.
         """
-        file, metadata = cls._find(path)
-        name = metadata["network"]
+        saved = cls._read(path, {"input_size": (SIDE, SIDE)})
+        name = saved.metadata.get("network", "")
         if network is None and ":" not in name:
             raise ValueError(
-                f"{file} holds one's own {name}: TwoStream.from_pretrained(path, network) loads it"
+                f"{saved.file} holds one's own {printable(name)}: "
+                "TwoStream.from_pretrained(path, network) loads it"
             )
-        model = cls(name if network is None else network, tuple(json.loads(metadata["input_size"])))
-        model.load(load_file(file), file)
-        return model.eval()
+        return cls(name if network is None else network, tuple(saved.about["input_size"]))._filled(saved)
 
 
 def load_model(path: str | Path) -> TwoStreamResNet | TwoStream:

@@ -295,7 +295,7 @@ def test_a_damaged_run_is_named(name, content, run, tmp_path):
     for file in ("resume.json", "log.jsonl"):
         (tmp_path / file).write_bytes((run.output / file).read_bytes())
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match="resume.json or log.jsonl is damaged"):
+    with pytest.raises(ValueError, match=f"{name}(, line 1)? is damaged: "):
         read_run(tmp_path)
 
 

@@ -4,18 +4,24 @@ import base64
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ecul import __version__
-from ecul.common.files import write_json, write_tensors
-from ecul.common.names import shorten
+from ecul.common.files import write_json
+from ecul.common.names import printable
+from ecul.common.records import Schema, parse_json, require
+from ecul.common.weights import load_weights, read_tensors, require_fit, write_tensors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
+SIDE = range(1, 2049)  # pixels; a file that asks for more asks for too much memory
+WIDTH = range(1, 4097)  # channels of a network's first stage, likewise
+Network = TypeVar("Network", bound="Pretrained")
 
 
 def weights_file(path: str | os.PathLike) -> Path:
@@ -24,7 +30,13 @@ def weights_file(path: str | os.PathLike) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-Network = TypeVar("Network", bound="Pretrained")
+class Saved(NamedTuple):
+    """A network's file: its weights, its metadata, and of these the settings that build it."""
+
+    file: Path
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+    about: dict[str, Any]
 
 
 class Pretrained(nn.Module):
@@ -71,51 +83,63 @@ class Pretrained(nn.Module):
             return False
 
     @classmethod
-    def _find(cls, path: str | os.PathLike) -> tuple[Path, dict[str, str]]:
-        """The weights file in a directory, or itself, and its metadata; a ValueError for another network."""
+    def _read(
+        cls,
+        path: str | os.PathLike,
+        settings: Mapping[str, Schema],
+        optional: Mapping[str, Schema] = MappingProxyType({}),
+    ) -> "Saved":
+        """What is saved in a directory, or in a file, with these settings of its metadata.
+
+        Errors: FileNotFoundError; ValueError for another network, and for a file that is damaged.
+        """
         file = weights_file(path)
         if not file.is_file():
             raise FileNotFoundError(
                 f"there is no model file {file}; give a directory that save_pretrained or train wrote"
             )
-        try:
-            with safe_open(file, framework="pt") as f:
-                metadata = f.metadata() or {}
-        except SafetensorError as e:
-            raise ValueError(f"{file} cannot be read as safetensors: {e}") from e
+        state, metadata = read_tensors(file)
         found = metadata.get("architecture")
         if found != cls.__name__:
             home = {"TwoStreamResNet": "model", "Backbone": "model", "TwoStream": "streams"}.get(str(found))
             hint = (
                 f"in Python ecul.{home}.{found} loads it" if home else "give a model that this library wrote"
             )
-            raise ValueError(f"{file} holds {found or 'no named network'}, not {cls.__name__}; {hint}")
-        return file, metadata
+            told = printable(found) if found else "no named network"
+            raise ValueError(f"{file} holds {told}, not {cls.__name__}; {hint}")
+        require(metadata, dict.fromkeys(settings, str), f"{file} is damaged")
+        known = {**settings, **{k: v for k, v in optional.items() if k in metadata}}
+        about = {
+            name: parse_json(metadata[name].lower(), schema, f"{file}: its {name}")  # False is written so
+            for name, schema in known.items()
+        }
+        return Saved(file, state, metadata, about)
 
-    def _filled(self: Network, file: Path, metadata: Mapping[str, str]) -> Network:
-        """This network with the weights of a file that has this metadata, ready to embed."""
-        self.load(load_file(file), file)
-        if "trained_on" in metadata:
-            self.trained_on = np.frombuffer(base64.b64decode(metadata["trained_on"]), "<u8")
+    @classmethod
+    def _build(cls: type[Network], saved: "Saved") -> Network:
+        """The network of these settings with these weights, in eval mode.
+
+        It takes no memory before every weight is known to fit: what a file claims costs what it holds.
+        """
+        with torch.device("meta"):
+            shapes = cls(**saved.about)
+        require_fit(shapes.state_dict(), saved.state, saved.file, shapes.described())
+        return cls(**saved.about)._filled(saved)
+
+    def _filled(self: Network, saved: "Saved") -> Network:
+        """This network with these weights, ready to embed."""
+        self.load(saved.state, saved.file)
+        if "trained_on" in saved.metadata:
+            try:
+                told = base64.b64decode(saved.metadata["trained_on"], validate=True)
+                self.trained_on = np.frombuffer(told, "<u8")
+            except ValueError as e:
+                raise ValueError(f"{saved.file} is damaged: its trained_on ({e})") from e
         return self.eval()
 
     def load(self, state: Mapping[str, Tensor], path: str | os.PathLike, own: tuple[str, ...] = ()) -> None:
         """Take these weights, read from `path`; own: beginnings of names that they need not hold.
 
-        Errors: ValueError that lists what is missing, unknown or of another shape.
+        Errors: ValueError that lists what is missing, unknown, of another shape or not finite.
         """
-        mine = self.state_dict()
-        wanted = {k for k in mine if not k.startswith(own)} if own else set(mine)
-        wrong = [f"missing {k}" for k in sorted(wanted - set(state)) if not k.endswith("num_batches_tracked")]
-        wrong += [f"unknown {k}" for k in sorted(set(state) - wanted)]
-        wrong += [
-            f"{k} is {tuple(state[k].shape)}, expected {tuple(mine[k].shape)}"
-            for k in sorted(wanted & set(state))
-            if state[k].shape != mine[k].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"{path} does not fit {self.described()}; keys that differ: {len(wrong)}: "
-                f"{shorten(wrong, between='; ')}"
-            )
-        self.load_state_dict({**mine, **state})
+        load_weights(self, state, path, self.described(), own)

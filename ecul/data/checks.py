@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ecul import MODALITIES
-from ecul.common.files import whole_number
 from ecul.common.names import shorten
+from ecul.common.records import whole_number
 from ecul.data.decode import find_unreadable
 from ecul.data.images import Images
 from ecul.data.layouts import LAYOUTS, SYSU_INFRARED, SYSU_VISIBLE, Counts

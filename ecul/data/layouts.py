@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ecul import MODALITIES
-from ecul.common.files import whole_number
+from ecul.common.records import whole_number
 from ecul.data.folders import list_folder
 
 SYSU_VISIBLE, SYSU_INFRARED = (1, 2, 4, 5), (3, 6)

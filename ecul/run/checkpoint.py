@@ -3,10 +3,12 @@
     config.json  log.jsonl  model.safetensors  resume.safetensors  resume.json
 
 Every file is whole or absent. No pickle anywhere. Randomness of an epoch follows from (seed, epoch), so a
-run's state is its weights, its optimiser's moments and its history.
+run's state is its weights, its optimiser's moments and its history. `resume.safetensors` is written last; it
+has a checksum of all in it, and one of the history up to its epoch.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -16,12 +18,21 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from ecul.common.files import write_file, write_json, write_tensors
+from ecul.common.files import write_file, write_json
 from ecul.common.pretrained import Pretrained
+from ecul.common.records import COUNT, Schema, parse_json, read_json, whole_number
+from ecul.common.weights import load_weights, read_tensors, require_fit, write_tensors
 from ecul.config import Config
+
+ROW: Schema = {"epoch": COUNT, "stage": {1, 2}, "score": float, "skipped?": bool, ...: float}
+ABOUT: Schema = {
+    "config": dict,
+    "dataset": {"dataset": str, "visible_images": COUNT, "infrared_images": COUNT, ...: str},
+    "history": [ROW],
+    "root?": str | None,
+    "options?": dict,
+}
 
 
 @contextmanager
@@ -91,7 +102,7 @@ def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Ma
     tensors.update({f"best.{k}": v for k, v in (state.best or {}).items()})
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
-    metadata = {"epoch": len(history), "kept": state.kept or 0}
+    metadata = {"epoch": len(history), "kept": state.kept or 0, "history": _checksum(history)}
     write_tensors(output / "resume.safetensors", tensors, metadata)
 
 
@@ -101,30 +112,32 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     The configuration may differ in what comes after that epoch: a run can be lengthened. Errors: ValueError
     naming what differs when the configuration or the data set is another one, or a file that is damaged.
     """
-    saved, metadata, tensors = _read_run(output)
-    epoch, before = int(metadata["epoch"]), Config.from_dict(saved["config"])
-    now, then = {**config.to_dict(), **data}, {**before.to_dict(), **saved["dataset"]}
-    past = [{**_past(c, epoch), **d} for c, d in ((before, saved["dataset"]), (config, data))]
+    about, file = read_about(output), output / "resume.safetensors"
+    tensors, metadata = read_tensors(file)
+    before = about["config"]
+    history, kept = _continued(about["history"], metadata, before, file)
+    epoch = len(history)
+    now, then = {**config.to_dict(), **data}, {**before.to_dict(), **about["dataset"]}
+    past = [{**_past(c, epoch), **d} for c, d in ((before, about["dataset"]), (config, data))]
     differs = [k for k in {**past[0], **past[1]} if past[0].get(k) != past[1].get(k)]
     if differs:
         listed = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs)
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
-    if epoch < config.epochs and int(metadata.get("kept", 0)):
+    if epoch < config.epochs and kept:
         raise ValueError(
             f"{output} has ended with the weights of its best score, and those of its last epoch are gone: "
             'it cannot go on. With keep="last" a run can be lengthened'
         )
+    kinds = ("model.", "labels.", "best.", "optimizer.")
     part = {
-        kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
-        for kind in ("model.", "labels.", "best.", "optimizer.")
+        kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in kinds
     }
-    state.model.load_state_dict(part["model."])
-    found = [part["labels."][k] for k in ("own", "visible", "infrared") if k in part["labels."]]
-    state.labels = torch.cat(found) if found else None  # earlier versions wrote them by modality
-    state.best = part["best."] or None
-    state.history = saved["history"][:epoch]
-    state.kept = int(metadata.get("kept", 0)) or None
-    moments = _moments(part["optimizer."], state.optimizer)
+    labels, best = _labels(part["labels."], data, file), part["best."] or None
+    moments = _moments(part["optimizer."], state.optimizer, file)
+    if best is not None:
+        require_fit(state.model.state_dict(), best, file)
+    load_weights(state.model, part["model."], file)
+    state.labels, state.best, state.history, state.kept = labels, best, history, kept
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
 
 
@@ -137,27 +150,87 @@ def _past(config: Config, epochs: int) -> dict[str, Any]:
     return values
 
 
-def _read_run(output: Path) -> tuple[dict, dict[str, str], dict[str, torch.Tensor]]:
-    """What resume.json says, and the metadata and tensors of resume.safetensors."""
+def read_about(output: Path) -> dict[str, Any]:
+    """What resume.json says of a run: `ABOUT`, its config as a `Config`.
+
+    Errors: FileNotFoundError; ValueError naming the file that is damaged, and where.
+    """
+    file = output / "resume.json"
+    about = read_json(file, ABOUT)
     try:
-        saved = json.loads((output / "resume.json").read_text())
-        with safe_open(output / "resume.safetensors", framework="pt") as f:
-            metadata = f.metadata()
-        if not {"config", "dataset", "history"} <= set(saved) or "epoch" not in metadata:
-            raise ValueError("something in them is missing")
-        return saved, metadata, load_file(output / "resume.safetensors")
-    except (SafetensorError, ValueError, TypeError) as e:
-        raise ValueError(f"{output}: resume.json or resume.safetensors is damaged ({e})") from e
+        config = Config.from_dict(about["config"])
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{file} is damaged: its config is none ({e})") from e
+    _require_sequence(about["history"], file)
+    return {"root": None, "options": {}, **about, "config": config}
 
 
-def _moments(tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[int, dict]:
-    """The optimiser's tensors by parameter, in the parameter's memory format: a fused step relies on it."""
+def read_log(output: Path) -> list[dict]:
+    """The rows of log.jsonl, one an epoch. Errors: those of `read_about`."""
+    file = output / "log.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    lines = file.read_bytes().splitlines()
+    rows = [parse_json(line, ROW, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+    _require_sequence(rows, file)
+    return rows
+
+
+def _require_sequence(history: list[dict], file: Path) -> None:
+    for number, row in enumerate(history):
+        if row["epoch"] != number:
+            raise ValueError(f"{file} is damaged: epoch {row['epoch']} in the place of epoch {number}")
+
+
+def _checksum(history: list[dict]) -> str:
+    return hashlib.blake2b(json.dumps(history, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _continued(
+    history: list[dict], metadata: Mapping[str, str], config: Config, file: Path
+) -> tuple[list[dict], int | None]:
+    """The rows up to the epoch of resume.safetensors, and the epochs behind the weights that were kept."""
+    epoch, kept = (
+        whole_number(metadata.get(name, 0), f"{file} is damaged: its {name}") for name in ("epoch", "kept")
+    )
+    if "epoch" not in metadata or epoch > min(len(history), config.epochs):
+        told = f"epoch {epoch}" if "epoch" in metadata else "no epoch"
+        raise ValueError(f"{file} is damaged: it tells of {told}, resume.json of {len(history)} epochs")
+    if kept and (kept > epoch or epoch < config.epochs or config.keep != "score"):
+        raise ValueError(f"{file} is damaged: weights of epoch {kept} cannot be kept after epoch {epoch}")
+    history = history[:epoch]
+    if metadata.get("history", _checksum(history)) != _checksum(history):
+        raise ValueError(
+            f"{file.with_name('resume.json')} is damaged: its history is not that of {file.name}"
+        )
+    return history, kept or None
+
+
+def _labels(tensors: Mapping[str, torch.Tensor], data: Mapping, file: Path) -> torch.Tensor | None:
+    """The last epoch's labels of all images; earlier versions wrote them by modality."""
+    found = [tensors[k] for k in ("own", "visible", "infrared") if k in tensors]
+    if not found:
+        return None
+    count = data["visible_images"] + data["infrared_images"]
+    whole = all(part.dtype == torch.int64 and part.ndim == 1 for part in found)
+    if not whole or sum(map(len, found)) != count or int(torch.cat(found).amin()) < -1:
+        raise ValueError(f"{file} is damaged: its labels are not those of {count} images")
+    return torch.cat(found)
+
+
+def _moments(
+    tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, file: Path
+) -> dict[int, dict]:
+    """Adam's tensors by parameter, in the parameter's memory format: a fused step relies on it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments: dict[int, dict] = {}
+    numbers = {number for key in tensors if (number := key.split(".")[0]) in map(str, range(len(parameters)))}
+    mine = {f"{number}.step": torch.zeros(()) for number in numbers}
+    for name in ("exp_avg", "exp_avg_sq"):
+        mine |= {f"{number}.{name}": parameters[int(number)] for number in numbers}
+    require_fit(mine, tensors, file, "the optimiser of this network")
+    moments: dict[int, dict] = {int(number): {} for number in numbers}
     for key, value in tensors.items():
         number, name = key.split(".")
-        i = int(number)
-        if value.shape == parameters[i].shape:
-            value = torch.empty_like(parameters[i]).copy_(value)
-        moments.setdefault(i, {})[name] = value
+        like = value if name == "step" else torch.empty_like(parameters[int(number)]).copy_(value)
+        moments[int(number)][name] = like
     return moments

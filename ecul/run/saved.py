@@ -3,7 +3,6 @@
 Runs of several trials of a data set lie together, as `trial-1`, `trial-2`, ... in one directory.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ecul.config import Config
 from ecul.data.dataset import Dataset, open_dataset
+from ecul.run.checkpoint import read_about, read_log
 from ecul.trainset import dataset_fingerprint
 
 
@@ -53,17 +53,11 @@ def read_run(directory: str | Path) -> SavedRun:
     """Read a run directory. Errors: ValueError for a directory that `train` did not write."""
     directory = Path(directory)
     try:
-        saved = json.loads((directory / "resume.json").read_text())
-        history = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-        about = {"root": saved.get("root"), "options": saved.get("options", {}), **saved["dataset"]}
-        config = Config.from_dict(saved["config"])
-        if not all({"epoch", "stage"} <= row.keys() for row in history):
-            raise KeyError("a row without epoch or stage")
+        about, history = read_about(directory), read_log(directory)
     except OSError as e:
-        raise ValueError(f"{directory} is no run directory ({e.filename}: {e.strerror})") from e
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{directory}: its resume.json or log.jsonl is damaged ({e!r})") from e
-    return SavedRun(directory, config, history, about)
+        raise ValueError(f"{directory} is no run directory ({e})") from e
+    dataset = {"root": about["root"], "options": about["options"], **about["dataset"]}
+    return SavedRun(directory, about["config"], history, dataset)
 
 
 def trial_directory(output: str | Path, trial: int | None) -> Path:

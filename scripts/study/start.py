@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ecul import Config, open_dataset, synthesize
 from ecul.augment import train_view
-from ecul.common.files import write_tensors
+from ecul.common.weights import write_tensors
 from ecul.optim import build_model
 
 SEED = 900
