@@ -581,19 +581,43 @@ def test_a_pack_is_rebuilt_when_a_source_changed(packed):
     assert len(open_dataset("sysu", root).visible.load(SIZE)) == len(before) - 1
 
 
-@pytest.mark.parametrize("harm", ["cut", "empty", "no header", "half a header", "another's"])
-def test_a_damaged_pack_is_not_used(packed, harm):
+@pytest.mark.parametrize(
+    "harm", ["cut", "empty", "no header", "half a header", "another's", "a pixel", "a sum", "Fortran's order"]
+)
+def test_a_damaged_pack_is_not_used(packed, harm, caplog):
     pile, root = packed
     before = pile.load(SIZE).clone()
     pack = next((root / ".ecul-pack").glob("*.npy"))
     content = pack.read_bytes()
+    changes = {"a pixel": (300, b"?"), "a sum": (-2, b"?")}
     if harm == "another's":
         np.save(pack, np.zeros((len(pile), 3, *SIZE), np.uint8))
+    elif harm == "Fortran's order":
+        pack.write_bytes(content.replace(b"False", b"True ", 1))
+    elif harm in changes:
+        place, byte = changes[harm]
+        place %= len(content)
+        assert content[place : place + 1] != byte
+        pack.write_bytes(content[:place] + byte + content[place + 1 :])
     else:
         kept = {"cut": content[:-17], "empty": b"", "no header": content[128:], "half a header": content[:50]}
         pack.write_bytes(kept[harm])
     assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), before)
     assert pack.read_bytes() == content  # written again
+    assert f"the pack {pack} is damaged" in caplog.text
+
+
+def test_only_what_is_loaded_is_verified(packed):
+    pile, root = packed
+    before = pile.load(SIZE).clone()
+    pack = next((root / ".ecul-pack").glob("*.npy"))
+    content = bytearray(pack.read_bytes())
+    content[-4 * len(pile) - 1] ^= 1  # in the last image
+    pack.write_bytes(content)
+    some = pile.subset(slice(0, 3))
+    assert torch.equal(some.load(SIZE), before[:3]) and pack.read_bytes() == content
+    assert torch.equal(pile.subset([len(pile) - 1]).load(SIZE), before[-1:])
+    assert pack.read_bytes() != content
 
 
 def test_packs_of_earlier_versions_make_way(packed):
@@ -794,6 +818,73 @@ def test_a_check_finds_a_damaged_pack(tmp_path):
     assert dataset.check().ok
     report = dataset.check(decode=True, progress=False)
     assert report.errors == [f"damaged pack, remove it: {str(data)!r}"]
+
+
+def test_a_check_passes_over_a_folder_of_packs_that_cannot_be_read(tmp_path, monkeypatch):
+    dataset = described(layouts.sysu(tmp_path))
+    real = Path.iterdir
+
+    def refused(folder):
+        if "ecul" in folder.name or folder.parent.name == "ecul":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    monkeypatch.setattr(Path, "glob", lambda folder, _: refused(folder))
+    assert dataset.check(decode=True, progress=False).ok
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.bmp", "{}/outside.bmp", "Visible/link.bmp", "away/outside.bmp", "a\0b"]
+)
+def test_a_list_names_images_of_its_own_folder_alone(tmp_path, name):
+    root = layouts.regdb(tmp_path / "root")
+    layouts.picture(tmp_path / "outside.bmp")
+    (root / "Visible" / "link.bmp").symlink_to(tmp_path / "outside.bmp")
+    (root / "away").symlink_to(tmp_path)
+    lines = (root / "idx/train_visible_1.txt").read_text().splitlines()
+    (root / "idx/train_visible_1.txt").write_text(
+        "\n".join([lines[0], f"{name.format(tmp_path)} 3", *lines[1:]])
+    )
+    with pytest.raises(ValueError, match=r"train_visible_1.txt', line 2: .* is no path inside .*root"):
+        open_dataset("regdb", root, subset=True)
+    (root / "Visible" / "own.bmp").symlink_to(root / lines[0].split()[0])
+    (root / "idx/train_visible_1.txt").write_text("\n".join([*lines, "Visible/own.bmp 3"]))
+    assert open_dataset("regdb", root, subset=True).visible.names[-1] == "Visible/own.bmp"
+
+
+def test_links_among_the_folders_count_no_image_twice(tmp_path):
+    day, night = layouts.folders(tmp_path)
+    plain = Dataset.from_folders(day, night).visible.names
+    (day / "up").symlink_to(tmp_path)
+    (day / "hall" / "up").symlink_to(day)
+    (day / "other").symlink_to(day / "hall")
+    for here in range(12):  # a web: as many ways through it as orders of its folders
+        (day / f"web{here}").mkdir()
+        for there in range(12):
+            (day / f"web{here}" / f"to{there}").symlink_to(day / f"web{there}")
+    dataset = Dataset.from_folders(day, night)
+    assert dataset.visible.names == plain
+    assert {str(day / name) for name in ("up", "hall/up", "other", "web0/to0")} <= set(dataset.extra)
+
+
+def test_what_is_no_regular_file_is_no_image(tmp_path):
+    day, night = layouts.folders(tmp_path, cameras=False)
+    plain = Dataset.from_folders(day, night).visible.names
+    os.mkfifo(day / "pipe.jpg")
+    dataset = Dataset.from_folders(day, night)
+    assert dataset.visible.names == plain and dataset.extra == (str(day / "pipe.jpg"),)
+    assert dataset.check(decode=True, progress=False).ok
+    with pytest.raises(ValueError, match="unreadable image .*pipe.jpg': it is no regular file"):
+        ecul.data.decode.read_image(day / "pipe.jpg", SIZE)
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 50_000
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="bomb.png': it has 9000 x 9000 pixels, more than 67,108,864"):
+        ecul.data.decode.read_image(tmp_path / "bomb.png", SIZE)
 
 
 def test_an_empty_pile_is_an_error():

@@ -200,5 +200,5 @@ def _decode(splits: Mapping[str, Images], result: CheckResult, progress: bool) -
     )
     result.unreadable += problems
     result.errors += map(str, problems.values())
-    for pack in (pack for source in files for pack in source.damaged()):
+    for pack in (pack for source in files for pack in source.damaged(progress)):
         result.errors.append(f"damaged pack, remove it: {str(pack)!r}")

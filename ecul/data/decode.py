@@ -1,6 +1,7 @@
 """Image files to pixels: one image, or many on every core."""
 
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 HEIC = (".heic", ".heif", ".hif")
 SKIP = "; skip_unreadable=True (--skip-unreadable) leaves such images out"  # advice where it may be said
+MOST_PIXELS = 2**26  # of an image; a small file may claim any number, and is decoded to all of them
 
 
 @lru_cache(maxsize=1)
@@ -36,11 +38,16 @@ def read_image(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     LANCZOS is what the field's preparation scripts and test loaders use (`Image.ANTIALIAS` there). EXIF
     orientation is applied first. One channel is repeated three times, alpha is dropped; 16- and 32-bit
     images are scaled linearly, their own minimum to 0 and maximum to 255 (a constant one: its high byte).
-    Raises ValueError with the path when the file cannot be decoded to its end or holds no finite pixels.
+    Raises ValueError with the path when it is no regular file, cannot be decoded to its end, has more than
+    2**26 pixels or some that are not finite.
     """
     image_module, operations = pillow()
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise ValueError("it is no regular file")
         with image_module.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
             image.load()
             return resize(_eight_bits(operations.exif_transpose(image)), size)
     except MemoryError:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -30,19 +31,30 @@ def list_folder(folder: Path, root: Path) -> tuple[list[str], list[str], list[st
         if name.startswith("."):
             continue
         relative = name if prefix == "." else f"{prefix}/{name}"
-        if os.path.isdir(folder / name):
+        kind = _kind(folder / name)
+        if kind == stat.S_IFDIR:
             folders.append(relative)
-        elif os.path.splitext(name)[1].lower() in _extensions():
-            images.append(relative)
+        elif os.path.splitext(name)[1].lower() in _extensions() and kind in (stat.S_IFREG, None):
+            images.append(relative)  # one that cannot be reached is missing, not unexpected
         else:
             others.append(relative)
     return images, others, folders
+
+
+def _kind(path: Path) -> int | None:
+    """What lies at a path, its links followed: `stat.S_IFREG` say; None for nothing that can be reached."""
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except OSError:
+        return None
 
 
 def find_images(
     folder: Path, cameras: bool = False, skip_unreadable: bool = False
 ) -> tuple[list[str], list[int], list[str]]:
     """Every image below a folder, its camera, and all other files, by paths relative to the folder.
+
+    Each folder is read once, however many links lead to it, and none that this folder itself lies in.
 
     cameras: each sub-folder is one, numbered from 1 by name; otherwise all are 0. skip_unreadable: leave out
     images that cannot be decoded, with a warning that names them. Errors: ValueError for no folder, none of
@@ -55,8 +67,10 @@ def find_images(
     if cameras and found:
         raise ValueError(f"{str(folder)!r}: with a sub-folder a camera, {found[0]!r} belongs to no camera")
     camera_of = dict.fromkeys(found, 0)
+    home = folder.resolve()
+    seen = {home, *home.parents}
     for number, name in enumerate(inner, 1):
-        for images, others in _walk(folder / name, folder, [folder.resolve()]):
+        for images, others in _walk(name, folder, seen):
             camera_of |= dict.fromkeys(images, number if cameras else 0)
             extra += others
     if not camera_of:
@@ -70,12 +84,16 @@ def find_images(
     return list(camera_of), list(camera_of.values()), extra
 
 
-def _walk(folder: Path, root: Path, above: list[Path]) -> Iterator[tuple[list[str], list[str]]]:
-    """Images and other files of a folder and of those below it; a link back to one above is not followed."""
-    here = folder.resolve()
-    if here in above:
-        return
-    images, others, inner = list_folder(folder, root)
-    yield images, others
-    for name in inner:
-        yield from _walk(root / name, root, [*above, here])
+def _walk(folder: str, root: Path, seen: set[Path]) -> Iterator[tuple[list[str], list[str]]]:
+    """Images and other files of a folder and of those below; a folder that was seen counts as a file."""
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        here = (root / folder).resolve()
+        if here in seen:
+            yield [], [folder]
+            continue
+        seen.add(here)
+        images, others, inner = list_folder(root / folder, root)
+        yield images, others
+        waiting += reversed(inner)

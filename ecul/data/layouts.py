@@ -4,6 +4,7 @@ A reader walks a folder once. It raises ValueError only for a structure that it 
 counts are the published ones is for `ecul.data.checks` to say.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Folder:
 
     def __init__(self, root: Path, holds: str):
         self.root, self.holds = root, holds
+        self.real = os.path.join(os.path.realpath(root), "")
         self.extra: list[str] = []
 
     def fail(self, problem: str) -> NoReturn:
@@ -79,7 +81,10 @@ class Folder:
         return ids
 
     def entries(self, file: str, camid: int | None = None) -> list[Entry]:
-        """The images of a file with lines `relative/path label`; the camera is given, or in the path."""
+        """The images of a file with lines `relative/path label`; the camera is given, or in the path.
+
+        A path that leaves the root, by its steps or by a link, is an error: a list names images of its own.
+        """
         found = []
         for number, line in enumerate(self.lines(file, "list"), 1):
             if not line.strip():
@@ -88,7 +93,9 @@ class Folder:
             name, _, label = line.strip().rpartition(" ")
             name = name.strip()
             if not name or not label.isdecimal():
-                raise ValueError(f"{place}: expected 'relative/path label', not {line!r}")
+                raise ValueError(f"{place}: expected 'relative/path label', not {line[:200]!r}")
+            if "\0" in name or not os.path.realpath(self.root / name).startswith(self.real):
+                raise ValueError(f"{place}: {name[:200]!r} is no path inside {str(self.root)!r}")
             camera = camera_of(name, f"{place}: the camera") if camid is None else camid
             found.append(Entry(name, whole_number(label, f"{place}: the label"), camera))
         return found

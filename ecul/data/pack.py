@@ -1,8 +1,9 @@
 """Where the pixels of images come from: memory, or files, whose pixels one memory-mapped pack keeps.
 
 A pack is one file `<label>-<H>x<W>-<stamp>.npy`: the (N, H, W, 3) uint8 pixels as `np.load` reads them, then
-16 bytes, the hash of all before. The stamp is that of the images' names, sizes and modification times, so a
-pack of other images is never found; the file is renamed into place when it is whole.
+the CRC-32 of each image, to which its pixels are held when they are loaded. The stamp is that of the images'
+names, sizes and modification times, so a pack of other images is never found; the file is renamed into place
+when it is whole.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import re
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from glob import escape
@@ -23,13 +25,14 @@ import numpy as np
 import torch
 
 from ecul.common.files import draft
+from ecul.common.names import printable
 from ecul.data.decode import in_parallel, pillow, read_images, resize, unreadable
 
 log = logging.getLogger("ecul")
 Place = str | os.PathLike
 
-VERSION = 2  # of a pack; part of its stamp
-HASH = 16  # bytes at a pack's end
+VERSION = 3  # of a pack; part of its stamp
+SUMS = np.dtype("<u4")  # at a pack's end, one an image
 ABANDONED = 3600  # seconds without a write after which a draft is nobody's
 
 
@@ -78,23 +81,29 @@ class Files:
 
     def load(self, rows: np.ndarray, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
         """The pixels of these rows as a (n, 3, H, W) uint8 tensor, from the pack where there may be one."""
-        pixels = self.packed(size, progress) if self.folders else None
+        pixels = self.packed(size, progress, rows) if self.folders else None
         if pixels is None:
             return _stack(self._read(rows, size, progress, "reading"), len(rows), size)
         whole = len(rows) == len(pixels) and (rows == np.arange(len(rows))).all()
         return torch.from_numpy(pixels if whole else pixels[rows]).permute(0, 3, 1, 2)
 
-    def packed(self, size: tuple[int, int], progress: bool = True) -> np.ndarray | None:
+    def packed(
+        self, size: tuple[int, int], progress: bool = True, rows: np.ndarray | None = None
+    ) -> np.ndarray | None:
         """The (N, H, W, 3) memory map of all images, written when no pack matches; None: nowhere to write.
 
-        It is private to this process: writing to it changes no file.
+        It is private to this process: writing to it changes no file. rows: the images that are wanted, by
+        default all; a pack in which one of these is not as it was written is made again.
         """
         name = self._name(size)
-        for folder in self.folders:
-            with suppress(OSError, ValueError):
-                found = np.lib.format.open_memmap(folder / name, mode="c")
-                if found.dtype == np.uint8 and found.shape == (len(self.names), *size, 3):
+        rows = np.arange(len(self.names)) if rows is None else rows
+        for path in (folder / name for folder in self.folders):
+            if not os.access(path, os.R_OK):
+                continue
+            with suppress(OSError):
+                if (found := self._whole(path, size, rows, progress)) is not None:
                     return found
+                log.warning("the pack %s is damaged: it is made again from the images", printable(path))
         for folder in self.folders:
             if _can_write(folder):
                 told = len(self.names), np.prod((len(self.names), *size, 3)) / 1e6, folder
@@ -109,19 +118,18 @@ class Files:
         )
         return None
 
-    def damaged(self) -> list[Path]:
-        """Packs of these files whose bytes do not have the hash at their end."""
+    def damaged(self, progress: bool = True) -> list[Path]:
+        """Packs of these files, as they are now, in which an image is not as it was written."""
         found = []
         for folder in self.folders:
-            for path in sorted(folder.glob(f"{escape(self.label)}-*x*.npy")):
-                try:
-                    content = np.memmap(path, mode="r")
-                    stated = content[-HASH:].tobytes()
-                    whole = hashlib.blake2b(content[:-HASH].data, digest_size=HASH).digest() == stated
-                except (OSError, ValueError):
-                    whole = False
-                if not whole:
-                    found.append(path)
+            with suppress(OSError):  # a folder that cannot be read holds no pack that would be used
+                for path in sorted(folder.iterdir()):
+                    size = re.fullmatch(
+                        rf"{re.escape(self.label)}-(\d{{1,5}})x(\d{{1,5}})-[^-]*\.npy", path.name
+                    )
+                    if size and path.name == self._name(shape := (int(size[1]), int(size[2]))):
+                        rows = np.arange(len(self.names))
+                        found += [path] if self._whole(path, shape, rows, progress) is None else []
         return found
 
     def clean(self, current: Mapping[tuple[int, ...], str] | None = None) -> list[Path]:
@@ -146,6 +154,27 @@ class Files:
                         removed.append(path)
         return removed
 
+    def _whole(
+        self, path: Path, size: tuple[int, int], rows: np.ndarray, progress: bool
+    ) -> np.ndarray | None:
+        """The memory map of a pack where these rows are as they were written, else None."""
+        shape = (len(self.names), *size, 3)
+        try:
+            pixels = np.lib.format.open_memmap(path, mode="c")
+        except ValueError:
+            return None
+        if pixels.dtype != np.uint8 or pixels.shape != shape or not pixels.flags.c_contiguous:
+            return None
+        end = pixels.offset + pixels.nbytes  # type: ignore[attr-defined]
+        sums = np.fromfile(path, SUMS, offset=end)
+        if path.stat().st_size != end + SUMS.itemsize * len(self.names):
+            return None
+        held = in_parallel(lambda row: zlib.crc32(pixels[row].data), rows, progress, "verifying")
+        return pixels if all(sums[row] == found for row, found in zip(rows, held, strict=True)) else None
+
+    def _name(self, size: tuple[int, int]) -> str:
+        return f"{self.label}-{size[0]}x{size[1]}-{self._stamp(size)}.npy"
+
     def _read(
         self, rows: np.ndarray | None, size: tuple[int, int], progress: bool, what: str
     ) -> Iterator[np.ndarray]:
@@ -165,14 +194,14 @@ class Files:
         shape = (len(self.names), *size, 3)
         about = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(header, about)
-        digest = hashlib.blake2b(header.getvalue(), digest_size=HASH)
+        sums = []
         try:
             with draft(path) as file:
                 file.write(header.getvalue())
                 for image in self._read(None, size, progress, "packing"):
-                    digest.update(image.data)
+                    sums.append(zlib.crc32(image.data))
                     file.write(image.data)
-                file.write(digest.digest())
+                file.write(np.array(sums, SUMS).tobytes())
                 file.flush()
                 return np.lib.format.open_memmap(file.name, mode="c")
         except OSError as error:
