@@ -187,7 +187,7 @@ def test_a_description_with_rubbish_is_named(tmp_path, content):
     path = root / "synthetic.json"
     path.write_text(re.sub('"visible": [0-9]+', f'"visible": {content}', path.read_text()))
     report = open_dataset("sysu", root).check()
-    assert not report.ok and "synthetic.json' cannot be read" in report.errors[0]
+    assert not report.ok and "synthetic.json is damaged: " in report.errors[0]
 
 
 # RegDB, LLCM, Market-1501 style
@@ -776,7 +776,7 @@ def test_a_check_of_a_described_world(tmp_path):
     assert open_dataset("sysu", root, subset=True).check().ok
     layouts.text(root / "synthetic.json", "{")
     report = open_dataset("sysu", root).check()
-    assert not report.ok and "synthetic.json' cannot be read" in report.errors[0]
+    assert not report.ok and "synthetic.json is damaged: " in report.errors[0]
 
 
 def test_a_check_names_extra_missing_and_empty_files(tmp_path):

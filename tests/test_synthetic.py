@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -318,6 +319,34 @@ def test_a_foreign_folder_is_left_alone(content, tmp_path):
     with pytest.raises(ValueError, match="not a synthetic world"):
         synthesize(tmp_path / "w", **SMALL)
     assert [path.name for path in tmp_path.rglob("*")] == ["w", content]
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"version": ' + "9" * 5000 + "}", "NaN", "\udcff"])
+def test_a_description_with_rubbish_is_no_world(content, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "synthetic.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="not a synthetic world"):
+        synthesize(tmp_path / "w", **SMALL)
+
+
+def test_a_draft_is_nobody_elses(tmp_path, monkeypatch):
+    """Two containers with equal process numbers: neither removes what the other renders."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    drafts, write = [], synthetic._write_world
+
+    def watched(partial, *rest):
+        drafts.append(partial)
+        if len(drafts) == 1:
+            partial.mkdir(exist_ok=True)
+            synthesize(tmp_path / "w", **{**SMALL, "progress": False})
+            assert partial.is_dir()
+            raise KeyboardInterrupt
+        write(partial, *rest)
+
+    monkeypatch.setattr(synthetic, "_write_world", watched)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(tmp_path / "w", **{**SMALL, "progress": False})
+    assert len(set(drafts)) == 2 and [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
 def test_a_file_in_the_way_is_an_error(tmp_path):

@@ -1,6 +1,5 @@
 """What a data set should be, and whether it is: counts, missing and extra files, unreadable images."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,18 @@ import numpy as np
 
 from ecul import MODALITIES
 from ecul.common.names import shorten
-from ecul.common.records import whole_number
+from ecul.common.records import COUNT, Schema, read_json
 from ecul.data.decode import find_unreadable
 from ecul.data.images import Images
 from ecul.data.layouts import LAYOUTS, SYSU_INFRARED, SYSU_VISIBLE, Counts
 from ecul.data.pack import Files
+
+_SPLIT: Schema = {
+    "visible": COUNT,
+    "infrared": COUNT,
+    "cameras": {str(camid): COUNT for camid in (*SYSU_VISIBLE, *SYSU_INFRARED)},
+}
+DESCRIBED: Schema = {"counts": {"train": _SPLIT, "test": _SPLIT}}  # what synthetic.json says
 
 
 @dataclass
@@ -109,17 +115,17 @@ def _expect(described: Path, published: Counts, result: CheckResult) -> None:
         return
     result.source = "as synthetic.json says"
     try:
-        counts = json.loads(described.read_text(encoding="utf-8"))["counts"]
-        for split, prefix in (("train", ""), ("test", "test_")):
-            for modality, camids in (("visible", SYSU_VISIBLE), ("infrared", SYSU_INFRARED)):
-                held = counts[split]["cameras"]
-                seen = {str(c): whole_number(held[str(c)], f"{split}, camera {c}") for c in camids}
-                result.expected[prefix + modality] = {
-                    "images": whole_number(counts[split][modality], f"{split}, {modality}"),
-                    "cameras": {camera: images for camera, images in seen.items() if images},
-                }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        result.errors.append(f"{str(described)!r} cannot be read: {error!r}")
+        counts = read_json(described, DESCRIBED)["counts"]
+    except (OSError, ValueError) as error:
+        result.errors.append(str(error))
+        return
+    for split, prefix in (("train", ""), ("test", "test_")):
+        for modality, camids in (("visible", SYSU_VISIBLE), ("infrared", SYSU_INFRARED)):
+            seen = {str(camid): counts[split]["cameras"][str(camid)] for camid in camids}
+            result.expected[prefix + modality] = {
+                "images": counts[split][modality],
+                "cameras": {camera: images for camera, images in seen.items() if images},
+            }
 
 
 def _count(images: Images) -> dict[str, Any]:

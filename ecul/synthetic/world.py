@@ -8,6 +8,7 @@ method end to end without a data set; a figure measured on it is a figure of thi
 
 import json
 import os
+import secrets
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ecul.common.names import printable
+from ecul.common.records import read_json
 from ecul.synthetic.figures import CLOTH, Canvas, Person, Tones, draw_person, draw_tones, mixed, reflectance
 
 VERSION = 1
@@ -69,8 +72,7 @@ def synthesize(
     home = Path(root).absolute()
     if _holds_world(home, parameters):
         return str(root)
-    partial = home.with_name(f".{home.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = home.with_name(f".{home.name}.partial-{secrets.token_hex(8)}")
     try:
         _write_world(partial, parameters, progress)
         if home.is_dir():
@@ -116,11 +118,11 @@ def _holds_world(root: Path, parameters: dict[str, Any]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / "synthetic.json").read_text())
+        found = read_json(root / "synthetic.json", {"version": int, "parameters": dict})
         if found["version"] == VERSION and found["parameters"] == parameters:
             return True
-        reason = f"a world of {found['parameters']}, version {found['version']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        reason = printable(f"a world of {found['parameters']}, version {found['version']}")[:500]
+    except (OSError, ValueError):
         reason = "files that are not a synthetic world"
     raise ValueError(
         f"root: {root} holds {reason}; asked for {parameters}, version {VERSION}: "
