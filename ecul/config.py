@@ -10,6 +10,7 @@ marked [R] are our reconstruction where the papers' public description is silent
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,7 +79,9 @@ def _one_of(*choices: str | int) -> Rule:
 
 
 FLAG = Rule("be True or False", lambda v: isinstance(v, bool))
-NUMBER = Rule("be a number", lambda v: isinstance(v, float | int) and not isinstance(v, bool))
+NUMBER = Rule(
+    "be a number", lambda v: isinstance(v, float | int) and not isinstance(v, bool) and abs(v) < math.inf
+)
 ABOVE_0 = Rule("be above 0", lambda v: v > 0)
 NOT_NEGATIVE = Rule("not be negative", lambda v: v >= 0)
 DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: 0 < v <= 1)
@@ -175,7 +178,7 @@ class Config:
 
     # engine
     # the same seed, the same weights: bit for bit on a CPU with as many threads, on a GPU up to rounding
-    seed: int = _held(0, _at_least(0))
+    seed: int = _held(0, _at_least(0), Rule("be below 2**63", lambda v: v < 2**63))
     precision: str = _held("auto", _one_of("auto", "fp32", "bf16"))
     compile: bool = _held(False, FLAG)
     checkpointing: bool = _held(False, FLAG)  # recompute activations in backward: less memory, more time

@@ -62,6 +62,8 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"k_select": 0}, "k_select must be a whole number of at least 1, or None, got 0"),
         ({"size": (288, 8)}, "size must be .height, width., whole numbers of at least 16 pixels, got"),
         ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"lr": float("inf")}, "lr must be a number, got inf"),
+        ({"seed": 2**63}, "seed must be below 2..63, got 9223372036854775808"),
         ({"compile": 1}, "compile must be True or False, got 1"),
         ({"pairs": "joint"}, "has no matched pairs: set weight_agnostic and weight_consistency to 0"),
     ],

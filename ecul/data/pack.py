@@ -172,9 +172,6 @@ class Files:
         held = in_parallel(lambda row: zlib.crc32(pixels[row].data), rows, progress, "verifying")
         return pixels if all(sums[row] == found for row, found in zip(rows, held, strict=True)) else None
 
-    def _name(self, size: tuple[int, int]) -> str:
-        return f"{self.label}-{size[0]}x{size[1]}-{self._stamp(size)}.npy"
-
     def _read(
         self, rows: np.ndarray | None, size: tuple[int, int], progress: bool, what: str
     ) -> Iterator[np.ndarray]:
