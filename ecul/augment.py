@@ -100,7 +100,9 @@ def scale_rectangles(images: torch.Tensor, probability: float, generator: Random
             break
         inside = _rectangles(images, generator) & active[:, None, None, None]
         highest = torch.where(inside, images, 0).amax(dim=(2, 3), keepdim=True)
-        angle = torch.rand(highest.shape, generator=generator, device=images.device) * (torch.pi / 2)
+        angle = torch.rand(highest.shape, generator=generator, dtype=torch.float32, device=images.device) * (
+            torch.pi / 2
+        )
         factor = torch.sin(angle).square() / highest.clamp(min=1e-12)
         factor = torch.where(inside & (highest > 0), factor, 1.0)
         images, product = images * factor, product * factor
@@ -111,7 +113,7 @@ def scale_rectangles(images: torch.Tensor, probability: float, generator: Random
 def _rectangles(images: torch.Tensor, generator: Random) -> torch.Tensor:
     """A random rectangle of each image as a bool (B, 1, H, W) mask, the first of TRIES that fits inside."""
     b, _, h, w = images.shape
-    draws = torch.rand(4, b, TRIES, generator=generator, device=images.device)
+    draws = torch.rand(4, b, TRIES, generator=generator, dtype=torch.float32, device=images.device)
     area = (0.02 + 0.38 * draws[0]) * h * w
     aspect = 0.3 + (1 / 0.3 - 0.3) * draws[1]
     heights, widths = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -145,7 +147,7 @@ def _constant(values: tuple[float, float, float], device: torch.device) -> torch
 
 
 def _rand(count: int, generator: Random, device: torch.device) -> torch.Tensor:
-    return torch.rand(count, generator=generator, device=device)
+    return torch.rand(count, generator=generator, dtype=torch.float32, device=device)
 
 
 def _integers(count: int, high: int, generator: Random, device: torch.device) -> torch.Tensor:

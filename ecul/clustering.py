@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ecul.common import distributed
 from ecul.kernels import jaccard_neighbors, pair_similarity, topk_similarity
+from ecul.kernels._checks import check_csr
 from ecul.kernels.jaccard import graph_of, jaccard_pairs
 
 CSR = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # indptr, indices, values
@@ -206,6 +207,7 @@ def extend_encodings(
         indptr, indices, values; sums are float64, rounded once.
     """
     _check_range(k2, k3)
+    check_csr(indptr, indices, values)
     cameras = _check_codes("cameras", cameras, ranks)
     modalities = _check_codes("modalities", modalities, ranks, largest=1)
     _check_ranks(ranks, len(indptr) - 1, k3 or k2)
@@ -239,6 +241,7 @@ def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) ->
     components is sequential work.
     """
     _check_sizes(min_samples=min_samples)
+    check_csr(indptr, indices)
     size = len(indptr) - 1
     rows, cols = np.repeat(np.arange(size), indptr.diff().cpu().numpy()), indices.cpu().numpy()
     rows, cols = rows[rows != cols], cols[rows != cols]
@@ -441,7 +444,7 @@ def _normalize(features: torch.Tensor) -> torch.Tensor:
         if bad.any():
             row, count = int(bad.flatten().nonzero()[0]), int(bad.sum())
             raise ValueError(f"features must be finite, no row zero; row {row} is {what} ({count} such rows)")
-    points = torch.empty(features.shape, device=features.device)
+    points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
     for rows, part, sizes in zip(strips, points.split(ROWS), norms.split(ROWS), strict=True):
         part.copy_(_on_grid(rows.float() / sizes))
     return points
@@ -479,3 +482,5 @@ def _check_range(k2: int, k3: int | None) -> None:
 def _check_ranks(ranks: torch.Tensor, size: int, k: int) -> None:
     if ranks.ndim != 2 or len(ranks) != size or ranks.shape[1] < min(k, size):
         raise ValueError(f"ranks must have shape ({size}, {min(k, size)} or more), got {tuple(ranks.shape)}")
+    if ranks.dtype != torch.int64 or ranks.numel() and not 0 <= int(ranks.min()) <= int(ranks.max()) < size:
+        raise ValueError(f"ranks must be int64 rows of points, 0..{size - 1}, got {ranks.dtype} beyond them")

@@ -62,7 +62,8 @@ def export(model: Any, path: str | os.PathLike, modality: str, *, flip: bool = T
         "num_features": model.num_features, "flip": flip, "pixels": "RGB, 0 to 255",
         "resize": "Pillow LANCZOS",
     }  # fmt: skip
-    pixels = torch.zeros(2, 3, *model.input_size, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    pixels = torch.zeros(2, 3, *model.input_size, dtype=torch.float32, device=device)
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own deprecations
         embedder = Embedder(model, modality, flip)

@@ -73,7 +73,7 @@ def extract_files(
     check_modality(modality)
     require_model(model)
     kept: list[str] = []
-    rows = [torch.empty(0, model.num_features)]
+    rows = [torch.empty(0, model.num_features, dtype=torch.float32)]
     problems: dict[str, ValueError] = {}
     decoded = read_images(paths, model.input_size, progress, "reading")
     for start in range(0, len(paths), CHUNK):
@@ -177,7 +177,7 @@ def embed_pixels(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device = next(model.parameters()).device
-    rows = torch.empty(len(pixels), model.num_features, device=device)
+    rows = torch.empty(len(pixels), model.num_features, dtype=torch.float32, device=device)
     done, quiet = 0, None if progress else True
     bar = tqdm(desc=f"extract {modality}", total=len(pixels), disable=quiet, leave=False)
     with evaluating(model), bar:

@@ -86,7 +86,7 @@ def _assign(distance: np.ndarray) -> list[tuple]:
 
 def _unit_rows(centers: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
     rows = np.asarray(
-        centers.detach().cpu() if isinstance(centers, torch.Tensor) else centers, dtype=np.float64
+        centers.detach().cpu().double() if isinstance(centers, torch.Tensor) else centers, dtype=np.float64
     )
     if rows.ndim != 2 or rows.shape[0] == 0:
         raise ValueError(

@@ -80,7 +80,7 @@ class _Memory(nn.Module):
         self.temp, self.momentum, self.rule = temp, momentum, rule
         self.features: torch.Tensor
         self.labels: torch.Tensor
-        self.register_buffer("features", torch.zeros(num_samples, num_features))
+        self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
         self.register_buffer("labels", torch.arange(num_samples), persistent=self._saves_labels)
         self._idle = 0  # losses since the last update
 

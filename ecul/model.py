@@ -202,6 +202,7 @@ class TwoStreamResNet(Pretrained):
         self.non_local = _non_local(width * block.expansion, BLOCKS[depth]) if non_local else nn.ModuleDict()
         self.num_features = inputs
         self.bottleneck = nn.BatchNorm1d(inputs)
+        self.float()  # whatever torch's default is
         self._initialize()
 
     def _initialize(self) -> None:

@@ -1,8 +1,9 @@
-"""Argument checks shared by the kernels: shapes, dtypes and devices, nothing that reads a tensor's values."""
+"""Argument checks shared by the kernels: shapes, dtypes and devices; `check_csr` alone reads values."""
 
 import torch
 
 Dtypes = tuple[torch.dtype, ...]
+INTEGERS: Dtypes = (torch.int64, torch.int32)
 FLOATS: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -22,6 +23,33 @@ def check_vector(
     _check_tensor(name, tensor, 1, dtypes)
     if length is not None and tensor.shape[0] != length:
         raise ValueError(f"{name} must have one entry a row, {length}; got {tensor.shape[0]}")
+
+
+def check_csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor | None = None) -> None:
+    """A sparse (N, N) matrix in CSR form: arrays of (N + 1,), of (nnz,), and values (nnz,) where given.
+
+    What is written in C++ trusts them, and reads beyond their ends where they are wrong. Values are not
+    negative, and those of a row sum to 1 at most.
+    """
+    check_vector("indptr", indptr, dtypes=INTEGERS)
+    check_vector("indices", indices, dtypes=INTEGERS)
+    if len(indptr) == 0:
+        raise ValueError("indptr must hold N + 1 offsets, a single 0 for no rows; got none")
+    if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr.diff() < 0).any():
+        raise ValueError(f"indptr must rise from 0 to the number of entries, {len(indices)}, and never fall")
+    if len(indices) == 0:
+        return
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= len(indptr) - 1:
+        raise ValueError(f"indices must lie in 0..{len(indptr) - 2}, the rows; got {low}..{high}")
+    if values is None:
+        return
+    check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
+    most = torch.segment_reduce(values, "sum", offsets=indptr.long()).max()
+    if not ((values >= 0).all() and most <= 1.001):
+        raise ValueError(
+            f"values must not be negative or NaN and sum to 1 at most in a row; got a sum of {most}"
+        )
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -138,7 +138,7 @@ def _round(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     block, block_d = PRODUCT.blocks["BLOCK"], PRODUCT.blocks["BLOCK_D"]
     shape = (triton.cdiv(count, block) * block, triton.cdiv(D, block_d) * block_d)
     rounded = torch.zeros(shape, dtype=torch.float16, device=device)
-    sizes, errors = torch.empty(2, count, device=device)
+    sizes, errors = torch.empty(2, count, dtype=torch.float32, device=device)
     order, scale = random_order(count, device), power_of_two(matrix)
     for start in range(0, count, 8192):
         index = order[start : start + 8192]

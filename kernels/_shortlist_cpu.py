@@ -123,7 +123,7 @@ def round_rows(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, 
         scale = 1.0
     as_it_is = matrix.dtype == dtype and scale == 1
     rounded = matrix if as_it_is else torch.empty(matrix.shape, dtype=dtype)
-    sizes, errors = torch.zeros(2, len(matrix))
+    sizes, errors = torch.zeros(2, len(matrix), dtype=torch.float32)
     for start in range(0, len(matrix), 8192):
         strip = slice(start, start + 8192)
         rows = matrix[strip].float() * scale

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from ._checks import check_device, check_vector
+from ._checks import check_csr, check_device, check_vector
 from ._shortlist import largest_error, random_order
 from ._shortlist_cpu import COARSE, DTYPE, round_rows
 from ._triton import jit, tl, triton, use_triton
@@ -197,7 +197,7 @@ def jaccard_pairs(
 
     Arguments as for `jaccard_neighbors`; strips of rows take turns, for the first rows have most partners.
     """
-    _check_matrix(indptr, indices, values)
+    check_csr(indptr, indices, values)
     if eps < 1 and len(indices) and use_triton(values):
         with torch.cuda.device_of(values):
             return _launch(indptr, indices, values, eps, turn, turns)
@@ -217,23 +217,6 @@ _operator = torch.library.custom_op("ecul::jaccard_neighbors", _search, mutates_
 def _(indptr, indices, values, eps):
     pairs = torch.library.get_ctx().new_dynamic_size()
     return torch.empty_like(indptr), indices.new_empty(pairs)
-
-
-def _check_matrix(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
-    if len(indptr) == 0:
-        raise ValueError("indptr must hold N + 1 offsets, a single 0 for no rows; got none")
-    if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr.diff() < 0).any():
-        raise ValueError(f"indptr must rise from 0 to the number of entries, {len(indices)}, and never fall")
-    if len(indices) == 0:
-        return
-    low, high = int(indices.min()), int(indices.max())
-    if low < 0 or high >= len(indptr) - 1:
-        raise ValueError(f"indices must lie in 0..{len(indptr) - 2}, the rows; got {low}..{high}")
-    most = torch.segment_reduce(values, "sum", offsets=indptr).max()
-    if not ((values >= 0).all() and most <= 1.001):
-        raise ValueError(
-            f"values must not be negative or NaN and sum to 1 at most in a row; got a sum of {most}"
-        )
 
 
 # The kernels. `place` puts the entries that are left of the rows into the order of their columns, rows

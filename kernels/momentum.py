@@ -116,7 +116,7 @@ def _by_rounds(
 def _draw(labels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """An independent uniform number a sample: the sample with its label's smallest is a uniform draw."""
     device = labels.device if generator is None else generator.device
-    drawn = torch.rand(labels.shape[0], device=device, generator=generator)
+    drawn = torch.rand(labels.shape[0], dtype=torch.float32, device=device, generator=generator)
     return drawn.to(labels.device, non_blocking=True)
 
 

@@ -49,7 +49,7 @@ def _by_strips(
     x: torch.Tensor, y: torch.Tensor, k: int, itself: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best for every row of `x`; `itself`, where given, names the row of `y` to leave out for each."""
-    values = torch.empty(x.shape[0], k, device=x.device)
+    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     for start in range(0, x.shape[0], 512):
         strip = slice(start, start + 512)

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN
 
-from ecul import clustering
+from ecul import InstanceMemory, TwoStreamResNet, clustering, extract
 from ecul.clustering import (
     dbscan,
     emcc,
@@ -23,6 +23,7 @@ from ecul.clustering import (
     rank_neighbors,
     reciprocal_encodings,
 )
+from ecul.kernels import topk_similarity
 
 
 def oracle_ranks(features):
@@ -325,6 +326,56 @@ def test_steps_on_their_own_say_what_is_wrong():
     encodings = reciprocal_encodings(features, rank_neighbors(features, 2), k1=2)
     with pytest.raises(ValueError, match="ranks must have shape"):
         extend_encodings(*encodings, rank_neighbors(features, 2), k2=2, k3=3)
+
+
+@pytest.mark.parametrize(
+    ("indptr", "indices", "message"),
+    [
+        ([0, 1, 2, 2], [0, 1, 2], "indptr must rise from 0 to the number of entries, 3, and never fall"),
+        ([0, 1, 2, 4], [0, 1, 2], "indptr must rise"),
+        ([0, 9, 2, 3], [0, 1, 2], "indptr must rise"),
+        ([1, 1, 2, 3], [0, 1, 2], "indptr must rise"),
+        ([], [], "indptr must hold"),
+        ([0, 1, 2, 3], [0, 1, 3], r"indices must lie in 0..2, the rows; got 0..3"),
+        ([0, 1, 2, 3], [-1, 1, 2], "indices must lie in 0..2"),
+        ([0, 1, 2, 3], [0, 1, 2**40], "indices must lie in 0..2"),
+    ],
+)
+def test_arrays_that_are_no_sparse_matrix_are_refused_before_they_crash(indptr, indices, message):
+    indptr, indices = torch.tensor(indptr, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)
+    values, ranks = torch.full((len(indices),), 0.5), torch.arange(3).repeat(3, 1)
+    for call in (
+        lambda: dbscan(indptr, indices),
+        lambda: neighbor_graph(indptr, indices, values),
+        lambda: extend_encodings(indptr, indices, values, ranks, k2=1, k3=2),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    whole = torch.arange(4), torch.arange(3)
+    for odd in (-0.5, 2.0, float("nan")):
+        with pytest.raises(ValueError, match="values must not be negative or NaN and sum to 1"):
+            neighbor_graph(*whole, torch.tensor([0.5, odd, 0.5]))
+    for odd in (ranks.float(), ranks + 1, ranks - 1):
+        with pytest.raises(ValueError, match="ranks must be int64 rows of points, 0..2"):
+            extend_encodings(*whole, torch.full((3,), 0.5), odd, k2=1, k3=2)
+
+
+def test_the_default_dtype_of_torch_changes_nothing():
+    features = torch.from_numpy(world(3, 60, 6, 2, 2)[0])
+    found = emcc(features, k1=8, k2=3, k3=5), topk_similarity(features, features, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = emcc(features, k1=8, k2=3, k3=5), topk_similarity(features, features, 3)
+        memory = InstanceMemory(16, 60)
+        memory(features, found[0])
+        memory.update(features, torch.arange(60))
+        model = TwoStreamResNet(10, 2, input_size=(32, 16)).eval()
+        rows = extract(model, np.zeros((2, 32, 16, 3), np.uint8), "visible", progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], again[0]) and again[1][0].dtype == torch.float32
+    assert all(map(torch.equal, found[1], again[1]))
+    assert rows.dtype == memory.features.dtype == model.bottleneck.weight.dtype == torch.float32
 
 
 def test_an_interruption_leaves_nothing_behind(monkeypatch):

@@ -176,6 +176,13 @@ def test_nearest_rule_is_each_clusters_nearest(a, b, seed):
     assert np.array_equal(match_clusters(visible, infrared, rule="nearest"), expected)
 
 
+def test_centres_of_any_dtype_match():
+    rng = np.random.default_rng(3)
+    a, b = (torch.from_numpy(rng.integers(-3, 4, (n, 6)) + 0.25) for n in (5, 7))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(match_clusters(a.to(dtype), b.to(dtype)), match_clusters(a, b))
+
+
 def test_unknown_rule_is_named():
     with pytest.raises(ValueError, match="bilateral, nearest.*'closest'"):
         match_clusters(np.eye(2), np.eye(2), rule="closest")

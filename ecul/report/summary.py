@@ -68,4 +68,4 @@ def cluster_margins(features: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     own = labels[kept][:, None]
     other = cosines.scatter(1, own, -1.0).amax(1)
     margins = cosines.gather(1, own)[:, 0] - other
-    return torch.zeros(cosines.shape[1]).index_add_(0, own[:, 0], margins) / torch.bincount(own[:, 0])
+    return cosines.new_zeros(cosines.shape[1]).index_add_(0, own[:, 0], margins) / torch.bincount(own[:, 0])
