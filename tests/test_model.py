@@ -1,11 +1,15 @@
 """The two-stream network: shapes, joint statistics, weights in and out, errors."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ecul import TwoStreamResNet
+from ecul.model import Pointwise
 
 SMALL = {"depth": 10, "width": 8, "input_size": (32, 16)}
 
@@ -137,3 +141,32 @@ def test_loading_something_else_is_a_clear_error(tmp_path):
         TwoStreamResNet(depth=20)
     with pytest.raises(ValueError, match="modality"):
         TwoStreamResNet(**SMALL).embed(images(1), "thermal")
+
+
+def test_narrow_networks_learn_in_the_layout_of_training():
+    """In a process of its own: what this is about ends the process."""
+    code = """
+import torch
+from ecul import TwoStreamResNet
+torch.set_num_threads(1)
+for depth, width in ((10, 3), (10, 4), (10, 6), (10, 8), (10, 16), (50, 1), (50, 2), (50, 8)):
+    model = TwoStreamResNet(depth, width, input_size=(64, 32)).eval()
+    x = torch.randn(8, 3, 64, 32)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=layout).zero_grad()
+        rows = model.embed(x.contiguous(memory_format=layout), "visible")
+        rows[:, 0].sum().backward()
+        found.append((rows.detach(), model.layer2[0].conv1.weight.grad.clone()))
+    for plain, other in zip(*found):
+        assert torch.allclose(other, plain, atol=1e-4 * float(plain.abs().max())), (depth, width)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])
+
+
+def test_a_strided_pointwise_convolution_is_torchs():
+    torch.manual_seed(0)
+    ours = Pointwise(5, 7, 1, 2, bias=False)
+    x = torch.randn(3, 5, 9, 6)
+    torch.testing.assert_close(ours(x), torch.nn.functional.conv2d(x, ours.weight, stride=2))
