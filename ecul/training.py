@@ -93,8 +93,9 @@ def train(
     score with `keep="score"`.
 
     Errors, before any work: an incomplete data set, an output directory that cannot be used or holds another
-    run, weights of another architecture. Later: an epoch without two clusters a modality is skipped with a
-    warning; a loss that is not finite ends the run with a RuntimeError that names the last good checkpoint.
+    run, weights of another architecture, more processes than two clusters have images in a batch. Later: an
+    epoch without two clusters a modality is skipped with a warning; a loss that is not finite ends the run
+    with a RuntimeError that names the last good checkpoint.
     Source: ECUL and MBCCM.
     """
     config = config or Config()
@@ -103,6 +104,7 @@ def train(
     if validate:
         check_validation(dataset, validate)
     place = distributed.start(device)
+    distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     with run_directory(output, hold=distributed.rank() == 0) as directory:
         goes_on = directory is not None and (directory / "resume.safetensors").exists()
         if resume and directory is not None and not goes_on:

@@ -163,6 +163,15 @@ def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dat
         train(dataset, tiny(epochs_cross=0, lr=2e-3), output=tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize(("processes", "instances"), [(3, 1), (4, 1), (9, 4)])
+def test_batches_too_small_for_the_processes_are_refused_before_work(processes, instances, monkeypatch):
+    monkeypatch.setattr("ecul.common.distributed.size", lambda: processes)
+    monkeypatch.setattr("ecul.training.build_model", lambda *_: pytest.fail("work began"))
+    message = f"{processes} processes share batches of as few as {2 * instances} images.*raise instances"
+    with pytest.raises(ValueError, match=message):
+        train(arrays(4, 4), tiny(instances=instances))
+
+
 def test_an_unwritable_output_is_said_at_the_start(dataset, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="output: cannot write to"):

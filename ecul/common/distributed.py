@@ -54,6 +54,12 @@ def share(count: int) -> slice:
     return slice(bounds[rank()], bounds[rank() + 1])
 
 
+def require_shares(count: int, advice: str) -> None:
+    """A ValueError unless every process gets one of `count` rows or more; advice: what to do otherwise."""
+    if size() > count:
+        raise ValueError(f"{size()} processes share batches of as few as {count} images a modality: {advice}")
+
+
 def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
     """All processes' rows (n, D) of a table of `count`, in order; gradients flow into one's own rows."""
     if size() == 1:
