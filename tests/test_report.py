@@ -1,7 +1,9 @@
 """Pictures of a run: right in what they say, whole in one file, drawn without a display."""
 
 import dataclasses
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -280,6 +282,25 @@ def test_the_images_are_found_where_they_lay(run, dataset):
     text = report(run.output, queries=1, top=1, progress=False).read_text()
     assert "Ranked lists" in text and "Accuracy on the test images" in text
     assert f"<tr><th>epoch</th><td>{len(run.history)}</td></tr>" in text
+
+
+def test_a_run_does_not_choose_where_we_write(run, dataset, tmp_path):
+    theirs, copy = tmp_path / "theirs", tmp_path / "copy"
+    shutil.copytree(dataset.root, theirs / "world", ignore=shutil.ignore_patterns(".ecul-pack"))
+    copy.mkdir()
+    for name in ("resume.json", "log.jsonl", "model.safetensors"):
+        shutil.copy(run.output / name, copy)
+    about = json.loads((copy / "resume.json").read_text())
+    about |= {"root": str(theirs / "world"), "options": {"pack": str(theirs / "packs")}}
+    (copy / "resume.json").write_text(json.dumps(about))
+    before = sorted(theirs.rglob("*"))
+    assert "Ranked lists" in report(copy, queries=1, top=2, progress=False).read_text()
+    assert sorted(theirs.rglob("*")) == before
+    shutil.rmtree(copy / "report")
+    (copy / "report").symlink_to(theirs, target_is_directory=True)
+    with pytest.raises(ValueError, match="report is a link"):
+        report(copy)
+    assert sorted(theirs.rglob("*")) == before
 
 
 def test_a_sheet_holds_so_many_images_and_no_more(tmp_path):

@@ -58,6 +58,8 @@ def report(
     if not saved.history:
         raise ValueError(f"{saved.directory}: the run has not finished an epoch yet")
     folder = saved.directory / "report"
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link, and would have its target written to; remove it")
     try:
         dataset = dataset if dataset is not None else saved.open(root, options)
         saved.require_same(dataset)
