@@ -9,7 +9,7 @@ from typing import Any
 
 import ecul
 from ecul import MODALITIES
-from ecul.common.names import shorten
+from ecul.common.names import printable, shorten
 from ecul.common.tables import FORMATS
 from ecul.config import DATASETS, METHODS, Config
 from ecul.shell import arg, command, main, numbers, pair, parser
@@ -368,4 +368,4 @@ def _skips(args: argparse.Namespace) -> bool:
 
 def _list_unreadable(*folders: Any) -> None:
     for path in (path for folder in folders for path in folder.unreadable):
-        print(f"skipped, cannot be read: {path}", file=sys.stderr)
+        print(f"skipped, cannot be read: {printable(path)}", file=sys.stderr)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ecul.common.files import hash_file, prepare_output
+from ecul.common.names import printable
 from ecul.common.pretrained import weights_file
 from ecul.common.weights import write_tensors
 from ecul.data.folders import find_images
@@ -62,10 +63,11 @@ class Ranking:
         lines = []
         for path, answers in self.to_dict().items():
             known = self.threshold is None or any(a["same"] for a in answers)
-            lines.append(path if known else f"{path}: nobody (none reaches {self.threshold:.3f})")
+            name = printable(path)
+            lines.append(name if known else f"{name}: nobody (none reaches {self.threshold:.3f})")
             for rank, a in enumerate(answers, 1):
                 mark = " =" if a.get("same") else ""
-                lines.append(f"{rank:4d}  {a['score']:6.3f}{mark}  {a['path']}")
+                lines.append(f"{rank:4d}  {a['score']:6.3f}{mark}  {printable(a['path'])}")
         return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import ecul
 from ecul.common.logs import logging_to_stderr
+from ecul.common.names import printable
 
 arg = partial(methodcaller, "add_argument")  # an argument of a command, told as argparse takes it
 PURPOSE = """\
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as e:
         if args.traceback:
             raise
-        print(f"ecul {args.command}: {e or type(e).__name__}", file=sys.stderr)
+        print(printable(f"ecul {args.command}: {e or type(e).__name__}", "\n"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         hint = "; --resume goes on after the last finished epoch" if args.command == "train" else ""

@@ -8,11 +8,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ecul import TwoStreamResNet
+from ecul.cli import main
 from ecul.common.files import write_file
+from ecul.common.names import printable, shorten
 from ecul.common.records import parse_json, read_json, require, whole_number
 from ecul.common.weights import read_tensors, read_weights, require_tensors, write_tensors
 from ecul.importers import import_checkpoint
@@ -233,6 +236,42 @@ def test_json_of_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError, match="there is no file .*x.json"):
         read_json(tmp_path / "x.json", object)
+
+
+def test_foreign_text_does_not_steer_the_terminal(tmp_path, capsys):
+    assert (
+        printable("a\x1b[2J\x9b\n\u202e\x00\udc9bé監\udce9")
+        == r"a\x1b[2J\x9b\n\u202e\x00\udc9bé監" + "\udce9"
+    )
+    assert printable("a\nb\r", keep="\n") == "a\nb\\r"
+    assert shorten(["\x1b]0;x\x07", "b\nc"], 1) == r"\x1b]0;x\x07 and 1 more"
+    for modality in ("visible", "infrared"):
+        (tmp_path / modality).mkdir()
+        for name in ("fine", "\x1b[2J"):
+            Image.fromarray(np.zeros((64, 32, 3), np.uint8)).save(tmp_path / modality / f"{name}.png")
+        (tmp_path / modality / "\x1b[31mbad.png").write_bytes(b"\x1b[2J")
+        (tmp_path / modality / "\x9bextra").write_bytes(b"")
+    TwoStreamResNet(**SMALL).save_pretrained(tmp_path / "m")
+    sides = ["--query-modality", "infrared", "--gallery-modality", "visible", "--skip-unreadable"]
+    places = ["--query", str(tmp_path / "infrared"), "--gallery", str(tmp_path / "visible")]
+    commands = (
+        ["check", "folders", str(tmp_path)],
+        ["search", str(tmp_path / "m"), *places, *sides],
+        [
+            "extract",
+            str(tmp_path / "m"),
+            str(tmp_path / "visible"),
+            "--modality",
+            "visible",
+            "-o",
+            str(tmp_path / "x.safetensors"),
+        ],
+        ["evaluate", "sysu", str(tmp_path / "\x1b[2J"), "--model", str(tmp_path / "m")],
+    )
+    for command in commands:
+        main(command)
+        told = "".join(capsys.readouterr())
+        assert "\\x1b[" in told and "\x1b" not in told and "\x9b" not in told, command
 
 
 def test_numbers_of_files_have_a_range():

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from ecul.common.names import printable
+
 
 class _BesideBars(logging.Handler):
     """Lines on stderr that do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record), "\n"), file=sys.stderr)
 
 
 @contextmanager

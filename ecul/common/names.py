@@ -23,8 +23,9 @@ def printable(text: object, keep: str = "") -> str:
     r"""Text from files, fit for a terminal: what would steer it or hide is shown as in `repr`, `\x1b` say.
 
     keep: characters that stay as they are, such as "\n" where lines are meant. Bytes of a name that are not
-    UTF-8 stay too, as the surrogates that Python has for them: encoded again they are the name's own bytes.
+    UTF-8 stay too, but for those that steer, as the surrogates that Python has for them: encoded again they
+    are the name's own bytes.
     """
     return "".join(
-        c if c.isprintable() or c in keep or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in str(text)
+        c if c.isprintable() or c in keep or "\udca0" <= c <= "\udcff" else repr(c)[1:-1] for c in str(text)
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ecul import MODALITIES
-from ecul.common.names import shorten
+from ecul.common.names import printable, shorten
 from ecul.common.records import COUNT, Schema, read_json
 from ecul.data.decode import find_unreadable
 from ecul.data.images import Images
@@ -68,7 +68,7 @@ class CheckResult:
             lines.append(f"{split.replace('_', ' '):14} {figures}; by camera {cameras or 'unknown'}")
         lines += [f"error: {text}" for text in self.errors]
         lines += [f"warning: {text}" for text in self.warnings]
-        return "\n".join([*lines, self.verdict])
+        return printable("\n".join([*lines, self.verdict]), "\n")
 
 
 def _figure(kind: str, count: dict, wanted: dict) -> str:

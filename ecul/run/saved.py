@@ -32,7 +32,8 @@ class SavedRun:
         if known["root"] is None:
             raise ValueError("the images were in memory; in Python, report(run, dataset) takes them")
         if root is None and not Path(known["root"]).is_dir():
-            raise ValueError(f"the images are no longer at {known['root']}; --root (root=) names their folder")
+            gone = f"the images are no longer at {known['root']}"
+            raise ValueError(f"{gone}; --root (root=) names their folder")
         kept = {name: value for name, value in known["options"].items() if name != "pack"}
         pack = {"pack": False} if root is None else {}  # where to write is never the run's to say
         return open_dataset(known["dataset"], root or known["root"], **{**kept, **pack, **dict(options)})
