@@ -16,7 +16,13 @@ def shorten(names: Iterable[str], most: int = 10, between: str = ", ") -> str:
     """The first `most` names, and how many more there are; fit for a terminal, whoever gave the names."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return between.join(map(printable, names[:most])) + more
+    return between.join(map(clipped, names[:most])) + more
+
+
+def clipped(text: object, most: int = 300) -> str:
+    """`printable` text of at most so many characters, and how many there were."""
+    told = printable(text)
+    return told if len(told) <= most else f"{told[:most]}... of {len(told):,} characters"
 
 
 def printable(text: object, keep: str = "") -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ecul import __version__
 from ecul.common.files import write_json
-from ecul.common.names import printable
+from ecul.common.names import clipped
 from ecul.common.records import Schema, parse_json, require
 from ecul.common.weights import load_weights, read_tensors, require_fit, write_tensors
 
@@ -105,7 +105,7 @@ class Pretrained(nn.Module):
             hint = (
                 f"in Python ecul.{home}.{found} loads it" if home else "give a model that this library wrote"
             )
-            told = printable(found) if found else "no named network"
+            told = clipped(found, 60) if found else "no named network"
             raise ValueError(f"{file} holds {told}, not {cls.__name__}; {hint}")
         require(metadata, dict.fromkeys(settings, str), f"{file} is damaged")
         known = {**settings, **{k: v for k, v in optional.items() if k in metadata}}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ecul.common.files import write_file
-from ecul.common.names import printable, shorten
+from ecul.common.names import clipped, shorten
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHECKSUM = "checksum"
@@ -57,7 +57,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = f.metadata() or {}
         tensors = load_file(path)
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        told = printable(e)
+        told = clipped(e)
         raise ValueError(f"{path} cannot be read as weights: damaged, or no safetensors ({told})") from e
     if CHECKSUM in metadata and metadata[CHECKSUM] != _digest_file(path):
         raise ValueError(f"{path} is damaged: its content has another checksum than what was written")

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import torch
 
 from ecul.common.files import write_file, write_json
+from ecul.common.names import clipped, shorten
 from ecul.common.pretrained import Pretrained
 from ecul.common.records import COUNT, Schema, parse_json, read_json, whole_number
 from ecul.common.weights import load_weights, read_tensors, require_fit, write_tensors
@@ -51,7 +52,9 @@ def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterat
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = open(output / ".lock", "w")  # noqa: SIM115 - held for the whole run
+        if (output / ".lock").exists() and not (output / ".lock").is_file():
+            raise ValueError(f"output: {output / '.lock'} is no file; remove it, or choose another directory")
+        lock = open(output / ".lock", "a")  # noqa: SIM115 - held for the whole run; a link's target stays
     except OSError as e:
         raise ValueError(f"output: cannot write to {output} ({e.strerror}); choose another directory") from e
     with lock:
@@ -121,7 +124,8 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     past = [{**_past(c, epoch), **d} for c, d in ((before, about["dataset"]), (config, data))]
     differs = [k for k in {**past[0], **past[1]} if past[0].get(k) != past[1].get(k)]
     if differs:
-        listed = "; ".join(f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs)
+        told = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs]
+        listed = shorten(told, len(told), "; ")
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
     if epoch < config.epochs and kept:
         raise ValueError(
@@ -160,7 +164,7 @@ def read_about(output: Path) -> dict[str, Any]:
     try:
         config = Config.from_dict(about["config"])
     except (ValueError, TypeError) as e:
-        raise ValueError(f"{file} is damaged: its config is none ({e})") from e
+        raise ValueError(f"{file} is damaged: its config is none ({clipped(e)})") from e
     _require_sequence(about["history"], file)
     return {"root": None, "options": {}, **about, "config": config}
 

@@ -1,0 +1,207 @@
+"""Hostile files by the hundred, drawn from one seed: each is an error that names it, or does no harm.
+
+What is an error is a ValueError (or a file that is not there); no other exception, no network built from a
+claim, no number that is not finite, no path outside the data set, no message that fills the screen.
+"""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import layouts
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_resume import CONFIG, DATASET, resume
+
+from ecul import TwoStreamResNet, open_dataset, train
+from ecul.clustering import dbscan, extend_encodings, neighbor_graph
+from ecul.evaluation import eval_llcm, eval_regdb, eval_sysu
+from ecul.importers import import_checkpoint
+from ecul.run.checkpoint import read_about, read_log
+
+TRIED = {"json": 150, "bytes": 60, "metadata": 60, "pth": 80, "lists": 120, "matrices": 300, "distances": 150}
+JUNK = [
+    None, True, False, -1, 0, 3, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+    "", "x", "9" * 5000, "\x1b[2J", "../../etc", "\udc80", [], {}, [[]], {"a": {}}, [None] * 3, "[" * 5000,
+]  # fmt: skip
+TOKENS = [
+    "Visible/1/male_front_v_00000_1.bmp", "Thermal/2/x.bmp", "../outside.bmp", "/etc/passwd", "a\0b", "..",
+    "0", "-1", "1.5", "9" * 19, "9" * 5000, "²", "cam" + "9" * 30 + "/x.bmp", "x_c" + "7" * 40 + ".jpg", "",
+    "Visible//1", "Visible/../../x", "\x1b[2J", "\udcff", "link/outside.bmp", " ", "\t", "Visible",
+]  # fmt: skip
+
+
+def held(call, *names):
+    """The call's result, or None after an error that names one of these, in at most a screen of text."""
+    try:
+        return call()
+    except (ValueError, FileNotFoundError) as error:
+        told = str(error)
+        assert any(name in told for name in names) and len(told) < 3000 and "\x1b" not in told, told[:500]
+
+
+def places(value, here=()):
+    """The path of every member of nested objects and lists."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, member in inner:
+        yield (*here, key)
+        yield from places(member, (*here, key))
+
+
+def mutated(value, rng):
+    """A copy in which one to three members are gone or junk."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.integers(1, 4)):
+        found = list(places(value))
+        *way, last = found[rng.integers(len(found))]
+        inner = value
+        for key in way:
+            inner = inner[key]
+        if rng.random() < 0.3:
+            del inner[last]
+        else:
+            inner[last] = JUNK[rng.integers(len(JUNK))]
+    return value
+
+
+def damaged(content, rng):
+    """Bytes with bits flipped, cut, doubled or with junk inside."""
+    content, place = bytearray(content), int(rng.integers(len(content)))
+    kind = rng.integers(4)
+    if kind == 0:
+        for at in rng.integers(len(content), size=rng.integers(1, 9)):
+            content[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        del content[place:]
+    elif kind == 2:
+        content[place:place] = content[: int(rng.integers(1, 2000))]
+    else:
+        content[place : place + 8] = rng.bytes(8)
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return train(DATASET, CONFIG, output=tmp_path_factory.mktemp("r") / "run").output
+
+
+def test_json_of_a_run(whole, tmp_path):
+    rng, run = np.random.default_rng(1), shutil.copytree(whole, tmp_path / "run")
+    about, log = (
+        json.loads((whole / "resume.json").read_text()),
+        (whole / "log.jsonl").read_text().splitlines(),
+    )
+    for _ in range(TRIED["json"]):
+        text = json.dumps(mutated(about, rng)).replace('"' + "[" * 5000 + '"', "[" * 50_000)
+        (run / "resume.json").write_text(text)
+        held(lambda: read_about(run), "resume.json")
+        lines = [json.dumps(mutated(json.loads(line), rng)) for line in log]
+        (run / "log.jsonl").write_text("\n".join(lines))
+        for row in held(lambda: read_log(run), "log.jsonl") or []:
+            assert row["stage"] in (1, 2) and np.isfinite(row["score"])
+        (run / "resume.json").write_bytes(damaged((whole / "resume.json").read_bytes(), rng))
+        held(lambda: read_about(run), "resume.json")
+
+
+def test_the_state_of_a_run(whole, tmp_path):
+    rng, run = np.random.default_rng(2), shutil.copytree(whole, tmp_path / "run")
+    content = (whole / "resume.safetensors").read_bytes()
+    for _ in range(TRIED["bytes"]):
+        (run / "resume.safetensors").write_bytes(damaged(content, rng))
+        assert held(lambda: resume(run), "resume.safetensors") is None
+
+
+def test_models(tmp_path):
+    rng = np.random.default_rng(3)
+    model = TwoStreamResNet(10, 2, input_size=(32, 16))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    content, state = file.read_bytes(), {k: v.contiguous() for k, v in model.state_dict().items()}
+    for _ in range(TRIED["bytes"]):
+        file.write_bytes(damaged(content, rng))
+        assert held(lambda: TwoStreamResNet.from_pretrained(file), "model.safetensors") is None
+    good = {"architecture": "TwoStreamResNet", "depth": "10", "width": "2", "non_local": "False"}
+    good["input_size"] = "[32, 16]"
+    for _ in range(TRIED["metadata"]):
+        odd = {k: v if isinstance(v, str) else json.dumps(v) for k, v in mutated(good, rng).items()}
+        save_file(state, file, {k: v.encode("utf-8", "replace").decode() for k, v in odd.items()})
+        found = held(lambda: TwoStreamResNet.from_pretrained(file), "model.safetensors")
+        assert found is None or found.settings["width"] == 2 and max(found.input_size) <= 2048
+
+
+def test_checkpoints_of_torch(tmp_path):
+    rng, file = np.random.default_rng(4), tmp_path / "odd.pth"
+    for legacy in (False, True):
+        state = {
+            "net": {"module.bottleneck.weight": torch.zeros(3)},
+            "mAP": np.float64(0.5),
+            "x": np.zeros(2),
+        }
+        torch.save(state, file, _use_new_zipfile_serialization=not legacy)
+        content = file.read_bytes()
+        for _ in range(TRIED["pth"] // 2):
+            file.write_bytes(damaged(content, rng))
+            assert held(lambda: import_checkpoint(file), "odd.pth") is None  # three numbers are no model
+
+
+@pytest.mark.parametrize("name", ["regdb", "llcm"])
+def test_lists_of_images(name, tmp_path):
+    rng = np.random.default_rng(5)
+    root = getattr(layouts, name)(tmp_path / "root")
+    layouts.picture(tmp_path / "outside.bmp")
+    (root / "link").symlink_to(tmp_path)
+    file = root / ("idx/train_visible_1.txt" if name == "regdb" else "idx/train_vis.txt")
+    ids, lines = root / "idx/test_id.txt", file.read_text().splitlines()
+    known = ids.read_text() if ids.exists() else None
+    for _ in range(TRIED["lists"] // 2):
+        odd = [" ".join(rng.choice(TOKENS, rng.integers(1, 4))) for _ in range(rng.integers(1, 3))]
+        text = "\n".join([*lines[:2], *odd, *lines[2:]])
+        file.write_text(text, errors="surrogateescape")
+        if known is not None and rng.random() < 0.3:
+            ids.write_text(",".join([known, *rng.choice(TOKENS, 2)]), errors="surrogateescape")
+        dataset = held(lambda: open_dataset(name, root, subset=True, pack=False), file.name, "test_id.txt")
+        if dataset is not None:
+            assert "\x1b" not in str(dataset.check())
+            inside = [Path(root / path).resolve().is_relative_to(root) for path in dataset.visible.names]
+            assert all(inside)
+        if known is not None:
+            ids.write_text(known)
+
+
+def test_sparse_matrices():
+    rng = np.random.default_rng(6)
+    for _ in range(TRIED["matrices"]):
+        size, entries = int(rng.integers(0, 6)), int(rng.integers(0, 12))
+        indptr = np.sort(rng.integers(0, entries + 1, size + 1))
+        indptr[0], indptr[-1] = 0, entries if size else 0
+        if rng.random() < 0.5:
+            indptr[rng.integers(size + 1)] = rng.choice([-1, 0, 3, 99, 2**62])
+        indices = rng.integers(0, max(1, size), entries)
+        if rng.random() < 0.5 and entries:
+            indices[rng.integers(entries)] = rng.choice([-1, size, 2**40])
+        values = rng.choice([0.0, 0.1, 0.2, np.nan, -0.1, 9.0], entries, p=[0.3, 0.3, 0.3, 0.04, 0.03, 0.03])
+        names = ("indptr", "indices", "values", "ranks")
+        ranks = rng.integers(0, size + (rng.random() < 0.2), (size, min(2, size)))
+        found = held(lambda: dbscan(indptr, indices, 2), *names)  # noqa: B023 - called at once
+        assert found is None or found.shape == (size,)
+        held(lambda: neighbor_graph(indptr, indices, values), *names)  # noqa: B023
+        held(lambda: extend_encodings(indptr, indices, values, ranks, k2=1, k3=2), *names)  # noqa: B023
+
+
+def test_distances():
+    rng = np.random.default_rng(7)
+    for _ in range(TRIED["distances"]):
+        queries, gallery = rng.integers(0, 5), rng.integers(0, 60)
+        distances = rng.random((queries, gallery)).astype(rng.choice(["f4", "f8", "f2"]))
+        if rng.random() < 0.3 and distances.size:
+            distances[rng.integers(queries), rng.integers(gallery)] = rng.choice([np.nan, np.inf, -np.inf])
+        pids = rng.integers(0, 3, queries), rng.integers(0, 3, gallery)
+        cams = rng.integers(1, 7, queries), rng.integers(1, 7, gallery)
+        for rule, more in ((eval_sysu, cams), (eval_llcm, cams), (eval_regdb, ())):
+            found = held(lambda: rule(distances, *pids, *more), "distmat", "no query")  # noqa: B023
+            if found is not None:
+                assert np.isfinite(distances).all() and min(found[1:]) >= 0 and max(found[1:]) <= 1
+                assert (np.diff(found[0]) >= 0).all() and found[0].max() <= 1
