@@ -21,9 +21,8 @@ import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import distributed as dist
-from tqdm import tqdm
 
-from ecul.common import distributed
+from ecul.common import distributed, logs
 from ecul.kernels import jaccard_neighbors, pair_similarity, topk_similarity
 from ecul.kernels._checks import check_csr
 from ecul.kernels.jaccard import graph_of, jaccard_pairs
@@ -131,7 +130,7 @@ def emcc(
     size = len(points)
     if eps == 1:  # no distance is larger
         return torch.full((size,), 0 if size >= min_samples else -1, device=points.device)
-    with tqdm(total=5, desc="emcc", unit="step", delay=2, leave=False, disable=None) as bar:
+    with logs.progress(5, "emcc", "step") as bar:
 
         def done(result: Any) -> Any:
             bar.update()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from ecul.augment import normalize
+from ecul.common import logs
 from ecul.data.decode import SKIP, read_images, unreadable
 from ecul.data.images import Images, check_modality
 
@@ -178,9 +178,8 @@ def embed_pixels(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     device = next(model.parameters()).device
     rows = torch.empty(len(pixels), model.num_features, dtype=torch.float32, device=device)
-    done, quiet = 0, None if progress else True
-    bar = tqdm(desc=f"extract {modality}", total=len(pixels), disable=quiet, leave=False)
-    with evaluating(model), bar:
+    done = 0
+    with evaluating(model), logs.progress(len(pixels), f"extract {modality}", "image", progress) as bar:
         while done < len(pixels):
             part = pixels[done : done + batch_size]
             try:

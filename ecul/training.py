@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ecul import MODALITIES
 from ecul.batches import Batch, make_batches
-from ecul.common import distributed
+from ecul.common import distributed, logs
 from ecul.common.logs import logging_to_stderr
 from ecul.common.names import shorten
 from ecul.config import Config
@@ -210,7 +210,7 @@ def _extract(
     flip: bool = True,
 ) -> torch.Tensor:
     own, autocast = pixels[distributed.share(len(pixels))], uses_bf16(config, images.device)
-    found = embed_pixels(model, own, modality, config.batch_extract, flip, not _quiet(), autocast)
+    found = embed_pixels(model, own, modality, config.batch_extract, flip, not distributed.rank(), autocast)
     return distributed.gather(found, len(pixels))
 
 
@@ -225,7 +225,7 @@ def train_batches(
     totals: dict[str, torch.Tensor] = {}
     steps, views = 0, 0
     forward.train()
-    for batch in tqdm(batches, total=config.iterations, desc="batches", disable=_quiet(), leave=False):
+    for batch in logs.progress(config.iterations, "batches", "step", not distributed.rank(), batches):
         x = embed_batch(forward, batch, config)
         losses = {term.name: term.loss(x, batch) for term in terms}
         step(optimizer, losses)

@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+
+from ecul.common import logs
 
 HEIC = (".heic", ".heif", ".hif")
 SKIP = "; skip_unreadable=True (--skip-unreadable) leaves such images out"  # advice where it may be said
@@ -79,9 +80,7 @@ def _eight_bits(image: Any) -> Any:
 def in_parallel(function: Callable, items: Sequence | np.ndarray, progress: bool, what: str) -> Iterator:
     """`map(function, items)` in order on a thread a core, a bounded number of results ahead."""
     threads = os.cpu_count() or 1
-    quiet = None if progress else True
-    bar = tqdm(total=len(items), desc=what, unit="image", disable=quiet, leave=False)
-    with ThreadPoolExecutor(threads) as pool, bar:
+    with ThreadPoolExecutor(threads) as pool, logs.progress(len(items), what, "image", progress) as bar:
         for start in range(0, len(items), 32 * threads):
             for result in pool.map(function, items[start : start + 32 * threads]):
                 yield result

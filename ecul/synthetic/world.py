@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from ecul.common import logs
 from ecul.common.names import printable
 from ecul.common.records import read_json
 from ecul.synthetic.figures import CLOTH, Canvas, Person, Tones, draw_person, draw_tones, mixed, reflectance
@@ -139,8 +139,10 @@ def _write_world(root: Path, parameters: dict[str, Any], progress: bool) -> None
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         done = [pool.submit(_write_job, root, parameters, pid, cameras[camid]) for pid, camid in jobs]
-        for job in tqdm(as_completed(done), "render", len(done), disable=None if progress else True):
-            job.result()
+        with logs.progress(len(done), "render", "folder", progress) as bar:
+            for job in as_completed(done):
+                job.result()
+                bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
     (root / "exp").mkdir()

@@ -1,0 +1,42 @@
+"""What long steps say: a bar with the time left, or a line of the log where there is no terminal."""
+
+import logging
+import sys
+
+import numpy as np
+
+from ecul import TwoStreamResNet, extract
+from ecul.common import logs
+
+
+def steps(**options):
+    with logs.progress(3, "count", **options) as bar:
+        for _ in range(3):
+            bar.update()
+
+
+def test_without_a_terminal_there_is_a_line_a_minute_with_the_time_left(caplog, capsys, monkeypatch):
+    caplog.set_level(logging.INFO, logger="ecul")
+    steps()
+    assert caplog.text == ""  # it was done within a minute
+    monkeypatch.setattr(logs, "MINUTE", 0)
+    steps(shown=False)
+    assert caplog.text == ""
+    steps()
+    assert "count: 2 of 3, 00:00 gone, 00:00 left" in caplog.messages
+    caplog.clear()
+    model, pixels = TwoStreamResNet(10, 2, input_size=(32, 16)), np.zeros((4, 32, 16, 3), np.uint8)
+    extract(model, pixels, "visible", batch_size=2)
+    assert any(line.startswith("extract visible: 2 of 4, ") for line in caplog.messages)
+    assert list(logs.progress(3, "items", items=range(3))) == [0, 1, 2]
+    assert "items: 2 of 3" in caplog.text and "\r" not in caplog.text
+    assert "".join(capsys.readouterr()) == ""
+
+
+def test_at_a_terminal_there_is_a_bar(capsys, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="ecul")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    real = logs.tqdm
+    monkeypatch.setattr(logs, "tqdm", lambda *args, delay, **rest: real(*args, mininterval=0, **rest))
+    steps()
+    assert "count:  67%" in capsys.readouterr().err and caplog.text == ""
