@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ecul.common.names import shorten
-from ecul.common.pretrained import WIDTH
+from ecul.common.pretrained import WIDTH, Saved
 from ecul.common.weights import read_weights, require_tensors
 from ecul.model import BLOCKS, TwoStreamResNet
 
@@ -82,7 +82,8 @@ def import_checkpoint(
     settings = {**_settings(renamed, path), "input_size": (input_size[0], input_size[1])}
     with torch.device("meta"):
         places = sorted(TwoStreamResNet(**settings).non_local)
-    return TwoStreamResNet._build(settings, _place_non_local(renamed, places, path), path), unused
+    placed = _place_non_local(renamed, places, path)
+    return TwoStreamResNet._build(Saved(path, placed, {}, settings)), unused
 
 
 class _Figure:
