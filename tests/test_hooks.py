@@ -99,7 +99,7 @@ def test_validation_people_are_held_out_and_only_watched(world, tmp_path):
 
 def test_lines_tell_how_far_it_is_how_long_and_what_each_term_gives(dataset, caplog):
     caplog.set_level(logging.INFO, logger="ecul")
-    run = train(dataset, tiny())
+    run = train(dataset, tiny(weight_joint=0.7, weight_consistency=0.5))
     lines = [line for line in caplog.messages if line.startswith("epoch ")]
     assert lines[0].startswith("epoch 1/2 stage 1 ") and lines[1].startswith("epoch 2/2 stage 2 ")
     assert re.search(r", \d+ (s|min) left$|, \d+\.\d min left$", lines[0]) and "left" not in lines[1]

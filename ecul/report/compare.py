@@ -19,9 +19,9 @@ from ecul.common.pretrained import weights_file
 from ecul.common.tables import render_table
 from ecul.config import METHODS
 from ecul.evaluation.protocols import Results, evaluate
-from ecul.model import TwoStreamResNet
 from ecul.report.pictures import draw_overlaid
 from ecul.run.saved import SavedRun, find_trials, read_run
+from ecul.streams import load_model
 
 log = logging.getLogger("ecul")
 PANELS = (  # of the curves: title, what the names in the log match, and what becomes of several of them
@@ -175,7 +175,7 @@ def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Re
         if kept.get("model_sha256") == weights:
             return Results(kept["rows"])
         dataset = run.open(root)
-        model = TwoStreamResNet.from_pretrained(run.directory).to(device)
+        model = load_model(run.directory).to(device)
         found = evaluate(model, dataset)
     except (ValueError, OSError) as e:
         log.warning("%s: no accuracy: %s", run.directory, e)
