@@ -49,7 +49,7 @@ def _shortlist(
     margin = largest_error(x_norms, y_norms, D, 2.0**-23)
     least = _bounds(x_rounded, y_rounded, k, itself, margin, coarse).to(dtype)
 
-    room = min(N, max(256, 3 * PART * k))
+    room = min(N, max(256, 4 * PART * k))
     lists, scores = torch.empty((M, room), dtype=torch.int32), torch.empty((M, room), dtype=dtype)
     counts = torch.zeros(M, dtype=torch.int64)
     found = []
@@ -102,16 +102,18 @@ def _bounds(
 ) -> torch.Tensor:
     """The bound of each row from the products with a part of the columns, drawn at random."""
     count = min(len(y), max(len(y) // PART, 2 * k))
-    chosen = random_order(len(y))[:count].long().sort().values
+    chosen = random_order(len(y))[:count].long()
     place = torch.full((len(y),), -1)
     place[chosen] = torch.arange(count)
-    part, least = y[chosen], []
+    width = max(1, count // (8 * k))  # the k-th largest of the maxima of so many columns is a bound, too
+    part, least = y[chosen[: count // width * width]], []
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)
         products = x[rows] @ part.T
         if itself is not None:
             _leave_out(products, place[itself[rows]], -torch.inf)
-        best = products.topk(min(k, count)).values.float()
+        maxima = products.unflatten(1, (-1, width)).amax(2)
+        best = maxima.topk(min(k, maxima.shape[1])).values.float()
         least.append(bounds(best, k, margin[rows], coarse))
     return torch.cat(least)
 
