@@ -113,13 +113,12 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     """Put the state of `save_run` back to the last finished epoch.
 
     The configuration may differ in what comes after that epoch: a run can be lengthened. Errors: ValueError
-    naming what differs when the configuration or the data set is another one, or a file that is damaged.
+    naming what differs when the configuration or the data set is another one, or the file that is damaged.
     """
     about, file = read_about(output), output / "resume.safetensors"
     tensors, metadata = read_tensors(file)
-    before = about["config"]
-    history, kept = _continued(about["history"], metadata, before, file)
-    epoch = len(history)
+    history, kept = _continued(about["history"], metadata, file)
+    epoch, before = len(history), about["config"]
     now, then = {**config.to_dict(), **data}, {**before.to_dict(), **about["dataset"]}
     past = [{**_past(c, epoch), **d} for c, d in ((before, about["dataset"]), (config, data))]
     differs = [k for k in {**past[0], **past[1]} if past[0].get(k) != past[1].get(k)]
@@ -127,7 +126,9 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
         told = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs]
         listed = shorten(told, len(told), "; ")
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
-    if epoch < config.epochs and kept:
+    if kept and config.keep != "score":
+        raise ValueError(f"{file} is damaged: it tells of a best score, and none was to be kept")
+    if kept and epoch < config.epochs:
         raise ValueError(
             f"{output} has ended with the weights of its best score, and those of its last epoch are gone: "
             'it cannot go on. With keep="last" a run can be lengthened'
@@ -190,17 +191,15 @@ def _checksum(history: list[dict]) -> str:
     return hashlib.blake2b(json.dumps(history, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _continued(
-    history: list[dict], metadata: Mapping[str, str], config: Config, file: Path
-) -> tuple[list[dict], int | None]:
+def _continued(history: list[dict], metadata: Mapping[str, str], file: Path) -> tuple[list[dict], int | None]:
     """The rows up to the epoch of resume.safetensors, and the epochs behind the weights that were kept."""
     epoch, kept = (
         whole_number(metadata.get(name, 0), f"{file} is damaged: its {name}") for name in ("epoch", "kept")
     )
-    if "epoch" not in metadata or epoch > min(len(history), config.epochs):
+    if "epoch" not in metadata or epoch > len(history):
         told = f"epoch {epoch}" if "epoch" in metadata else "no epoch"
         raise ValueError(f"{file} is damaged: it tells of {told}, resume.json of {len(history)} epochs")
-    if kept and (kept > epoch or epoch < config.epochs or config.keep != "score"):
+    if kept > epoch:
         raise ValueError(f"{file} is damaged: weights of epoch {kept} cannot be kept after epoch {epoch}")
     history = history[:epoch]
     if metadata.get("history", _checksum(history)) != _checksum(history):

@@ -31,12 +31,13 @@ class SavedRun:
         known = self.dataset
         if known["root"] is None:
             raise ValueError("the images were in memory; in Python, report(run, dataset) takes them")
-        if root is None and not Path(known["root"]).is_dir():
-            gone = f"the images are no longer at {known['root']}"
-            raise ValueError(f"{gone}; --root (root=) names their folder")
+        # Where to write is never the run's to say: without a root of the caller's own nothing is packed.
         kept = {name: value for name, value in known["options"].items() if name != "pack"}
-        pack = {"pack": False} if root is None else {}  # where to write is never the run's to say
-        return open_dataset(known["dataset"], root or known["root"], **{**kept, **pack, **dict(options)})
+        kept |= {"pack": False} if root is None else {}
+        root = root or known["root"]
+        if root == known["root"] and not Path(root).is_dir():
+            raise ValueError(f"the images are no longer at {root}; --root (root=) names their folder")
+        return open_dataset(known["dataset"], root, **{**kept, **dict(options)})
 
     def require_same(self, dataset: Dataset) -> None:
         """A ValueError naming what differs, unless the run was trained on this data set."""
