@@ -379,3 +379,18 @@ def test_an_interruption_leaves_no_world(error, tmp_path, monkeypatch):
         synthesize(tmp_path / "w", **SMALL)
     assert len(calls) >= 20
     assert not list(tmp_path.iterdir())
+
+
+def test_of_two_that_render_one_world_both_have_it(tmp_path, monkeypatch):
+    write = synthetic._write_world
+
+    def slower(root, parameters, progress):
+        monkeypatch.setattr(synthetic, "_write_world", write)
+        synthesize(tmp_path / "world", **SMALL)
+        write(root, parameters, progress)
+
+    monkeypatch.setattr(synthetic, "_write_world", slower)
+    root = synthesize(tmp_path / "world", **SMALL)
+    assert json.loads((tmp_path / "world" / "synthetic.json").read_text())["counts"]
+    assert root == str(tmp_path / "world")
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]

@@ -75,9 +75,13 @@ def synthesize(
     partial = home.with_name(f".{home.name}.partial-{secrets.token_hex(8)}")
     try:
         _write_world(partial, parameters, progress)
-        if home.is_dir():
-            home.rmdir()
-        partial.rename(home)
+        try:
+            if home.is_dir():
+                home.rmdir()
+            partial.rename(home)
+        except OSError:  # it is there now: another process was first
+            if not _holds_world(home, parameters):
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return str(root)
