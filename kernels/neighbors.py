@@ -114,7 +114,7 @@ def _search(
     x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best of short lists; a GPU is waited for once: is all finite, which lists were too short?"""
-    values = torch.empty(x.shape[0], k, device=x.device)
+    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     symmetric = x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
     finite = [_finite(x), _finite(y)]

@@ -15,7 +15,7 @@ from tiny import TINY
 
 import ecul
 from ecul import Config, synthesize
-from ecul.cli import _parser
+from ecul.cli import parser
 
 ROOT = Path(ecul.__file__).resolve().parent.parent
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\s*)?```(?P<language>\w+)\n(?P<code>.*?)```", re.S)
@@ -84,7 +84,7 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
 
 def test_every_command_of_the_readme_parses():
     for words in commands((ROOT / "README.md").read_text()):
-        _parser().parse_args(words)
+        parser().parse_args(words)
 
 
 def test_the_readme_is_short():
@@ -92,7 +92,7 @@ def test_the_readme_is_short():
 
 
 def test_every_file_that_contributing_names_is_there():
-    named = re.findall(r"(?:ecul|tests|scripts|kernels)/[\w./]*\w", (ROOT / "CONTRIBUTING.md").read_text())
+    named = re.findall(r"(?:ecul|tests|scripts|kernels)/[\w./-]*\w", (ROOT / "CONTRIBUTING.md").read_text())
     assert len(named) > 20 and [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -126,7 +126,7 @@ def test_blocks_stand_alone_and_a_marked_one_is_left_out(tmp_path, monkeypatch):
     with pytest.raises(NameError):
         run_python_blocks(EXAMPLE.replace("y = 2", "y = x + 1"), tmp_path / "third", monkeypatch)
     with pytest.raises(SystemExit):
-        [_parser().parse_args(words) for words in commands(EXAMPLE.replace("--query ", "--qeury "))]
+        [parser().parse_args(words) for words in commands(EXAMPLE.replace("--query ", "--qeury "))]
 
 
 @pytest.fixture(scope="module")
