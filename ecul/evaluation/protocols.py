@@ -16,6 +16,7 @@ import torch
 
 from ecul import MODALITIES
 from ecul.common.names import did_you_mean
+from ecul.common.records import Schema
 from ecul.common.tables import render_table
 from ecul.data.dataset import Dataset
 from ecul.data.images import Images
@@ -30,6 +31,8 @@ __all__ = ["Results", "average", "eval_llcm", "eval_regdb", "eval_sysu", "evalua
 
 MEASURES = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 _NAMES = ("protocol", "caution", "mode", "shots", "direction", "draw", "reranking", "trials")
+_ROW = dict.fromkeys(_NAMES, str | int) | {m + end: float for m in MEASURES for end in ("", "_std")}
+RESULTS: Schema = {"rows": [_ROW]}  # what `Results.to_dict` gives, where it is read from a file
 _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
 
 

@@ -16,9 +16,10 @@ from ecul.common.distributed import choose_device
 from ecul.common.files import hash_file, write_json
 from ecul.common.names import shorten
 from ecul.common.pretrained import weights_file
+from ecul.common.records import read_json
 from ecul.common.tables import render_table
 from ecul.config import METHODS
-from ecul.evaluation.protocols import Results, evaluate
+from ecul.evaluation.protocols import RESULTS, Results, evaluate
 from ecul.report.pictures import draw_overlaid
 from ecul.run.saved import SavedRun, find_trials, read_run
 from ecul.streams import load_model
@@ -171,7 +172,7 @@ def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Re
     file = run.directory / "accuracy.json"
     try:
         weights = hash_file(weights_file(run.directory), hashlib.sha256())
-        kept = json.loads(file.read_text()) if file.is_file() else {}
+        kept = read_json(file, {"model_sha256": str, **RESULTS}) if file.is_file() else {}
         if kept.get("model_sha256") == weights:
             return Results(kept["rows"])
         dataset = run.open(root)
