@@ -25,6 +25,7 @@ from ecul.report.summary import MIXED, cluster_margins, counted, summary_rows, v
 from ecul.report.views import match_rows, view_sections
 from ecul.run.saved import SavedRun, read_run
 from ecul.streams import load_model
+from ecul.training import extract_exchanged
 from ecul.trainset import TrainImages
 
 log = logging.getLogger("ecul")
@@ -86,7 +87,7 @@ def report(
             happened += results
         kind = "training" if tested is trained else "test"
         sections.append(_ranked_section(folder, tested, dataset.protocol, queries, top, kind))
-        labels = _labels(trained, saved)
+        labels = _labels(trained, saved, model)
         happened.append(("verdict", verdict(trained.features, labels)))
         sections += _cluster_sections(folder, trained, saved, labels)
         sections += view_sections(folder, tested, model)
@@ -168,11 +169,14 @@ def ignored(protocol: str | None, query: Images, row: int, gallery: Images) -> n
     return rule(query.pids[[row]], gallery.pids, query.camids[[row]], gallery.camids)[0]
 
 
-def _labels(table: Embedded, saved: SavedRun) -> Labels:
+def _labels(table: Embedded, saved: SavedRun, model: Any) -> Labels:
     """The labels that the next epoch would learn from."""
     cameras = torch.cat([torch.as_tensor(images.camids) for images in table.images])
+    images, exchanged = TrainImages(table.pixels, cameras), None
     stage = 1 if len(saved.history) <= saved.config.epochs_intra else 2
-    return assign_labels(table.features, TrainImages(table.pixels, cameras), saved.config, stage)
+    if stage == 2 and (found := extract_exchanged(model, images, saved.config)) is not None:
+        exchanged = found.cpu()
+    return assign_labels(table.features, images, saved.config, stage, exchanged)
 
 
 def _cluster_sections(folder: Path, table: Embedded, saved: SavedRun, labels: Labels) -> list[Section]:
@@ -230,7 +234,8 @@ def _mosaic_section(
 def _match_sections(folder: Path, table: Embedded, labels: Labels, rule: str) -> list[Section]:
     visible, infrared = (centers.numpy() for centers in labels.centers)
     match = match_clusters(visible, infrared, rule) if labels.match is None else labels.match
-    same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities, many to many."
+    kind = "one to one" if max(match.sum(0).max(), match.sum(1).max()) == 1 else "many to many"
+    same, text = None, f"{int(match.sum())} matches between the clusters of the two modalities, {kind}."
     if table.pids() is not None:
         pairs = zip(labels.sides.values(), table.images, strict=True)
         people = [commonest(part.numpy(), images.identities()) for part, images in pairs]
