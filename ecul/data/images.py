@@ -101,8 +101,9 @@ class Images:
     def load(self, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
         """All pixels as a (N, 3, H, W) uint8 tensor, resized to size = (H, W) with LANCZOS as published.
 
-        It may be a permuted view of an (N, H, W, 3) memory map: pages are read when touched. ValueError
-        names an image that is missing, or all that cannot be decoded.
+        It may be a permuted view of an (N, H, W, 3) memory map, whose pages are read when touched, or of the
+        array that was given: not to be written to. ValueError names an image that is missing, or all that
+        cannot be decoded.
         """
         height, width = size
         return self.source.load(self.rows, (height, width), progress)

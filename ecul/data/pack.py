@@ -43,9 +43,13 @@ class Arrays:
         self.pixels = pixels
 
     def load(self, rows: np.ndarray, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
-        """The pixels of these rows as a (n, 3, H, W) uint8 tensor, resized where their size differs."""
+        """The pixels of these rows as a (n, 3, H, W) uint8 tensor, resized where their size differs.
+
+        All of them in their own size are a view, not a copy.
+        """
         if self.pixels.shape[1:3] == tuple(size):
-            chosen = torch.from_numpy(self.pixels[rows])
+            as_it_is = self.pixels.flags.writeable and np.array_equal(rows, np.arange(len(self.pixels)))
+            chosen = torch.from_numpy(self.pixels if as_it_is else self.pixels[rows])
             chosen = chosen if chosen.ndim == 4 else chosen[..., None].expand(-1, -1, -1, 3)
             return chosen.permute(0, 3, 1, 2)
         from_array = pillow()[0].fromarray
