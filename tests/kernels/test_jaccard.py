@@ -1,5 +1,7 @@
 """Pairs within a Jaccard distance, against dense float64 matrices."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -75,11 +77,12 @@ def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, ex
     + [("SHARE", 1), ("SHARE", 2), ("SHARE", 10**9)],
 )
 def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, name, size):
-    encodings = random_encodings(3, 50, 8)
+    count = 12 if os.environ.get("TRITON_INTERPRET") == "1" else 50  # programs run one by one there
+    encodings = random_encodings(3, count, 8)
     monkeypatch.setattr(jaccard, name, size)
     for eps in (0.4, 0.5, 0.6):
         within = dense_distance(encodings) <= eps
-        assert 50 + 10 < within.sum() < 50 * 50
+        assert count + 2 <= within.sum() < count * count
         assert_graph(jaccard_neighbors(*as_arguments(encodings, device), eps), within)
 
 
