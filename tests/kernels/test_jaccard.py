@@ -11,6 +11,7 @@ from scipy.sparse import csr_matrix
 
 from ecul.kernels import jaccard, jaccard_neighbors, jaccard_neighbors_reference
 
+ONE_BY_ONE = os.environ.get("TRITON_INTERPRET") == "1"  # a pair is a program there, and they take turns
 WORLD = {
     "seed": st.integers(0, 10**6),
     "size": st.integers(1, 24),
@@ -77,7 +78,7 @@ def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, ex
     + [("SHARE", 1), ("SHARE", 2), ("SHARE", 10**9)],
 )
 def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, name, size):
-    count = 12 if os.environ.get("TRITON_INTERPRET") == "1" else 50  # programs run one by one there
+    count = 12 if ONE_BY_ONE else 50
     encodings = random_encodings(3, count, 8)
     monkeypatch.setattr(jaccard, name, size)
     for eps in (0.4, 0.5, 0.6):
@@ -86,7 +87,8 @@ def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, name, size
         assert_graph(jaccard_neighbors(*as_arguments(encodings, device), eps), within)
 
 
-def test_a_row_longer_than_a_block_of_the_kernel(device):
+def test_a_row_longer_than_a_block_of_the_kernel(device, monkeypatch):
+    monkeypatch.setattr(jaccard, "BLOCK", 8 if ONE_BY_ONE else jaccard.BLOCK)
     size = 2 * jaccard.BLOCK + 3
     encodings = np.zeros((size, size))
     encodings[:, 0], encodings[range(size), range(size)] = 0.5, 0.5  # one column that every row shares
