@@ -887,6 +887,16 @@ def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
         ecul.data.decode.read_image(tmp_path / "bomb.png", SIZE)
 
 
+def test_all_of_an_array_in_its_own_size_is_no_copy():
+    pixels = np.arange(4 * 16 * 8 * 3, dtype=np.int64).reshape(4, 16, 8, 3).astype(np.uint8)
+    images = Images.from_array(pixels, "visible")
+    assert np.shares_memory(images.load(SIZE).numpy(), pixels)
+    assert not np.shares_memory(images.subset([1, 0]).load(SIZE).numpy(), pixels)
+    fixed = pixels.copy()
+    fixed.flags.writeable = False  # torch has no tensors that cannot be written to
+    assert torch.equal(Images.from_array(fixed, "visible").load(SIZE), images.load(SIZE))
+
+
 def test_an_empty_pile_is_an_error():
     none, one = np.zeros((0, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8)
     report = Dataset.from_arrays(visible=one, infrared=none).check()
