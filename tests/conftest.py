@@ -12,7 +12,11 @@ from ecul import open_dataset, synthesize  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile(
-    "ecul", derandomize=True, deadline=None, max_examples=40, suppress_health_check=list(HealthCheck)
+    "ecul",
+    derandomize=True,
+    deadline=None,
+    max_examples=10 if os.environ.get("TRITON_INTERPRET") == "1" else 40,
+    suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("ecul")
 
