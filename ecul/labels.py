@@ -101,12 +101,12 @@ def assign_labels(
     if distributed.rank() > 0:
         return _receive(features, border)
     parts = zip(features.tensor_split([border]), images.cameras.tensor_split([border]), strict=True)
-    own = torch.cat([_cluster(x, cameras, None, config) for x, cameras in parts])
+    own = torch.cat([cluster(x, cameras, None, config) for x, cameras in parts])
     labels = Labels.from_own(features, own, border)
     if stage == 2 and labels.enough:
         joint = selected = match = None
         if config.weight_joint > 0:
-            joint = selected = _cluster(features, images.cameras, images.modalities, config, "_joint")
+            joint = selected = cluster(features, images.cameras, images.modalities, config, "_joint")
         if joint is not None and config.k_select is not None:
             (v, r), (y_v, y_r) = features.tensor_split([border]), joint.tensor_split([border])
             selected = torch.cat(select_instances(v, r, y_v, y_r, config.k_select))
@@ -121,13 +121,14 @@ def assign_labels(
     return labels
 
 
-def _cluster(
+def cluster(
     features: torch.Tensor,
     cameras: torch.Tensor,
     modalities: torch.Tensor | None,
     config: Config,
     joint: str = "",
 ) -> torch.Tensor:
+    """`emcc` with the sizes that `config` has for one modality, or for both (joint="_joint")."""
     sizes = {name: getattr(config, name + joint) for name in ("k1", "k2", "k3", "eps")}
     return emcc(features, cameras, modalities, **sizes, min_samples=config.min_samples)
 

@@ -17,13 +17,13 @@ import torch
 from scipy.stats import norm
 
 from ecul import MODALITIES
-from ecul.clustering import emcc
 from ecul.common.files import hash_file, write_json
 from ecul.common.pretrained import weights_file
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.data.images import check_modality
 from ecul.features import extract
+from ecul.labels import cluster
 
 FILE = "threshold.json"  # beside the model
 TAIL = (0.1, 0.01)  # the shares of pairs of different people that the normal variable is laid through
@@ -126,11 +126,10 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
     features = {m: extract(model, images[m], m) for m in MODALITIES}
     if all(side.pids is not None for side in images.values()):
         return estimate_threshold(features, {m: images[m].pids for m in MODALITIES}, "identities")
-    sizes = {name: getattr(config, f"{name}_joint") for name in ("k1", "k2", "k3", "eps")}
     counts = [len(side) for side in images.values()]
     sides = torch.arange(2).repeat_interleave(torch.tensor(counts))
     cameras = torch.from_numpy(np.concatenate([side.camids for side in images.values()]))
-    joint = emcc(torch.cat([*features.values()]), cameras, sides, min_samples=config.min_samples, **sizes)
+    joint = cluster(torch.cat([*features.values()]), cameras, sides, config, "_joint")
     return estimate_threshold(features, dict(zip(MODALITIES, joint.split(counts), strict=True)), "clusters")
 
 
