@@ -24,13 +24,13 @@ FIELDS = "a field of Config, for instance iterations=100 or size=[256,128]; may 
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
 LOGS = "also write log.csv, or files for TensorBoard, into the run directory; may be repeated"
 APART = "0 to 1, how far apart the modalities are (default: 0, shape and pattern carry over whole)"
-RERANKINGS = ("k-reciprocal", "modality")
-RERANK = (
-    "order answers by the neighbourhoods of queries and gallery together: k-reciprocal ones (default), or "
-    "those that count both modalities alike"
-)
 UNKNOWN = "share of unknown people that may be taken for somebody (default: 0.1), once `threshold` was run"
 FLAG: dict[str, Any] = {"action": "store_true"}
+RERANK: dict[str, Any] = {
+    "nargs": "?", "const": "k-reciprocal", "choices": ("k-reciprocal", "modality"),
+    "help": "order answers by the neighbourhoods of queries and gallery together: k-reciprocal ones "
+    "(default), or those that count both modalities alike",
+}  # fmt: skip
 PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
 OPTION = arg("--option", **PAIRS, metavar="NAME=VALUE", help=OPTIONS)
@@ -101,7 +101,7 @@ def train(args: argparse.Namespace) -> None:
     arg("--modes", nargs="+", help="rows of the protocol, for instance all indoor (default: all rows)"),
     arg("--shots", type=int, nargs="+", help="SYSU-MM01: gallery images an identity and camera: 1, 10"),
     arg("--draw", default="random", help="random, or the path of SYSU-MM01's rand_perm_cam.mat"),
-    arg("--rerank", **FLAG, help="k-reciprocal re-ranking, named in the output"),
+    arg("--rerank", **RERANK),
     FORMAT, arg("--json", dest="format", action="store_const", const="json", help="--format json"),
 )  # fmt: skip
 def evaluate(args: argparse.Namespace) -> None:
@@ -190,7 +190,7 @@ def extract(args: argparse.Namespace) -> None:
     arg("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery"),
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
     arg("--unknown", type=float, default=0.1, help=UNKNOWN),
-    arg("--rerank", nargs="?", const="k-reciprocal", choices=RERANKINGS, help=RERANK),
+    arg("--rerank", **RERANK),
     arg("-o", "--output", help="a .png to draw a sample of five queries and ten answers in"),
     *READING, DEVICE, JSON,
 )  # fmt: skip

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,12 @@ from ecul.common.pretrained import weights_file
 from ecul.common.weights import write_tensors
 from ecul.data.folders import find_images
 from ecul.data.images import check_modality
-from ecul.evaluation.rerank import k_reciprocal_distances, modality_distances
+from ecul.evaluation.rerank import RERANKINGS
 from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
 from ecul.threshold import Threshold
 
 __all__ = ["FolderFeatures", "Ranking", "extract_folder", "save_features", "search"]
-RERANKINGS: dict[str, Callable[..., np.ndarray]] = {
-    "k-reciprocal": k_reciprocal_distances,
-    "modality": modality_distances,
-}
 
 
 @dataclass(frozen=True)

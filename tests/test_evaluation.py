@@ -16,7 +16,7 @@ import ecul.evaluation.metrics
 from ecul import TwoStreamResNet
 from ecul.data import Dataset, open_dataset
 from ecul.evaluation import Results, average, eval_llcm, eval_regdb, eval_sysu, evaluate
-from ecul.evaluation.rerank import k_reciprocal_distances
+from ecul.evaluation.rerank import k_reciprocal_distances, modality_distances
 from ecul.features import extract
 
 
@@ -519,12 +519,28 @@ def test_reranking_equals_the_dense_definition(seed, queries, gallery, ks):
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
-def test_reranking_is_named_and_changes_the_ranking(world):
+@pytest.mark.parametrize(
+    ("rerank", "name"), [(True, "k-reciprocal"), ("k-reciprocal", "k-reciprocal"), ("modality", "modality")]
+)
+def test_reranking_is_named_and_ranks_by_its_distances(rerank, name, world):
     dataset = open_dataset("sysu", world)
     features = features_of(dataset)
-    plain = evaluate(None, dataset, features=features, trials=2)
-    reranked = evaluate(None, dataset, features=features, trials=2, rerank=True)
-    assert "k-reciprocal (k1=20, k2=6, lambda=0.3)" in str(reranked) and "no re-ranking" not in str(reranked)
-    assert [row["mAP"] for row in plain.rows] != [row["mAP"] for row in reranked.rows]
+    options = {"features": features, "modes": "all", "shots": 10_000, "trials": 1}
+    row = evaluate(None, dataset, **options, rerank=rerank).rows[0]
+    assert row["reranking"] == f"{name} (k1=20, k2=6, lambda=0.3)"
+    query, gallery = dataset.test_infrared, dataset.test_visible
+    rows = [torch.from_numpy(unit(features[m])).float() for m in ("infrared", "visible")]
+    order = {"k-reciprocal": k_reciprocal_distances, "modality": modality_distances}[name](*rows)
+    people = query.identities(), gallery.identities()
+    cmc, mean_precision, _ = eval_sysu(order, *people, query.camids, gallery.camids)
+    assert row["mAP"] == pytest.approx(100 * mean_precision, abs=1e-9)
+    assert row["rank1"] == pytest.approx(100 * cmc[0], abs=1e-9)
+    assert row["mAP"] != evaluate(None, dataset, **options).rows[0]["mAP"]
+
+
+def test_a_reranking_that_is_none_is_refused(world):
+    dataset = open_dataset("sysu", world)
+    with pytest.raises(ValueError, match="rerank: expected k-reciprocal, modality, True or False, not 'k'"):
+        evaluate(None, dataset, features=features_of(dataset), rerank="k")
     with pytest.raises(ValueError, match="rerank: 30000 images together"):
         k_reciprocal_distances(torch.zeros(10_000, 1), torch.zeros(20_000, 1))

@@ -23,7 +23,7 @@ from ecul.data.images import Images
 from ecul.data.layouts import LAYOUTS
 from ecul.evaluation.galleries import draw_official, draw_random, group_rows, read_permutations
 from ecul.evaluation.metrics import eval_llcm, eval_regdb, eval_sysu, score_queries, summarise
-from ecul.evaluation.rerank import k_reciprocal_distances
+from ecul.evaluation.rerank import RERANKINGS
 from ecul.features import extract, require_model
 from ecul.trainset import image_fingerprints
 
@@ -113,7 +113,7 @@ def evaluate(
     shots: int | Sequence[int] | None = None,
     trials: int = 10,
     draw: str | os.PathLike = "random",
-    rerank: bool = False,
+    rerank: bool | str = False,
     batch_size: int = 256,
     flip: bool = True,
     features: dict | None = None,
@@ -128,20 +128,24 @@ def evaluate(
     `random.seed(t)` for trials t = 0, 1, ...; otherwise the path of SYSU's official rand_perm_cam.mat.
     Multi-shot with "random" takes `random.sample` of the sorted files, all where fewer [R: the published
     scripts draw them unseeded].
-    rerank: k-reciprocal re-ranking (k1 = 20, k2 = 6, lambda = 0.3), named in the rows.
+    rerank: "k-reciprocal" (or True) or "modality": order by `k_reciprocal_distances` or `modality_distances`
+    with k1 = 20, k2 = 6, lambda = 0.3 (and k3 = 20), named in the rows.
     features: {"visible": (N, D), "infrared": (N, D)} of the test images instead of a model (then None).
     Raises ValueError for a data set without test images, identities or protocol, unknown modes, or
     trials or shots that are no whole numbers of at least 1.
     """
     plan = _plan(dataset, modes, shots, trials, draw)
-    reranking = "k-reciprocal (k1=20, k2=6, lambda=0.3)" if rerank else "no re-ranking"
+    name = "k-reciprocal" if rerank is True else rerank or None
+    if name is not None and name not in RERANKINGS:
+        raise ValueError(f"rerank: expected {', '.join(RERANKINGS)}, True or False, not {rerank!r}")
+    reranking = f"{name} (k1=20, k2=6, lambda=0.3)" if name else "no re-ranking"
     cautions = _foreign(dataset)
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress, cautions)
     shared = {"caution": "; ".join(cautions), "reranking": reranking}
     rows = []
     for names, images, drawn in plan:
         pair = vectors[images[0].modality], vectors[images[1].modality]
-        measured = [_measure(str(dataset.protocol), images, pair, picked, rerank) for picked in drawn]
+        measured = [_measure(str(dataset.protocol), images, pair, picked, name) for picked in drawn]
         rows.append(_row({**names, **shared, "trials": len(drawn)}, measured))
     return Results(rows)
 
@@ -279,12 +283,12 @@ def _measure(
     images: tuple[Images, Images],
     vectors: tuple[torch.Tensor, torch.Tensor],
     rows: tuple[np.ndarray, np.ndarray],
-    rerank: bool,
+    rerank: str | None,
 ) -> list[float]:
     """`MEASURES` in percent of one trial; of each pair the query comes first, then the gallery."""
     (query, gallery), (q, g) = images, rows
     found = vectors[1][torch.from_numpy(g)]
-    reranked = k_reciprocal_distances(vectors[0][torch.from_numpy(q)], found) if rerank else None
+    reranked = RERANKINGS[rerank](vectors[0][torch.from_numpy(q)], found) if rerank else None
 
     def distances(block: slice) -> np.ndarray:
         if reranked is not None:

@@ -1,6 +1,8 @@
 """k-reciprocal re-ranking (Zhong et al., Re-ranking Person Re-identification, CVPR 2017), and its relative
 that is aware of modalities."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
@@ -87,3 +89,9 @@ def modality_distances(
         shared = np.asarray(held.sum(1))[:, 0]
         distances[row] += (1 - weight) * (1 - shared / (2 - shared))
     return distances
+
+
+RERANKINGS: dict[str, Callable[..., np.ndarray]] = {
+    "k-reciprocal": k_reciprocal_distances,
+    "modality": modality_distances,
+}
