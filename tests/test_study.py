@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from study.lines import LINES, WORLDS  # noqa: E402
 from study.runs import configure, train_shared  # noqa: E402
-from study.tables import differences, interval, of_the_way, table  # noqa: E402
+from study.tables import differences, interval, of_the_way, reranked_table, table  # noqa: E402
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -50,3 +50,6 @@ def test_the_table_has_differences_in_pairs_with_their_interval():
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert 1 <= low < 2.5 < high <= 4 and interval([2.0, 2.0]) == (2.0, 2.0)
     assert "-2.0 [-2.0, -2.0] (united)" in table(results)
+    results["united"]["0"] |= {"mAP_reranked": 46.5, "rank1_reranked": 41.0}
+    rows = reranked_table(results).splitlines()[2:]
+    assert rows == ["| united | 1 | 40.0 ± 0.0 | 46.5 ± 0.0 | +6.5 [+6.5, +6.5] | 41.0 ± 0.0 |"]

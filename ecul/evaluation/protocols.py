@@ -113,7 +113,7 @@ def evaluate(
     shots: int | Sequence[int] | None = None,
     trials: int = 10,
     draw: str | os.PathLike = "random",
-    rerank: bool | str = False,
+    rerank: bool | str | None = False,
     batch_size: int = 256,
     flip: bool = True,
     features: dict | None = None,

@@ -54,8 +54,10 @@ def run_line(line: str, root: str, config: Config, shared: int, folder: Path) ->
     else:
         model, history = train_shared(dataset, config, min(shared, config.epochs_intra), folder)
     seconds = sum(row["seconds"] for row in history) if history else time.perf_counter() - began
-    tested = evaluate(model, dataset, modes=["all"], progress=False).rows[0]
-    result = {"mAP": tested["mAP"], "rank1": tested["rank1"], "seconds": seconds}
+    result: dict = {"seconds": seconds}
+    for rerank, ending in ((None, ""), ("modality", "_reranked")):
+        tested = evaluate(model, dataset, modes=["all"], rerank=rerank, progress=False).rows[0]
+        result |= {name + ending: tested[name] for name in ("mAP", "rank1")}
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     last = history[-1] if history else {}
     return result | {k: v for k, v in last.items() if k.startswith(("clusters_", "monitor_", "score"))}

@@ -52,6 +52,23 @@ def table(results: dict) -> str:
     return "\n".join(text)
 
 
+def reranked_table(results: dict) -> str:
+    """A Markdown table of the lines that were re-ranked at test time as well, by `modality_distances`."""
+    heads = ("re-ranked at test time", "n", "mAP", "re-ranked mAP", "difference", "re-ranked Rank-1")
+    text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for line, runs in results.items():
+        if not (rows := [row for row in runs.values() if "mAP_reranked" in row]):
+            continue
+        plain, again, first = ([r[k] for r in rows] for k in ("mAP", "mAP_reranked", "rank1_reranked"))
+        apart = [b - a for a, b in zip(plain, again, strict=True)]
+        low, high = interval(apart)
+        gain = f"{statistics.mean(apart):+.1f} [{low:+.1f}, {high:+.1f}]"
+        text.append(
+            f"| {' | '.join([line, str(len(rows)), spread(plain), spread(again), gain, spread(first)])} |"
+        )
+    return "\n".join(text)
+
+
 def spread(values: list[float]) -> str:
     """Mean ± deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
