@@ -99,8 +99,13 @@ class _Memory(nn.Module):
         return contrastive_loss(F.normalize(x, dim=1), self.features, self.labels, labels, self.temp)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """`normalize(x) @ features.T / temp`: (B, num_samples), differentiable in x alone."""
-        return F.normalize(x, dim=1) @ self.features.to(x.dtype).T / self.temp
+        """`normalize(x) @ features.T / temp`: (B, num_samples), differentiable in x alone.
+
+        In float32 at least, under autocast too: divided by the temperature, half precision is too coarse.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            return F.normalize(x, dim=1) @ self.features.to(x.dtype).T / self.temp
 
     @_also(inputs="x", targets="labels", indexes="labels")
     @torch.no_grad()

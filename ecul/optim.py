@@ -75,7 +75,7 @@ def set_lr(optimizer: torch.optim.Optimizer, config: Config, epoch: int) -> None
 
 
 def uses_bf16(config: Config, device: torch.device) -> bool:
-    """Whether the forward pass runs under bf16 autocast: asked for, or "auto" on a GPU that has it."""
+    """Whether network and losses run under bf16 autocast: asked for, or "auto" on a GPU that has it."""
     if config.precision == "auto":
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return config.precision == "bf16"

@@ -53,14 +53,14 @@ def test_exchanged_views_pass_the_infrared_stem_once_labels_cross(images, labels
     alone = Labels(labels.own, labels.num_visible, labels.centers)
     inside, _ = first_batch(alone, images, exchanged_stem="infrared")
     own, _ = first_batch(labels, images, exchanged_stem="visible")
-    across, config = first_batch(labels, images, exchanged_stem="infrared")
+    across, _ = first_batch(labels, images, exchanged_stem="infrared")
     p, _, q = across.sizes
     assert [len(v) for v in inside.views] == [len(v) for v in own.views] == [2 * p, q]
     assert [len(v) for v in across.views] == [p, p + q]
     assert torch.equal(torch.cat(own.views), torch.cat(across.views))
     first, second, third = torch.cat(across.views).split(across.sizes)
     with torch.no_grad():
-        found = embed_batch(model, across, config)
+        found = embed_batch(model, across)
         parts = ((first, "visible"), (second, "infrared"), (third, "infrared"))
         expected = torch.cat([model.embed(x, modality) for x, modality in parts])
         assert torch.allclose(found, expected, atol=1e-5)

@@ -77,6 +77,16 @@ def test_forward_and_backward_change_no_state():
         assert all(torch.equal(before[k], v) for k, v in memory.state_dict().items())
 
 
+class Halved:
+    """A bank whose logits are half of another's."""
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def logits(self, x):
+        return self.memory.logits(x) / 2
+
+
 def test_the_length_of_a_feature_makes_no_difference():
     rng = np.random.default_rng(0)
     rows, x, labels = unit(rng, 4, 6).float(), unit(rng, 5, 6).float(), torch.tensor([0, 1, 1, 3, -1])
@@ -89,6 +99,24 @@ def test_the_length_of_a_feature_makes_no_difference():
         results.append([*found, memory.features])
     for plain, scaled in zip(*results, strict=True):
         assert torch.allclose(plain, scaled, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_exact_under_autocast(dtype):
+    rng = np.random.default_rng(0)
+    memory = ClusterMemory.from_clusters(unit(rng, 7, 64).float())
+    x = unit(rng, 5, 64).to(dtype)
+    want = F.normalize(x.double(), dim=1) @ memory.features.double().T / 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        found = memory.logits(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), want, atol=1e-5, rtol=0)
+    gradients = []
+    for features, autocast in ((x.float(), True), (x.double(), False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = agreement_loss([memory], [Halved(memory)], features.requires_grad_())
+        gradients.append(torch.autograd.grad(loss, features)[0].double())
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
 def test_an_outlier_row_is_nobodys_positive():

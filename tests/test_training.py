@@ -21,6 +21,7 @@ from ecul import (
     TwoStreamResNet,
     evaluate,
     extract,
+    losses,
     open_dataset,
     synthesize,
     train,
@@ -449,6 +450,19 @@ def test_the_iterations_never_wait_for_the_gpu(method, on_device, dataset, monke
             assert "skipped" not in row
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_losses_run_in_the_precision_of_the_network(precision, dataset, monkeypatch):
+    found, contrast = [], losses.memory_contrast
+
+    def watched(x, *rest):
+        found.append(torch.is_autocast_enabled("cpu"))
+        return contrast(x, *rest)
+
+    monkeypatch.setattr(losses, "memory_contrast", watched)
+    train(dataset, tiny(precision=precision, epochs_cross=1, iterations=1))
+    assert len(found) >= 8 and set(found) == {precision == "bf16"}
 
 
 def test_a_newcomer_is_warned_of_random_weights_and_of_a_large_network_on_a_cpu(dataset, caplog):

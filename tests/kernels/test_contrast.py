@@ -6,7 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ecul import ClusterMemory, Config, InstanceMemory
+from ecul.batches import Batch
 from ecul.kernels import contrast, memory_contrast, memory_contrast_reference
+from ecul.losses import agreement_loss
+from ecul.stages import Consistency, Contrast
+from ecul.training import train_batches
 
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 TEMPERATURE = 0.05
@@ -211,6 +216,48 @@ def test_autocast_takes_the_products_of_half_precision(device):
     torchs, best = loss_and_gradient(dense, *rounded), exact(x, bank, bank_labels, labels)
     assert 0 < worst(loss, best[0]) <= worst(torchs[0], best[0]) / 4
     assert worst(gradient, best[1]) <= 8e-3 * best[1].abs().max()
+
+
+class Known(torch.nn.Module):
+    """A network whose features of a batch, whatever the images, are its weights."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = torch.nn.Parameter(features.clone())
+
+    def forward(self, *images):
+        return self.features + 0
+
+
+@pytest.mark.interpreted
+def test_training_takes_the_products_of_half_precision(device):
+    """bf16 costs what rounding the rows costs, fp32 nothing; the consistency constraint is exact in both."""
+    x, bank, bank_labels, table = world(48, 70, 256, 9, device=device)
+    rows = torch.arange(16, device=device)
+    batch = Batch((x[:32], x[32:]), rows, rows + 16)
+    labels, memory = table[batch.rows], InstanceMemory.from_features(bank, bank_labels)
+    contrast_term = Contrast("contrast", 1 / 3, memory, None, table, torch.full_like(table, -1))
+    banks = [ClusterMemory.from_clusters(part) for part in bank[:20].split(10)]
+    agreement_term = Consistency("agreement", 1.0, banks[:1], banks[1:])
+    want = sum(agreement_loss(banks[:1], banks[1:], view.double()).item() for view in x.split(16))
+
+    def mean(rows, bank):
+        return dense(rows, bank, bank_labels, labels, TEMPERATURE).sum() / (labels >= 0).sum()
+
+    wide = x.double().requires_grad_()
+    best = mean(F.normalize(wide, dim=1), memory.features.double())
+    (gradient,) = torch.autograd.grad(best, wide)
+    rounded = mean(F.normalize(x, dim=1).to(BRAIN).double(), memory.features.to(BRAIN).double())
+    for precision, off, slope in (("fp32", 4e-6, 2e-6), ("bf16", 2e-2, 8e-3)):
+        forward = Known(x)
+        optimizer = torch.optim.SGD(forward.parameters(), 0.0)
+        terms, config = [contrast_term], Config(precision=precision)
+        found = train_batches(forward, optimizer, terms, [batch], config)["loss_contrast"]
+        assert abs(found - best) < off
+        assert (abs(found - rounded) < 4e-6) == (precision == "bf16")
+        assert worst(forward.features.grad, gradient) < slope * gradient.abs().max()
+        found = train_batches(forward, optimizer, [agreement_term], [batch], config)["loss_agreement"]
+        assert abs(found - want) < 1e-5
 
 
 def test_gradient_comes_in_the_dtype_of_the_samples(device):
