@@ -127,10 +127,10 @@ def emcc(
     points = _normalize(features)
     cameras = _check_codes("cameras", cameras, points)
     modalities = _check_codes("modalities", modalities, points, largest=1)
-    size = len(points)
+    size, together = len(points), together and distributed.size() > 1
     if eps == 1:  # no distance is larger
         return torch.full((size,), 0 if size >= min_samples else -1, device=points.device)
-    with logs.progress(5, "emcc", "step") as bar:
+    with logs.progress(5, "emcc", "step", not together or distributed.rank() == 0) as bar:
 
         def done(result: Any) -> Any:
             bar.update()
@@ -319,7 +319,7 @@ def _strips(table: torch.Tensor, together: bool) -> list[torch.Tensor]:
 
 def _joined(rows: torch.Tensor, together: bool) -> torch.Tensor:
     """The rows of all processes, however many each has, in the order of the processes."""
-    if not together or distributed.size() == 1:
+    if not together:
         return rows
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(count) for _ in range(distributed.size())]

@@ -95,18 +95,18 @@ def assign_labels(
     """Cluster each modality and, in stage 2, their union; match clusters across modalities.
 
     features: (N, D) unit rows; exchanged: (W, num_visible, D), more views of the visible images to match by.
-    Process 0 clusters, the others take its labels.
+    All processes call with the same bits; they share the clustering, and process 0's matches count, as a
+    product in floating point may differ between processors.
     """
     border = images.num_visible
-    if distributed.rank() > 0:
-        return _receive(features, border)
     parts = zip(features.tensor_split([border]), images.cameras.tensor_split([border]), strict=True)
-    own = torch.cat([cluster(x, cameras, None, config) for x, cameras in parts])
+    own = torch.cat([cluster(x, cameras, None, config, together=True) for x, cameras in parts])
     labels = Labels.from_own(features, own, border)
     if stage == 2 and labels.enough:
         joint = selected = match = None
         if config.weight_joint > 0:
-            joint = selected = cluster(features, images.cameras, images.modalities, config, "_joint")
+            everyone = (features, images.cameras, images.modalities)
+            joint = selected = cluster(*everyone, config, "_joint", together=True)
         if joint is not None and config.k_select is not None:
             (v, r), (y_v, y_r) = features.tensor_split([border]), joint.tensor_split([border])
             selected = torch.cat(select_instances(v, r, y_v, y_r, config.k_select))
@@ -115,9 +115,9 @@ def assign_labels(
             if exchanged is not None:
                 more = [cluster_means(view, own[:border]) for view in exchanged]
                 visible = torch.stack([visible, *more])
-            match = match_clusters(visible, infrared, config.matching).cpu().numpy()
+            matched = match_clusters(visible, infrared, config.matching)
+            match = distributed.broadcast(matched).cpu().numpy()
         labels = replace(labels, joint=joint, selected=selected, match=match)
-    _send(labels)
     return labels
 
 
@@ -127,30 +127,8 @@ def cluster(
     modalities: torch.Tensor | None,
     config: Config,
     joint: str = "",
+    together: bool = False,
 ) -> torch.Tensor:
     """`emcc` with the sizes that `config` has for one modality, or for both (joint="_joint")."""
     sizes = {name: getattr(config, name + joint) for name in ("k1", "k2", "k3", "eps")}
-    return emcc(features, cameras, modalities, **sizes, min_samples=config.min_samples)
-
-
-def _send(labels: Labels) -> None:
-    """Process 0's labels to the others: a table of three rows, -2 where one is absent, then the match."""
-    absent = torch.full_like(labels.own, -2)
-    rows = (labels.own, labels.joint, labels.selected)
-    distributed.broadcast(torch.stack([absent if row is None else row for row in rows]))
-    matched = torch.tensor(int(labels.match is not None), device=absent.device)
-    if int(distributed.broadcast(matched)):
-        distributed.broadcast(torch.as_tensor(labels.match).to(absent.device, torch.uint8))
-
-
-def _receive(features: torch.Tensor, border: int) -> Labels:
-    """The labels that `_send` sends; the centres are computed again."""
-    table = torch.empty(3, len(features), dtype=torch.int64, device=features.device)
-    own, *others = distributed.broadcast(table).unbind()
-    joint, selected = (None if len(row) and int(row.max()) < -1 else row for row in others)
-    labels = Labels.from_own(features, own, border, joint, selected)
-    if int(distributed.broadcast(torch.tensor(0, device=features.device))):
-        visible, infrared = map(len, labels.centers)
-        flags = torch.empty(infrared, visible, dtype=torch.uint8, device=features.device)
-        labels = replace(labels, match=distributed.broadcast(flags).bool().cpu().numpy())
-    return labels
+    return emcc(features, cameras, modalities, **sizes, min_samples=config.min_samples, together=together)

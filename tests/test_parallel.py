@@ -11,7 +11,7 @@ from ecul import Config, open_dataset, synthesize, train
 
 CONFIG = Config.preset(
     "demo", epochs_intra=1, epochs_cross=1, iterations=3, identities=4, instances=2, width=8, tsmem_switch=1,
-    k1=6, k2=2, k3=4, k1_joint=8, k2_joint=2, k3_joint=6,
+    k1=6, k2=2, k3=4, k1_joint=8, k2_joint=2, k3_joint=6, weight_joint=0.5,
 )  # fmt: skip
 
 

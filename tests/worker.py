@@ -1,7 +1,7 @@
 """One process of a torchrun job: `torchrun --nproc-per-node 2 tests/worker.py WORLD CONFIG OUTPUT [KILL]`.
 
-Trains, then checks from inside that every process holds equal banks and weights. With KILL, process 1 ends
-itself in the second epoch.
+Trains, then checks from inside that every process takes its turn in each clustering, and that all hold equal
+labels, banks and weights. With KILL, process 1 ends itself in the second epoch.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import distributed as dist
 
-from ecul import Config, open_dataset, training
+from ecul import Config, clustering, open_dataset, training
 from ecul.common import distributed
 from ecul.stages import Contrast
 
@@ -20,6 +20,19 @@ from ecul.stages import Contrast
 def main(world, config, output, kill=""):
     torch.set_num_threads(1)
     banks, train_batches = [], training.train_batches
+    tables, assign_labels = [], training.assign_labels
+    turns, jaccard_pairs = [], clustering.jaccard_pairs
+
+    def counted(*arguments):
+        turns.append(arguments[-2:])
+        return jaccard_pairs(*arguments)
+
+    def labelled(*arguments):
+        found = assign_labels(*arguments)
+        match = torch.empty(0) if found.match is None else torch.from_numpy(found.match)
+        parts = [found.own, found.joint, found.selected, match]
+        tables.append(torch.cat([part.flatten().double() for part in parts if part is not None]))
+        return found
 
     def watched(forward, optimizer, terms, *rest):
         if kill and dist.get_rank() == 1 and banks:
@@ -29,11 +42,13 @@ def main(world, config, output, kill=""):
         banks.append(torch.cat(held))
         return result
 
-    training.train_batches = watched
+    training.train_batches, training.assign_labels = watched, labelled
+    clustering.jaccard_pairs = counted
     run = training.train(
         open_dataset("sysu", world), Config.from_dict(json.loads(config)), output=output, device="cpu"
     )
-    for held in [*banks, torch.cat([p.flatten() for p in run.model.parameters()])]:
+    assert turns == [(dist.get_rank(), dist.get_world_size())] * 5  # each modality twice, and both once
+    for held in [*tables, *banks, torch.cat([p.flatten() for p in run.model.parameters()])]:
         others = [torch.empty_like(held) for _ in range(dist.get_world_size())]
         dist.all_gather(others, held.detach())
         assert all(torch.equal(held, other) for other in others)
