@@ -58,6 +58,7 @@ READING = (
 
 
 @command(
+    "Train without identity labels; the run directory holds model, log and configuration.",
     *DATASET, DEVICE, METHOD,
     arg("-o", "--output", required=True, help="the run directory"),
     arg("--preset", choices=DATASETS, help="whose settings (default: those of the data set, else sysu's)"),
@@ -69,7 +70,6 @@ READING = (
     arg("--set", **PAIRS, metavar="FIELD=VALUE", help=FIELDS),
 )  # fmt: skip
 def train(args: argparse.Namespace) -> None:
-    """Train without identity labels; the run directory holds model, log and configuration."""
     from ecul.common import distributed
     from ecul.config import read_fields
     from ecul.data.layouts import LAYOUTS
@@ -95,6 +95,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Evaluate a trained model with the data set's published protocol; several models are averaged.",
     *DATASET, DEVICE,
     arg("--model", required=True, nargs="+", help=f"{MODEL}; all of train --trials; several are averaged"),
     arg("--trials-of", type=int, nargs="+", help="RegDB: the trial of each model whose run is not known"),
@@ -105,7 +106,6 @@ def train(args: argparse.Namespace) -> None:
     FORMAT, arg("--json", dest="format", action="store_const", const="json", help="--format json"),
 )  # fmt: skip
 def evaluate(args: argparse.Namespace) -> None:
-    """Evaluate a trained model with the data set's published protocol; several models are averaged."""
     from ecul.evaluation.protocols import average
     from ecul.run.saved import find_trials, trained_trial
 
@@ -127,13 +127,13 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Compare runs: the settings that differ, accuracy, label-free score and time, averaged over seeds.",
     arg("runs", metavar="RUN", nargs="+", help="directories that train wrote, or one of train --trials"),
     arg("--root", help="the folder of the data set (default: where it was in training)"),
     arg("-o", "--output", help="a .png to draw the curves of all runs in"),
     FORMAT, DEVICE,
 )  # fmt: skip
 def compare(args: argparse.Namespace) -> None:
-    """Compare runs: the settings that differ, accuracy, label-free score and time, averaged over seeds."""
     from ecul.report.compare import compare
     from ecul.report.pictures import prepare_picture
 
@@ -146,6 +146,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Draw a run: curves, ranked lists, clusters and matches as PNGs and as one HTML page that has all.",
     arg("run_directory", metavar="RUN", help="the directory that train wrote"),
     arg("--root", help="the folder of the data set (default: where it was in training)"),
     OPTION, DEVICE,
@@ -153,7 +154,6 @@ def compare(args: argparse.Namespace) -> None:
     arg("--top", type=int, default=10, help="answers in each (default: 10)"),
 )  # fmt: skip
 def report(args: argparse.Namespace) -> None:
-    """Draw a run: curves, ranked lists, clusters and matches as PNGs and as one HTML page that has all."""
     from ecul.common.distributed import choose_device
     from ecul.report.build import report
 
@@ -162,6 +162,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Write the features of a folder's images as safetensors, with their names and the model's hash.",
     arg("model", help=MODEL),
     arg("folder", help="a folder of images, read with all its sub-folders, or one image"),
     arg("--modality", required=True, choices=MODALITIES, help="of these images"),
@@ -169,7 +170,6 @@ def report(args: argparse.Namespace) -> None:
     *READING, DEVICE,
 )  # fmt: skip
 def extract(args: argparse.Namespace) -> None:
-    """Write the features of a folder's images as safetensors, with their names and the model's hash."""
     from ecul.common.files import prepare_output
     from ecul.search import extract_folder, save_features
 
@@ -183,6 +183,7 @@ def extract(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Rank a gallery's images for each query; print the answers, and draw them if asked to.",
     arg("model", help=MODEL),
     arg("--query", required=True, help="an image, or a folder of images"),
     arg("--gallery", required=True, help="the folder of images to search"),
@@ -195,7 +196,6 @@ def extract(args: argparse.Namespace) -> None:
     *READING, DEVICE, JSON,
 )  # fmt: skip
 def search(args: argparse.Namespace) -> None:
-    """Rank a gallery's images for each query; print the answers, and draw them if asked to."""
     from ecul.report.pictures import draw_ranking, prepare_picture
     from ecul.search import search
     from ecul.threshold import Threshold
@@ -217,12 +217,12 @@ def search(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Bring in a published checkpoint (AGW, ADCA, PGM, MBCCM layouts) as a model of this library.",
     arg("file", help="a .pth, .tar or .safetensors file; code in it is never run"),
     arg("-o", "--output", required=True, help="the directory to write the model into"),
     arg("--size", **PIXELS, default=(288, 144), help=TRAINED_ON),
 )
 def import_(args: argparse.Namespace) -> None:
-    """Bring in a published checkpoint (AGW, ADCA, PGM, MBCCM layouts) as a model of this library."""
     from ecul.importers import import_checkpoint
 
     if (Path(args.output) / "resume.json").exists():
@@ -235,13 +235,13 @@ def import_(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Write one modality of a model as ONNX (.onnx) or as a torch.export program (.pt2).",
     arg("model", help=MODEL),
     arg("-o", "--output", required=True, help="the .onnx or .pt2 file to write"),
     arg("--modality", required=True, choices=MODALITIES, help="of the images it will see"),
     arg("--no-flip", **FLAG, help="without the mirror image: half the work"), DEVICE,
 )  # fmt: skip
 def export(args: argparse.Namespace) -> None:
-    """Write one modality of a model as ONNX (.onnx) or as a torch.export program (.pt2)."""
     from ecul.export import export
 
     export(_model(args.model, args), args.output, args.modality, flip=not args.no_flip)
@@ -249,13 +249,13 @@ def export(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Try k1 and eps on a model's features of the training images: clusters, outliers, label-free score.",
     *DATASET, DEVICE, JSON,
     arg("--model", required=True, help=MODEL),
     PRESET,
     arg("-o", "--output", help="a .png to draw the curves in"),
 )  # fmt: skip
 def tune(args: argparse.Namespace) -> None:
-    """Try k1 and eps on a model's features of the training images: clusters, outliers, label-free score."""
     from ecul.report.pictures import draw_tuning, prepare_picture
     from ecul.tuning import tune_config
 
@@ -269,13 +269,13 @@ def tune(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Learn which similarity means the same person, and keep it beside the model, where search looks.",
     *DATASET, DEVICE,
     arg("--model", required=True, help=MODEL),
     PRESET,
     arg("--unknown", type=float, default=0.1, help="share of unknown people taken for somebody"),
 )  # fmt: skip
 def threshold(args: argparse.Namespace) -> None:
-    """Learn which similarity means the same person, and keep it beside the model, where search looks."""
     from ecul.threshold import measure_threshold
 
     dataset = ecul.open_dataset(args.dataset, args.root, **dict(args.option))
@@ -284,12 +284,12 @@ def threshold(args: argparse.Namespace) -> None:
 
 
 @command(
+    "Compare a data set's folder with what was published; exit code 1 when something is wrong.",
     *DATASET, JSON,
     arg("--quick", **FLAG, help="count files without decoding every image"),
     arg("--clean", **FLAG, help="also remove packs that the images no longer match"),
 )  # fmt: skip
 def check(args: argparse.Namespace) -> int:
-    """Compare a data set's folder with what was published; exit code 1 when something is wrong."""
     from ecul.data.checks import clean_packs
 
     dataset = ecul.open_dataset(args.dataset, args.root, **dict(args.option))
@@ -301,6 +301,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 @command(
+    "Render the synthetic world as JPEG files in SYSU-MM01's layout.",
     arg("root", help="the folder to write"),
     arg("--identities", type=int, default=96, help="training identities (default: 96)"),
     arg("--test-identities", type=int, help="more, held out for tests (default: half as many)"),
@@ -310,18 +311,17 @@ def check(args: argparse.Namespace) -> int:
     arg("--gap", type=float, default=0.0, help=APART),
 )
 def synthesize(args: argparse.Namespace) -> None:
-    """Render the synthetic world as JPEG files in SYSU-MM01's layout."""
     names = ("identities", "test_identities", "images", "size", "seed", "gap")
     print(ecul.synthesize(args.root, **{name: getattr(args, name) for name in names}))
 
 
 @command(
+    "Render the synthetic world, check it, train without labels, evaluate: the whole way in minutes.",
     arg("-o", "--output", default="runs/demo", help="where the world and the run go"),
     arg("--seed", type=int, default=0, help="of the world and of the run (default: 0)"),
     METHOD, DEVICE,
 )  # fmt: skip
 def demo(args: argparse.Namespace) -> None:
-    """Render the synthetic world, check it, train without labels, evaluate: the whole way in minutes."""
     from ecul.common.distributed import choose_device
     from ecul.optim import build_model
 

@@ -31,7 +31,7 @@ with a published data set:
   ecul evaluate sysu DATA --model runs/sysu
 
 ecul COMMAND --help tells what a command takes."""
-COMMANDS: dict[str, tuple[Callable, tuple[methodcaller, ...]]] = {}
+COMMANDS: dict[str, tuple[Callable, str, tuple[methodcaller, ...]]] = {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,19 +65,19 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=ecul.__version__)
     whole.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (function, arguments) in COMMANDS.items():
-        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+    for name, (function, told, arguments) in COMMANDS.items():
+        added = commands.add_parser(name, help=told, description=told)
         added.set_defaults(run=function)
         for add_to in arguments:
             add_to(added)
     return whole
 
 
-def command(*arguments: methodcaller) -> Callable[[Callable], Callable]:
-    """Make the function below a command with these arguments; its docstring is the command's help."""
+def command(told: str, *arguments: methodcaller) -> Callable[[Callable], Callable]:
+    """Make the function below a command with this help, which `python -OO` keeps, and these arguments."""
 
     def add(function: Callable) -> Callable:
-        COMMANDS[function.__name__.rstrip("_")] = function, arguments
+        COMMANDS[function.__name__.rstrip("_")] = function, told, arguments
         return function
 
     return add

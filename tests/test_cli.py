@@ -86,6 +86,12 @@ def test_every_command_is_there_and_every_option_has_help():
         assert inner.format_help()
 
 
+def test_help_is_there_without_docstrings():
+    command = [sys.executable, "-OO", "-m", "ecul", "train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "Train without identity labels; the run" in done.stdout, done.stderr
+
+
 def test_errors_are_one_line_and_code_two(capsys, tmp_path):
     demo = ["demo", "-o", str(tmp_path / "demo"), "--device", "gpu"]
     assert (

@@ -18,9 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import tiny
 
 import ecul.data.decode
 import ecul.data.pack
+from ecul import train
 from ecul.data import Dataset, Images, open_dataset
 from ecul.data.decode import read_image
 from ecul.data.layouts import LAYOUTS
@@ -798,7 +800,7 @@ def test_a_check_finds_test_images_and_identities_in_training(tmp_path):
     root = layouts.sysu(tmp_path)
     layouts.text(root / "exp/test_id.txt", "6,7,5")
     report = open_dataset("sysu", root, subset=True).check()
-    assert "visible: 12 images to train and to test on" in report.errors[0]
+    assert "visible and test visible: 12 images are in both: cam1/0005/0001.jpg" in report.errors[0]
     assert "infrared: 1 identities to train and to test on: 0005" in report.errors[-1]
     root = layouts.regdb(tmp_path / "regdb")
     lines = (root / "idx/test_visible_1.txt").read_text()
@@ -866,6 +868,22 @@ def test_links_among_the_folders_count_no_image_twice(tmp_path):
     dataset = Dataset.from_folders(day, night)
     assert dataset.visible.names == plain
     assert {str(day / name) for name in ("up", "hall/up", "other", "web0/to0")} <= set(dataset.extra)
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "told"),
+    [
+        ("day/night", "night", "6 images are in both: night/gate/0.png"),
+        ("day/hall/n.png", "night/hall/1.png", "1 images are in both: hall/n.png"),
+    ],
+)
+def test_links_into_the_other_modality_are_refused(tmp_path, link, target, told):
+    day, night = layouts.folders(tmp_path)
+    (tmp_path / link).symlink_to(tmp_path / target)
+    dataset = Dataset.from_folders(day, night)
+    assert dataset.check().errors[0].startswith(f"visible and infrared: {told}")
+    with pytest.raises(ValueError, match="images are in both"):
+        train(dataset, tiny())
 
 
 def test_what_is_no_regular_file_is_no_image(tmp_path):

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _SPLIT: Schema = {
     "infrared": COUNT,
     "cameras": {str(camid): COUNT for camid in (*SYSU_VISIBLE, *SYSU_INFRARED)},
 }
+FileId = tuple[int, int]  # a file's device and number: the same behind every link to it
 DESCRIBED: Schema = {"counts": {"train": _SPLIT, "test": _SPLIT}}  # what synthetic.json says
 
 
@@ -83,9 +85,9 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
 
     Counts are compared with those of `synthetic.json` where it lies in the root, else with the published
     ones, the data set's own before those of the one whose protocol it borrows; others are an error unless the
-    data set was opened with subset=True. Missing and empty files, a file listed twice or in training and
-    test are errors, unexpected files a warning. decode=True also decodes every image to its end and compares
-    packs with their hash, which takes minutes.
+    data set was opened with subset=True. Missing and empty files, a file listed twice or in two splits, by
+    its name or by links, are errors, unexpected files a warning. decode=True also decodes every image to its
+    end and compares packs with their hash, which takes minutes.
     """
     splits, extra = dataset.splits(), list(dataset.extra)
     result = CheckResult(dataset.name, "no published counts to compare with", {}, {}, extra=extra)
@@ -95,12 +97,15 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
         _expect(Path(dataset.root) / "synthetic.json", published, result)
     if dataset.subset:
         result.source = "counts of its own, as asked for"
+    files: dict[str, dict[FileId, str]] = {}
     for split, images in splits.items():
-        result.counts[split] = _count(images)
+        result.counts[split], files[split] = _count(images), {}
         label = split.replace("_", " ")
         differs = _differences(result.counts[split], result.expected.get(split, {}), dataset.subset)
-        result.errors += [f"{label}: {text}" for text in [*differs, *_look_at_files(images, result)]]
-    result.errors += _overlaps(splits, dataset.protocol)
+        result.errors += [
+            f"{label}: {text}" for text in [*differs, *_look_at_files(images, result, files[split])]
+        ]
+    result.errors += _overlaps(splits, files, dataset.protocol)
     if decode:
         _decode(splits, result, progress)
     if extra:
@@ -150,15 +155,18 @@ def _differences(count: dict, wanted: dict, subset: bool) -> Iterator[str]:
             yield f"{found:,} {kind}, expected {number:,}; for {purpose} say subset=True"
 
 
-def _look_at_files(images: Images, result: CheckResult) -> Iterator[str]:
+def _look_at_files(images: Images, result: CheckResult, found: dict[FileId, str]) -> Iterator[str]:
+    """The problems of a split's files; found: fills with the name of each file that is there."""
     if twice := [path for path, times in Counter(images.names).items() if times > 1]:
         yield f"{len(twice)} images are listed twice: {shorten(twice)}"
     if not isinstance(images.source, Files):
         return
     missing, empty = [], []
-    for path in images.source.paths(images.rows):
+    for name, path in zip(images.names, images.source.paths(images.rows), strict=True):
         try:
-            if not os.stat(path).st_size:
+            entry = os.stat(path)
+            found[entry.st_dev, entry.st_ino] = name
+            if not entry.st_size:
                 empty.append(str(path))
         except OSError:
             missing.append(str(path))
@@ -170,19 +178,21 @@ def _look_at_files(images: Images, result: CheckResult) -> Iterator[str]:
     result.unreadable += empty
 
 
-def _overlaps(splits: Mapping[str, Images], protocol: str | None) -> Iterator[str]:
-    """A test image, or for SYSU-MM01 a test identity, must not be trained on."""
-    for modality in MODALITIES:
+def _overlaps(
+    splits: Mapping[str, Images], files: Mapping[str, Mapping[FileId, str]], protocol: str | None
+) -> Iterator[str]:
+    """No file belongs to two splits, by whatever links; for SYSU-MM01 no identity to training and test."""
+    for (a, of_a), (b, of_b) in combinations(files.items(), 2):
+        if both := sorted(of_a[file] for file in of_a.keys() & of_b.keys()):
+            told = f"{a} and {b}".replace("_", " ")
+            yield f"{told}: {len(both)} images are in both: {shorten(both)}"
+    for modality in MODALITIES if protocol == "sysu" else ():
         train, test = splits[modality], splits.get("test_" + modality)
         if test is None or not isinstance(test.source, Files):
             continue
-        shared = {"images": sorted({*train.names} & {*test.names})}
-        if protocol == "sysu":
-            both = {*train.identities()} & {*test.identities()}
-            shared["identities"] = [f"{pid:04d}" for pid in sorted(both)]
-        for kind, names in shared.items():
-            if names:
-                yield f"{modality}: {len(names)} {kind} to train and to test on: {shorten(names)}"
+        if people := sorted({*train.identities()} & {*test.identities()}):
+            names = [f"{pid:04d}" for pid in people]
+            yield f"{modality}: {len(names)} identities to train and to test on: {shorten(names)}"
 
 
 def clean_packs(dataset: Any) -> list[Path]:
