@@ -85,7 +85,7 @@ def draw_batches(
 
     sizes = (config.identities, config.instances, config.iterations, rng)
     visible, infrared = clusters(labels.own)
-    if labels.match is not None and config.matching != "mutual":
+    if labels.match is not None and not labels.mutual:
         return matched_batches(visible, infrared, labels.match, *sizes)
     if config.pairs == "joint" and labels.joint is not None and int(labels.joint.max()) >= 1:
         visible, infrared = clusters(labels.joint)

@@ -10,6 +10,7 @@ from typing import Any
 import ecul
 from ecul import MODALITIES
 from ecul.common.names import printable, shorten
+from ecul.common.records import read_json
 from ecul.common.tables import FORMATS
 from ecul.config import DATASETS, METHODS, Config
 from ecul.shell import arg, command, main, numbers, pair, parser
@@ -353,17 +354,23 @@ def _model(path: str, args: argparse.Namespace) -> Any:
 
 def _config(args: argparse.Namespace, dataset: Any) -> Config:
     """The settings that are named, else those of the model's run, else those of the data set."""
-    run = Path(args.model) / "resume.json"
-    if args.preset is None and run.is_file():
-        return Config.from_dict(json.loads(run.read_text())["config"])
+    from ecul.common.pretrained import weights_file
+    from ecul.run.checkpoint import read_about
+
+    run = weights_file(args.model).parent
+    if args.preset is None and (run / "resume.json").is_file():
+        return read_about(run)["config"]
     return Config.preset(args.preset or dataset.protocol or "sysu")
 
 
 def _skips(args: argparse.Namespace) -> bool:
     """Whether images that cannot be read are left out: as said here, or as the model's run was told."""
-    run = Path(args.model) / "resume.json"
-    options = json.loads(run.read_text()).get("options", {}) if run.is_file() else {}
-    return args.skip_unreadable or options.get("skip_unreadable", False)
+    from ecul.common.pretrained import weights_file
+    from ecul.run.checkpoint import ABOUT
+
+    run = weights_file(args.model).parent / "resume.json"
+    options = read_json(run, ABOUT).get("options", {}) if run.is_file() else {}
+    return args.skip_unreadable or options.get("skip_unreadable", False) is True
 
 
 def _list_unreadable(*folders: Any) -> None:

@@ -50,6 +50,9 @@ DATASETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What earlier versions did that had not these fields: settings that lack no others are of a run of theirs.
+FORMER = {"matching": "bilateral", "exchanged_stem": "visible", "backbone": None, "stem_stride": 2}
+
 
 class Rule(NamedTuple):
     """What a value must do, in words and as a test; the names to choose from, where there are any."""
@@ -220,8 +223,13 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The configuration with these fields; a name that is no field is an error with the nearest one."""
+        """The configuration with these fields; a name that is no field is an error with the nearest one.
+
+        All of the fields but newer ones are what an earlier version saved: the newer ones are as it worked.
+        """
         names = [f.name for f in dataclasses.fields(cls)]
+        if set(names) - set(values) <= set(FORMER):
+            values = FORMER | values
         for name in values:
             if name not in names:
                 hint = did_you_mean(name, names)

@@ -23,7 +23,8 @@ class Labels:
 
     own: clusters of each modality, both numbered from 0. centers: their normalised means, visible (A, D) and
     infrared (B, D). joint: clusters of both together, and selected: those left by instance selection, None in
-    a stage without joint terms. match: bool (B, A), None without matched pairs.
+    a stage without joint terms. match: bool (B, A), None without matched pairs; mutual: it is one to one, so
+    that `across` labels every image.
     """
 
     own: torch.Tensor
@@ -32,6 +33,7 @@ class Labels:
     joint: torch.Tensor | None = None
     selected: torch.Tensor | None = None
     match: np.ndarray | None = None
+    mutual: bool = False
 
     @classmethod
     def from_own(
@@ -101,7 +103,7 @@ def assign_labels(
     border = images.num_visible
     parts = zip(features.tensor_split([border]), images.cameras.tensor_split([border]), strict=True)
     own = torch.cat([cluster(x, cameras, None, config, together=True) for x, cameras in parts])
-    labels = Labels.from_own(features, own, border)
+    labels = replace(Labels.from_own(features, own, border), mutual=config.matching == "mutual")
     if stage == 2 and labels.enough:
         joint = selected = match = None
         if config.weight_joint > 0:

@@ -95,6 +95,20 @@ class Stem(nn.Module):
         return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
 
 
+def make_neck(features: int) -> nn.BatchNorm1d:
+    """BNNeck of two streams: a weight that starts near 1, a bias that stays 0."""
+    neck = nn.BatchNorm1d(features, dtype=torch.float32)
+    nn.init.normal_(neck.weight, 1.0, 0.01)
+    neck.bias.requires_grad_(False)
+    return neck
+
+
+def neck_rows(neck: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
+    """Unit embeddings (N, D) float32 of features (N, D): through the neck in full precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(neck(x.float()), dim=1)
+
+
 def output_size(network: nn.Module, size: tuple[int, int]) -> int:
     """The D of the rows (N, D) that a network gives of images of this size, from one batch of it.
 
@@ -213,18 +227,16 @@ class TwoStreamResNet(Pretrained):
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
         self.non_local = _non_local(width * block.expansion, BLOCKS[depth]) if non_local else nn.ModuleDict()
         self.num_features = inputs
-        self.bottleneck = nn.BatchNorm1d(inputs)
         self.float()  # whatever torch's default is
         self._initialize()
+        self.bottleneck = make_neck(inputs)
 
     def _initialize(self) -> None:
-        if self.bottleneck.weight.is_meta:  # shapes alone are wanted
+        if self.visible.conv1.weight.is_meta:  # shapes alone are wanted
             return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.bottleneck.weight, 1.0, 0.01)
-        self.bottleneck.bias.requires_grad_(False)
         self.infrared.load_state_dict(self.visible.state_dict())
 
     def forward(self, visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
@@ -245,8 +257,7 @@ class TwoStreamResNet(Pretrained):
                 if f"{stage}_{i}" in self.non_local:
                     x = self.non_local[f"{stage}_{i}"](x)
         pooled = (x.float().pow(3).mean(dim=(2, 3)) + 1e-12).pow(1 / 3)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.normalize(self.bottleneck(pooled), dim=1)
+        return neck_rows(self.bottleneck, pooled)
 
     def load_backbone(self, path: str | Path) -> None:
         """Start from a torchvision ResNet state dict in a local file; both stems start equal.

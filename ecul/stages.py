@@ -135,9 +135,8 @@ def make_terms(
             contrasts.append(instance_term("joint", weight, selected))
     if labels.match is None or max(config.weight_agnostic, config.weight_consistency) == 0:
         return [*contrasts]
-    mutual = config.matching == "mutual"
     agnostic = [
-        _agnostic(term, config.weight_agnostic, labels.across(m) if mutual else None)
+        _agnostic(term, config.weight_agnostic, labels.across(m) if labels.mutual else None)
         for term, m in zip(specific, MODALITIES, strict=True)
     ]
     terms: list[Term] = [*contrasts, *agnostic]

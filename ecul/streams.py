@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ecul.common.names import printable
 from ecul.common.pretrained import SIDE, Pretrained
 from ecul.common.weights import read_weights, require_tensors
 from ecul.data.images import check_modality
-from ecul.model import TwoStreamResNet, output_size
+from ecul.model import TwoStreamResNet, make_neck, neck_rows, output_size
 
 LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
     # the function that builds a network by its name, its arguments, and those that tell it the images' size
@@ -75,9 +74,7 @@ class TwoStream(Pretrained):
         self.stems = tuple(_stem(layers))
         for name in self.stems:
             self.network.set_submodule(name, PerModality(self.network.get_submodule(name)))
-        self.bottleneck = nn.BatchNorm1d(self.num_features)
-        nn.init.normal_(self.bottleneck.weight, 1.0, 0.01)
-        self.bottleneck.bias.requires_grad_(False)
+        self.bottleneck = make_neck(self.num_features)
 
     def forward(self, visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
         """Unit embeddings (A + B, num_features) float32 of (A, 3, H, W) and (B, 3, H, W), visible first."""
@@ -93,9 +90,7 @@ class TwoStream(Pretrained):
             stem = self.network.get_submodule(name)
             if stem.stream != stream:
                 stem.stream = stream  # type: ignore[assignment]
-        rows = self.network(x).float()
-        with torch.autocast(x.device.type, enabled=False):
-            return F.normalize(self.bottleneck(rows), dim=1)
+        return neck_rows(self.bottleneck, self.network(x))
 
     def load_backbone(self, path: str | Path) -> None:
         """Start from the network's own state dict in a local file; both stems start equal.

@@ -6,7 +6,6 @@ variable's, which reaches to the rare ones that a search among thousands of imag
 """
 
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from scipy.stats import norm
 from ecul import MODALITIES
 from ecul.common.files import hash_file, write_json
 from ecul.common.pretrained import weights_file
+from ecul.common.records import Schema, read_json
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.data.images import check_modality
@@ -26,6 +26,12 @@ from ecul.features import extract
 from ecul.labels import cluster
 
 FILE = "threshold.json"  # beside the model
+PAIR: Schema = {"location": float, "scale": float, "own": [float]}
+ABOUT: Schema = {
+    "source": {"clusters", "identities"},
+    "model_sha256": str,
+    "pairs": {f"{query}-{gallery}": PAIR for query in MODALITIES for gallery in MODALITIES},
+}
 TAIL = (0.1, 0.01)  # the shares of pairs of different people that the normal variable is laid through
 MOST = 1000  # queries that are compared
 
@@ -102,17 +108,18 @@ class Threshold:
 
     @classmethod
     def load(cls, model_path: str | os.PathLike) -> "Threshold | None":
-        """The thresholds beside a model; None where there are none, or those of another model's weights."""
+        """The thresholds beside a model; None where there are none, or those of another model's weights.
+
+        Errors: ValueError naming the file that is damaged, and where.
+        """
         model = weights_file(model_path)
         if not (model.parent / FILE).is_file():
             return None
-        try:
-            saved = json.loads((model.parent / FILE).read_text())
-            pairs = {name: Pairs(**{**p, "own": tuple(p["own"])}) for name, p in saved["pairs"].items()}
-            same = saved["model_sha256"] == hash_file(model, hashlib.sha256())
-            return cls(pairs, saved["source"]) if same else None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{model.parent / FILE} is damaged ({e!r}); remove it, or make it anew") from e
+        saved = read_json(model.parent / FILE, ABOUT)
+        if saved["model_sha256"] != hash_file(model, hashlib.sha256()):
+            return None
+        pairs = {k: Pairs(p["location"], p["scale"], tuple(p["own"])) for k, p in saved["pairs"].items()}
+        return cls(pairs, saved["source"])
 
 
 def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold:

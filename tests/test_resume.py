@@ -203,3 +203,31 @@ def test_a_damaged_log_is_named_with_its_line(run, line):
 def test_other_settings_are_told_before_anything_is_loaded(run):
     with pytest.raises(ValueError, match="lr: 0.001 then, 0.5 now"):
         resume(run, Config.from_dict({**CONFIG.to_dict(), "lr": 0.5}))
+
+
+def as_saved_before(run, **fields):
+    """Rewrite the run's settings as a version did that knew neither exchanged views nor other backbones."""
+    about = json.loads((run / "resume.json").read_text())
+    about["config"] |= fields
+    for name in ("exchanged_stem", "backbone", "stem_stride"):
+        del about["config"][name]
+    (run / "resume.json").write_text(json.dumps(about))
+    return about["config"]
+
+
+@pytest.mark.parametrize("method", ["mbccm", "united"])
+def test_a_run_of_an_earlier_version_goes_on_as_that_one_worked(run, method):
+    former = as_saved_before(run, method=method, matching="bilateral", weight_consistency=0.5)
+    config = Config.from_dict(former)
+    assert config.exchanged_stem == "visible" and config == CONFIG.replace(**former, exchanged_stem="visible")
+    assert resume(run, config).history and read_about(run)["config"] == config
+    with pytest.raises(ValueError, match="cannot be continued with other.*exchanged_stem: 'visible'"):
+        resume(run, config.replace(exchanged_stem="infrared"))
+    assert Config.from_dict({"method": method}).exchanged_stem == "infrared"  # no run's settings
+
+
+def test_the_former_tsmem_is_not_continued_as_the_one_of_now(run):
+    config = Config.from_dict(as_saved_before(run, update_rule="tsmem"))
+    assert resume(run, config).history  # nothing is left to do
+    with pytest.raises(ValueError, match="earlier version, whose TSMem .* train it anew"):
+        resume(run, config.replace(epochs_cross=config.epochs_cross + 1))

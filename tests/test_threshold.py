@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import json
+import math
 
 import numpy as np
 import pytest
@@ -59,8 +61,9 @@ def test_estimated_errors_are_the_true_ones(measured, sides):
         assert (best >= least).mean() < unknown + 0.13  # two deviations of a share of 24 people
 
 
-def normal(sides="visible-infrared", **changes):
-    return Threshold({sides: dataclasses.replace(Pairs(0.1, 0.2), **changes)}, "clusters")
+def normal(**changes):
+    pairs = [f"{query}-{gallery}" for query in MODALITIES for gallery in MODALITIES]
+    return Threshold(dict.fromkeys(pairs, dataclasses.replace(Pairs(0.1, 0.2), **changes)), "clusters")
 
 
 def test_a_threshold_grows_with_the_gallery_and_with_caution():
@@ -96,12 +99,33 @@ def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path):
     model, found = TwoStreamResNet(10, 4, False, SIZE), normal(own=(0.1, 0.5))
     model.save_pretrained(tmp_path)
     assert Threshold.load(tmp_path) is None
-    file = found.save(tmp_path)
+    found.save(tmp_path)
     assert Threshold.load(tmp_path) == found == Threshold.load(tmp_path / "model.safetensors")
     TwoStreamResNet(10, 4, False, SIZE).save_pretrained(tmp_path)
     assert Threshold.load(tmp_path) is None
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="threshold.json is damaged"):
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("pairs", "visible-infrared", "location"), math.nan, "it is no JSON .NaN is no number"),
+        (("pairs", "visible-infrared", "scale"), "1", "'scale': expected a number, got '1'"),
+        (("pairs", "visible-infrared", "own"), [0.1, None], "entry 2: expected a number, got None"),
+        (("pairs", "infrared-infrared"), None, "expected an object, got None"),
+        (("pairs",), {}, "'visible-visible' is missing"),
+        (("source",), "guess", "expected one of 'clusters', 'identities', got 'guess'"),
+        (("model_sha256",), 5, "expected str, got 5"),
+    ],
+)
+def test_a_damaged_threshold_is_named_with_the_place_in_it(tmp_path, place, value, told):
+    TwoStreamResNet(10, 4, False, SIZE).save_pretrained(tmp_path)
+    file = normal().save(tmp_path)
+    saved = inner = json.loads(file.read_text())
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=f"threshold.json is damaged: .*{told}"):
         Threshold.load(tmp_path)
 
 

@@ -126,6 +126,11 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
         told = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs]
         listed = shorten(told, len(told), "; ")
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
+    if before.update_rule == "tsmem" and "exchanged_stem" not in about["fields"] and epoch < config.epochs:
+        raise ValueError(
+            f"{output} holds a run of an earlier version, whose TSMem moved the memories in another way: it "
+            "cannot be continued; train it anew in another directory"
+        )
     if kept and config.keep != "score":
         raise ValueError(f"{file} is damaged: it tells of a best score, and none was to be kept")
     if kept and epoch < config.epochs:
@@ -156,7 +161,7 @@ def _past(config: Config, epochs: int) -> dict[str, Any]:
 
 
 def read_about(output: Path) -> dict[str, Any]:
-    """What resume.json says of a run: `ABOUT`, its config as a `Config`.
+    """What resume.json says of a run: `ABOUT`, its config as a `Config`, and "fields", those that it saved.
 
     Errors: FileNotFoundError; ValueError naming the file that is damaged, and where.
     """
@@ -167,7 +172,7 @@ def read_about(output: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file} is damaged: its config is none ({clipped(e)})") from e
     _require_sequence(about["history"], file)
-    return {"root": None, "options": {}, **about, "config": config}
+    return {"root": None, "options": {}, **about, "config": config, "fields": about["config"]}
 
 
 def read_log(output: Path) -> list[dict]:
