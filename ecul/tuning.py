@@ -8,6 +8,7 @@ import torch
 
 from ecul import MODALITIES
 from ecul.clustering import dbscan, extend_encodings, neighbor_graph, rank_neighbors, reciprocal_encodings
+from ecul.common import logs
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.features import extract
@@ -64,14 +65,16 @@ def tune(
     points = torch.nn.functional.normalize(features.float(), dim=1)
     ranks = rank_neighbors(points, max(*sizes, k2, k3 or 0))
     rows = []
-    for size in sizes:
-        encodings = reciprocal_encodings(points, ranks, size)
-        encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2=k2, k3=k3)
-        for distance in sorted(eps):
-            labels = dbscan(*neighbor_graph(*encodings, eps=distance), min_samples=min_samples)
-            row = {"k1": size, "eps": distance, "clusters": count_clusters(labels)}
-            row |= {"outliers": int((labels < 0).sum()), "score": separation(points, labels)}
-            rows.append(row)
+    with logs.progress(len(sizes) * len(eps), "tune", "setting") as bar:
+        for size in sizes:
+            encodings = reciprocal_encodings(points, ranks, size)
+            encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2=k2, k3=k3)
+            for distance in sorted(eps):
+                labels = dbscan(*neighbor_graph(*encodings, eps=distance), min_samples=min_samples)
+                row = {"k1": size, "eps": distance, "clusters": count_clusters(labels)}
+                row |= {"outliers": int((labels < 0).sum()), "score": separation(points, labels)}
+                rows.append(row)
+                bar.update()
     return Tuning(rows)
 
 

@@ -7,7 +7,9 @@ import re
 import sys
 import threading
 import time
+import tracemalloc
 import types
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from ecul import train
 from ecul.data import Dataset, Images, open_dataset
 from ecul.data.decode import read_image
 from ecul.data.layouts import LAYOUTS
-from ecul.trainset import dataset_fingerprint
+from ecul.trainset import dataset_fingerprint, load_images
 
 SIZE = (16, 8)
 
@@ -909,10 +911,38 @@ def test_all_of_an_array_in_its_own_size_is_no_copy():
     pixels = np.arange(4 * 16 * 8 * 3, dtype=np.int64).reshape(4, 16, 8, 3).astype(np.uint8)
     images = Images.from_array(pixels, "visible")
     assert np.shares_memory(images.load(SIZE).numpy(), pixels)
+    assert np.shares_memory(images.subset(slice(1, 3)).load(SIZE).numpy(), pixels)
+    assert torch.equal(images.subset(slice(1, 3)).load(SIZE), images.load(SIZE)[1:3])
     assert not np.shares_memory(images.subset([1, 0]).load(SIZE).numpy(), pixels)
+    assert images.subset(slice(0, 0)).load(SIZE).shape == (0, 3, *SIZE)
     fixed = pixels.copy()
-    fixed.flags.writeable = False  # torch has no tensors that cannot be written to
-    assert torch.equal(Images.from_array(fixed, "visible").load(SIZE), images.load(SIZE))
+    fixed.flags.writeable = False  # as np.load(..., mmap_mode="r") gives them
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.shares_memory(Images.from_array(fixed, "visible").load(SIZE).numpy(), fixed)
+    turned = Images.from_array(pixels[..., ::-1], "visible").load(SIZE)  # BGR as RGB
+    assert torch.equal(turned, images.load(SIZE).flip(1))
+
+
+@pytest.mark.parametrize("make", [layouts.sysu, layouts.llcm, layouts.folders])
+def test_what_is_trained_on_is_held_once(tmp_path, make):
+    """From packs nothing is copied; from memory the tensors are the arrays that were given."""
+    root = make(tmp_path)
+    if make is layouts.folders:
+        dataset = Dataset.from_folders(*root)
+    else:
+        dataset = open_dataset(make.__name__, root, subset=True)
+    size = (512, 256)
+    pixels = {name: images.load(size, progress=False) for name, images in dataset.splits().items()}
+    tracemalloc.start()  # of arrays; maps of files are none
+    held = load_images(dataset, size, torch.device("cpu"))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < sum(side.numel() for side in held.pixels) / 4
+    assert torch.equal(held.pixels[0], pixels["visible"])
+    arrays = [side.permute(0, 2, 3, 1).numpy() for side in held.pixels]
+    again = load_images(Dataset.from_arrays(*arrays), size, torch.device("cpu"))
+    assert [p.data_ptr() for p in again.pixels] == [a.ctypes.data for a in arrays]
 
 
 def test_an_empty_pile_is_an_error():

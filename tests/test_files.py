@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -283,3 +284,16 @@ def test_numbers_of_files_have_a_range():
             whole_number(odd, "list.txt, line 3")
         assert len(str(error.value)) < 200
     assert parse_json("[3]", [range(9)], "x") == [3] and json.loads("3") == 3
+
+
+def test_weights_are_written_with_two_copies_at_most(tmp_path):
+    """One of the tensors, which torch holds, and one as bytes, which Python counts."""
+    tensors = {"x": torch.zeros(2**20)}
+    write_tensors(tmp_path / "first.safetensors", tensors)
+    tracemalloc.start()
+    write_tensors(tmp_path / "second.safetensors", tensors)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1.5 * 2**22
+    assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
+    assert torch.equal(read_tensors(tmp_path / "second.safetensors")[0]["x"], tensors["x"])

@@ -4,9 +4,11 @@ import logging
 import sys
 
 import numpy as np
+import torch
 
-from ecul import TwoStreamResNet, extract
+from ecul import MODALITIES, TwoStreamResNet, evaluate, extract
 from ecul.common import logs
+from ecul.tuning import tune
 
 
 def steps(**options):
@@ -40,3 +42,18 @@ def test_at_a_terminal_there_is_a_bar(capsys, monkeypatch, caplog):
     monkeypatch.setattr(logs, "tqdm", lambda *args, delay, **rest: real(*args, mininterval=0, **rest))
     steps()
     assert "count:  67%" in capsys.readouterr().err and caplog.text == ""
+
+
+def test_every_long_step_tells_how_far_it_is(caplog, monkeypatch, dataset):
+    caplog.set_level(logging.INFO, logger="ecul")
+    monkeypatch.setattr(logs, "MINUTE", 0)
+    rng = np.random.default_rng(0)
+    features = {m: rng.normal(size=(len(getattr(dataset, f"test_{m}")), 8)) for m in MODALITIES}
+    evaluate(None, dataset, features=features, trials=3, modes="all", rerank="modality")
+    assert any(line.startswith("rank all: 2 of 3, ") for line in caplog.messages)
+    evaluate(None, dataset, features=features, trials=3, modes="indoor", progress=False)
+    assert "rank indoor" not in caplog.text
+    tune(torch.nn.functional.normalize(torch.randn(12, 4), dim=1), k1=(2, 3), k2=2, k3=None, eps=(0.3, 0.6))
+    assert any(line.startswith("tune: 3 of 4, ") for line in caplog.messages)
+    dataset.check()
+    assert any(line.startswith("looking at files: ") for line in caplog.messages)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ecul.common.files import write_file
+from ecul.common.files import draft
 from ecul.common.names import clipped, shorten
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -38,11 +38,13 @@ def write_tensors(
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     digest = _digest(header)
-    digest.update(data[end:])
+    digest.update(memoryview(data)[end:])
     header.setdefault("__metadata__", {})[CHECKSUM] = digest.hexdigest()
     written = _dump(header)
     written += b" " * (-len(written) % 8)
-    write_file(path, len(written).to_bytes(8, "little") + written + data[end:])
+    with draft(path) as file:
+        file.write(len(written).to_bytes(8, "little") + written)
+        file.write(memoryview(data)[end:])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

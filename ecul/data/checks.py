@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ecul import MODALITIES
+from ecul.common import logs
 from ecul.common.names import printable, shorten
 from ecul.common.records import COUNT, Schema, read_json
 from ecul.data.decode import find_unreadable
@@ -103,7 +104,7 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
         label = split.replace("_", " ")
         differs = _differences(result.counts[split], result.expected.get(split, {}), dataset.subset)
         result.errors += [
-            f"{label}: {text}" for text in [*differs, *_look_at_files(images, result, files[split])]
+            f"{label}: {text}" for text in [*differs, *_look_at_files(images, result, files[split], progress)]
         ]
     result.errors += _overlaps(splits, files, dataset.protocol)
     if decode:
@@ -155,14 +156,17 @@ def _differences(count: dict, wanted: dict, subset: bool) -> Iterator[str]:
             yield f"{found:,} {kind}, expected {number:,}; for {purpose} say subset=True"
 
 
-def _look_at_files(images: Images, result: CheckResult, found: dict[FileId, str]) -> Iterator[str]:
+def _look_at_files(
+    images: Images, result: CheckResult, found: dict[FileId, str], progress: bool
+) -> Iterator[str]:
     """The problems of a split's files; found: fills with the name of each file that is there."""
     if twice := [path for path, times in Counter(images.names).items() if times > 1]:
         yield f"{len(twice)} images are listed twice: {shorten(twice)}"
     if not isinstance(images.source, Files):
         return
     missing, empty = [], []
-    for name, path in zip(images.names, images.source.paths(images.rows), strict=True):
+    named = zip(images.names, images.source.paths(images.rows), strict=True)
+    for name, path in logs.progress(len(images), "looking at files", "image", progress, named):
         try:
             entry = os.stat(path)
             found[entry.st_dev, entry.st_ino] = name

@@ -66,6 +66,8 @@ class Images:
             )
         if pixels.ndim == 3 and pixels.shape[2] == 3:
             raise ValueError(f"{modality}: got one image of {pixels.shape}; for one image give images[None]")
+        if min(pixels.strides) < 0:  # as of BGR turned to RGB by [..., ::-1], which torch cannot hold
+            pixels = pixels.copy()
         names = [f"{modality}/{row:06d}" for row in range(len(pixels))]
         return cls(modality, names, Arrays(pixels), camids, pids)
 

@@ -45,11 +45,10 @@ class Arrays:
     def load(self, rows: np.ndarray, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
         """The pixels of these rows as a (n, 3, H, W) uint8 tensor, resized where their size differs.
 
-        All of them in their own size are a view, not a copy.
+        Rows that follow one another, in their own size, are a view, not a copy.
         """
         if self.pixels.shape[1:3] == tuple(size):
-            as_it_is = self.pixels.flags.writeable and np.array_equal(rows, np.arange(len(self.pixels)))
-            chosen = torch.from_numpy(self.pixels if as_it_is else self.pixels[rows])
+            chosen = _taken(self.pixels, rows)
             chosen = chosen if chosen.ndim == 4 else chosen[..., None].expand(-1, -1, -1, 3)
             return chosen.permute(0, 3, 1, 2)
         from_array = pillow()[0].fromarray
@@ -88,8 +87,7 @@ class Files:
         pixels = self.packed(size, progress, rows) if self.folders else None
         if pixels is None:
             return _stack(self._read(rows, size, progress, "reading"), len(rows), size)
-        whole = len(rows) == len(pixels) and (rows == np.arange(len(rows))).all()
-        return torch.from_numpy(pixels if whole else pixels[rows]).permute(0, 3, 1, 2)
+        return _taken(pixels, rows).permute(0, 3, 1, 2)
 
     def packed(
         self, size: tuple[int, int], progress: bool = True, rows: np.ndarray | None = None
@@ -231,6 +229,15 @@ def _can_write(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def _taken(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """`pixels[rows]`: a view where the rows follow one another, else a copy."""
+    first = int(rows[0]) if len(rows) else 0
+    following = np.array_equal(rows, np.arange(first, first + len(rows)))
+    with warnings.catch_warnings():  # of an array that cannot be written to, as no pixels are
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(pixels[first : first + len(rows)] if following else pixels[rows])
 
 
 def _stack(images: Iterator[np.ndarray], count: int, size: tuple[int, int]) -> torch.Tensor:

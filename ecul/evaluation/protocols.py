@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES
+from ecul.common import logs
 from ecul.common.names import did_you_mean
 from ecul.common.records import Schema
 from ecul.common.tables import render_table
@@ -145,7 +146,8 @@ def evaluate(
     rows = []
     for names, images, drawn in plan:
         pair = vectors[images[0].modality], vectors[images[1].modality]
-        measured = [_measure(str(dataset.protocol), images, pair, picked, name) for picked in drawn]
+        trials_of = logs.progress(len(drawn), f"rank {names['mode']}", "trial", progress, drawn)
+        measured = [_measure(str(dataset.protocol), images, pair, picked, name) for picked in trials_of]
         rows.append(_row({**names, **shared, "trials": len(drawn)}, measured))
     return Results(rows)
 
