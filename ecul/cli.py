@@ -112,6 +112,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     paths = [path for given in args.model for path in find_trials(given)]
     trials = args.trials_of or [dict(args.option).get("trial")] * len(paths)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"--model names a model twice: {shorten(map(str, paths))}")
     if len(trials) != len(paths):
         raise ValueError(f"--trials-of names {len(trials)} trials for {len(paths)} models: one for each")
     trials = [trained_trial(path, args.dataset, t) for path, t in zip(paths, trials, strict=True)]
@@ -262,7 +264,7 @@ def tune(args: argparse.Namespace) -> None:
 
     if args.output:
         prepare_picture(args.output)
-    dataset, model = ecul.open_dataset(args.dataset, args.root, **dict(args.option)), _model(args.model, args)
+    dataset, model = _opened(args), _model(args.model, args)
     found = tune_config(model, dataset, _config(args, dataset))
     if args.output:
         draw_tuning(args.output, {name: part.rows for name, part in found.tunings.items()})
@@ -279,7 +281,7 @@ def tune(args: argparse.Namespace) -> None:
 def threshold(args: argparse.Namespace) -> None:
     from ecul.threshold import measure_threshold
 
-    dataset = ecul.open_dataset(args.dataset, args.root, **dict(args.option))
+    dataset = _opened(args)
     found = measure_threshold(_model(args.model, args), dataset, _config(args, dataset))
     print(f"{found.table(args.unknown)}\nkept in {found.save(args.model)}")
 
@@ -343,6 +345,14 @@ def demo(args: argparse.Namespace) -> None:
 def _trial_options(args: argparse.Namespace, trial: int | None) -> dict[str, Any]:
     """The options of open_dataset that were given, with this trial where there is one."""
     return {**dict(args.option), **({} if trial is None else {"trial": trial})}
+
+
+def _opened(args: argparse.Namespace) -> Any:
+    """The data set, in the trial that the model was trained on where its run knows one."""
+    from ecul.run.saved import trained_trial
+
+    trial = trained_trial(Path(args.model), args.dataset, dict(args.option).get("trial"))
+    return ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
 
 
 def _model(path: str, args: argparse.Namespace) -> Any:

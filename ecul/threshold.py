@@ -6,6 +6,7 @@ variable's, which reaches to the rare ones that a search among thousands of imag
 """
 
 import hashlib
+import logging
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from ecul.data.dataset import Dataset
 from ecul.data.images import check_modality
 from ecul.features import extract
 from ecul.labels import cluster
+from ecul.trainset import count_trained_on
 
+log = logging.getLogger("ecul")
 FILE = "threshold.json"  # beside the model
 PAIR: Schema = {"location": float, "scale": float, "own": [float]}
 ABOUT: Schema = {
@@ -117,6 +120,7 @@ class Threshold:
             return None
         saved = read_json(model.parent / FILE, ABOUT)
         if saved["model_sha256"] != hash_file(model, hashlib.sha256()):
+            log.warning("%s is of other weights than %s: nobody is marked; make it anew", FILE, model)
             return None
         pairs = {k: Pairs(p["location"], p["scale"], tuple(p["own"])) for k, p in saved["pairs"].items()}
         return cls(pairs, saved["source"])
@@ -130,7 +134,13 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
     """
     held_out = dataset.test_visible is not None and dataset.test_infrared is not None
     images = {m: getattr(dataset, f"test_{m}" if held_out else m) for m in MODALITIES}
-    features = {m: extract(model, images[m], m) for m in MODALITIES}
+    features = {}
+    for m, side in images.items():
+        pixels = side.load(model.input_size)
+        features[m] = extract(model, pixels, m)
+        if held_out and (seen := count_trained_on(model, pixels)):
+            told = (seen, len(side), m)
+            log.warning("the model was trained on %d of the %d %s images to test on: it knows them", *told)
     if all(side.pids is not None for side in images.values()):
         return estimate_threshold(features, {m: images[m].pids for m in MODALITIES}, "identities")
     counts = [len(side) for side in images.values()]

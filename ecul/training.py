@@ -131,8 +131,12 @@ def train(
         if config.epochs == 0:
             save()
         images = load_images(dataset, config.size, place)
-        prints = [image_fingerprints(side) for side in images.pixels]
-        model.trained_on = np.concatenate(prints)  # type: ignore[assignment]
+        prints = np.concatenate([image_fingerprints(side) for side in images.pixels])
+        known = getattr(model, "trained_on", None)
+        if goes_on and known is not None and (changed := len(prints) - int(np.isin(prints, known).sum())):
+            told = "%d of %d images are not as this run had them: they changed, or are decoded otherwise"
+            log.warning(told, changed, len(prints))
+        model.trained_on = prints  # type: ignore[assignment]
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, images, config, epoch, directory)

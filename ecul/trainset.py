@@ -9,6 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,6 +101,12 @@ def image_fingerprints(pixels: torch.Tensor) -> np.ndarray:
         digests = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in part]
         found[start : start + len(part)] = np.frombuffer(b"".join(digests), np.uint64)
     return found
+
+
+def count_trained_on(model: Any, pixels: torch.Tensor) -> int:
+    """How many of these images, uint8 (N, 3, H, W), the model was trained on; 0 where it does not know."""
+    known = getattr(model, "trained_on", None)
+    return 0 if known is None else int(np.isin(image_fingerprints(pixels), known).sum())
 
 
 def dataset_fingerprint(dataset: Dataset) -> dict:

@@ -10,6 +10,7 @@ from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, train
 from ecul.cli import main
 from ecul.data.layouts import LAYOUTS
 from ecul.evaluation import average
+from ecul.threshold import measure_threshold
 
 TINY = Config.preset(
     "demo", epochs_intra=1, epochs_cross=1, tsmem_switch=1, iterations=2, identities=2, instances=2, width=8,
@@ -97,7 +98,18 @@ def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys, c
     for wrong in (["--option", "trial=1"], ["--trials-of", "1"]):
         assert main([*ask, *wrong, "--model", str(runs / "trial-2")]) == 2
         assert "trial-2 was trained on trial 2" in capsys.readouterr().err
+    ask[-1:] = ["--option", "trial=1", "--model", str(runs / "trial-2" / "model.safetensors")]
+    assert main(ask) == 2 and "trained on trial 2" in capsys.readouterr().err  # by its file, too
+    assert main([*ask[:-1], str(runs), str(runs / "trial-1")]) == 2
+    assert "names a model twice" in capsys.readouterr().err
+    own = ["regdb", root, "--option", "subset=true", "--model", str(runs / "trial-2")]
+    assert main(["threshold", *own]) == 0 and "the model was trained on" not in caplog.text
+    for command in ("threshold", "tune"):
+        assert main([command, *own, "--option", "trial=1"]) == 2
+        assert "trial-2 was trained on trial 2" in capsys.readouterr().err
     other = open_dataset("regdb", root, trial=1, subset=True)
+    measure_threshold(TwoStreamResNet.from_pretrained(runs / "trial-2"), other, TINY)
+    assert "the model was trained on 4 of the 6 visible images to test on" in caplog.text
     mixed = evaluate(TwoStreamResNet.from_pretrained(runs / "trial-2"), other, progress=False)
     trained_on = open_dataset("regdb", root, trial=2, subset=True)
     seen = len({*other.test_visible.names} & {*trained_on.visible.names})

@@ -231,3 +231,17 @@ def test_the_former_tsmem_is_not_continued_as_the_one_of_now(run):
     assert resume(run, config).history  # nothing is left to do
     with pytest.raises(ValueError, match="earlier version, whose TSMem .* train it anew"):
         resume(run, config.replace(epochs_cross=config.epochs_cross + 1))
+
+
+def test_images_that_changed_between_two_epochs_are_told(tmp_path, caplog):
+    train(DATASET, CONFIG.replace(keep="last"), output=tmp_path)
+    longer = CONFIG.replace(keep="last", epochs_cross=2)
+    arrays = [
+        images.load((32, 16)).permute(0, 2, 3, 1).numpy().copy() for images in DATASET.splits().values()
+    ]
+    arrays[0][3] = 255 - arrays[0][3]
+    again = shutil.copytree(tmp_path, tmp_path / "again")
+    train(DATASET, longer, output=again, resume=True)
+    assert "images are not as this run had them" not in caplog.text
+    train(Dataset.from_arrays(*arrays), longer, output=tmp_path, resume=True)
+    assert "1 of 24 images are not as this run had them" in caplog.text

@@ -95,7 +95,7 @@ def test_own_people_are_other_images_of_the_same_label():
         estimate_threshold(dict.fromkeys(MODALITIES, rows), dict.fromkeys(MODALITIES, 0 * labels), "clusters")
 
 
-def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path):
+def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path, caplog):
     model, found = TwoStreamResNet(10, 4, False, SIZE), normal(own=(0.1, 0.5))
     model.save_pretrained(tmp_path)
     assert Threshold.load(tmp_path) is None
@@ -103,6 +103,7 @@ def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path):
     assert Threshold.load(tmp_path) == found == Threshold.load(tmp_path / "model.safetensors")
     TwoStreamResNet(10, 4, False, SIZE).save_pretrained(tmp_path)
     assert Threshold.load(tmp_path) is None
+    assert f"threshold.json is of other weights than {tmp_path / 'model.safetensors'}" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ecul.evaluation.galleries import draw_official, draw_random, group_rows, re
 from ecul.evaluation.metrics import eval_llcm, eval_regdb, eval_sysu, score_queries, summarise
 from ecul.evaluation.rerank import RERANKINGS
 from ecul.features import extract, require_model
-from ecul.trainset import image_fingerprints
+from ecul.trainset import count_trained_on
 
 __all__ = ["Results", "average", "eval_llcm", "eval_regdb", "eval_sysu", "evaluate"]
 
@@ -268,9 +268,7 @@ def _unit_rows(
             require_model(model)
             pixels = images.load(model.input_size, progress)
             vectors[m] = extract(model, pixels, m, batch_size=batch_size, flip=flip, progress=progress)
-            known = getattr(model, "trained_on", None)
-            seen = 0 if known is None else int(np.isin(image_fingerprints(pixels), known).sum())
-            if seen:
+            if seen := count_trained_on(model, pixels):
                 cautions.append(f"the model was trained on {seen} of the {len(images)} {m} test images")
             continue
         given = torch.as_tensor(features[m]).detach().float().cpu()

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 
 from ecul.common.files import write_file, write_json
@@ -102,6 +103,8 @@ def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Ma
     write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors.update({} if state.labels is None else {"labels.own": state.labels})
+    if (known := getattr(model, "trained_on", None)) is not None:
+        tensors["images.trained_on"] = torch.tensor(known.view(np.int64))
     tensors.update({f"best.{k}": v for k, v in (state.best or {}).items()})
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
@@ -138,7 +141,7 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
             f"{output} has ended with the weights of its best score, and those of its last epoch are gone: "
             'it cannot go on. With keep="last" a run can be lengthened'
         )
-    kinds = ("model.", "labels.", "best.", "optimizer.")
+    kinds = ("model.", "labels.", "images.", "best.", "optimizer.")
     part = {
         kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in kinds
     }
@@ -147,6 +150,8 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     if best is not None:
         require_fit(state.model.state_dict(), best, file)
     load_weights(state.model, part["model."], file)
+    if "trained_on" in part["images."]:
+        state.model.trained_on = part["images."]["trained_on"].numpy().view(np.uint64)
     state.labels, state.best, state.history, state.kept = labels, best, history, kept
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
 

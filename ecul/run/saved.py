@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecul.common.pretrained import weights_file
 from ecul.config import Config
 from ecul.data.dataset import Dataset, open_dataset
 from ecul.run.checkpoint import read_about, read_log
@@ -81,7 +82,8 @@ def trained_trial(path: Path, dataset: str, trial: int | None) -> int | None:
 
     Errors: ValueError for another one than the run knows: some of its test people were trained on.
     """
-    known = read_run(path).dataset if (path / "resume.json").is_file() else {}
+    run = weights_file(path).parent
+    known = read_run(run).dataset if (run / "resume.json").is_file() else {}
     trained = known["options"].get("trial") if known.get("dataset") == dataset else None
     if trained is None or trial in (None, trained):
         return trial if trained is None else trained
