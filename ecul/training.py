@@ -35,7 +35,7 @@ from ecul.run.checkpoint import load_run, run_directory, save_run
 from ecul.run.hooks import as_hook, wants_to_stop
 from ecul.run.log import LEGEND, describe, label_scores, monitors, remaining
 from ecul.stages import Term, make_terms
-from ecul.trainset import TrainImages, dataset_fingerprint, image_fingerprints, load_images
+from ecul.trainset import TrainImages, dataset_fingerprint, load_images, remember_images
 
 log = logging.getLogger("ecul")
 
@@ -131,12 +131,7 @@ def train(
         if config.epochs == 0:
             save()
         images = load_images(dataset, config.size, place)
-        prints = np.concatenate([image_fingerprints(side) for side in images.pixels])
-        known = getattr(model, "trained_on", None)
-        if goes_on and known is not None and (changed := len(prints) - int(np.isin(prints, known).sum())):
-            told = "%d of %d images are not as this run had them: they changed, or are decoded otherwise"
-            log.warning(told, changed, len(prints))
-        model.trained_on = prints  # type: ignore[assignment]
+        remember_images(model, images, goes_on)
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, images, config, epoch, directory)

@@ -103,6 +103,16 @@ def image_fingerprints(pixels: torch.Tensor) -> np.ndarray:
     return found
 
 
+def remember_images(model: Any, images: TrainImages, goes_on: bool) -> None:
+    """Let the model know the images that it is trained on; warn where a run that goes on had others."""
+    prints = np.concatenate([image_fingerprints(side) for side in images.pixels])
+    known = getattr(model, "trained_on", None)
+    if goes_on and known is not None and (changed := int((~np.isin(prints, known)).sum())):
+        told = "%d of %d images are not as this run had them: they changed, or are decoded otherwise"
+        log.warning(told, changed, len(prints))
+    model.trained_on = prints
+
+
 def count_trained_on(model: Any, pixels: torch.Tensor) -> int:
     """How many of these images, uint8 (N, 3, H, W), the model was trained on; 0 where it does not know."""
     known = getattr(model, "trained_on", None)

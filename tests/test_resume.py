@@ -236,9 +236,7 @@ def test_the_former_tsmem_is_not_continued_as_the_one_of_now(run):
 def test_images_that_changed_between_two_epochs_are_told(tmp_path, caplog):
     train(DATASET, CONFIG.replace(keep="last"), output=tmp_path)
     longer = CONFIG.replace(keep="last", epochs_cross=2)
-    arrays = [
-        images.load((32, 16)).permute(0, 2, 3, 1).numpy().copy() for images in DATASET.splits().values()
-    ]
+    arrays = [images.source.pixels.copy() for images in DATASET.splits().values()]
     arrays[0][3] = 255 - arrays[0][3]
     again = shutil.copytree(tmp_path, tmp_path / "again")
     train(DATASET, longer, output=again, resume=True)
