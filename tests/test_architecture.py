@@ -16,8 +16,8 @@ LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own lay
     {"kernels"},
     {"common"},
     {"data", "synthetic"},
-    {"config", "features", "clustering", "matching", "memory", "losses", "sampling", "augment", "model"}
-    | {"streams"}
+    {"config", "features", "encodings", "clustering", "matching", "memory", "losses", "sampling", "augment"}
+    | {"model", "streams"}
     | {"trainset", "labels", "batches", "stages", "optim", "export", "importers", "estimator"},
     {"evaluation", "run", "search", "tuning", "threshold"},
     {"training"},

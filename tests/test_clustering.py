@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN
 
-from ecul import InstanceMemory, TwoStreamResNet, clustering, extract
+from ecul import InstanceMemory, TwoStreamResNet, extract
 from ecul.clustering import (
     dbscan,
     emcc,
@@ -259,7 +259,8 @@ def test_portions_repetitions_kinds_and_dtypes_do_not_change_the_labels(monkeypa
     )
     coarse = tensors[0].bfloat16()
     np.testing.assert_array_equal(emcc(coarse, *tensors[1:]), emcc(coarse.double(), *tensors[1:]))
-    monkeypatch.setattr(clustering, "ROWS", 7)
+    monkeypatch.setattr("ecul.encodings.ROWS", 7)
+    monkeypatch.setattr("ecul.common.exact.ROWS", 7)
     np.testing.assert_array_equal(emcc(features, camera, modality), labels)
 
 

@@ -20,7 +20,7 @@ def main(features, labels, kill=""):
     torch.set_num_threads(1)
     distributed.start("cpu")
     if kill and distributed.rank() == distributed.size() - 1:
-        clustering._encode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        clustering.encode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     given = np.load(features)
     arrays = (torch.from_numpy(given[name]) for name in ("features", "cameras", "modalities"))
     found = clustering.emcc(*arrays, k1=12, k2=3, k3=9, together=True)

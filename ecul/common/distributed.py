@@ -65,14 +65,26 @@ def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
     if size() == 1:
         return rows
     bounds = [round(count * r / size()) for r in range(size() + 1)]
-    widest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
-    padded = rows.detach().new_zeros(widest, *rows.shape[1:])
-    padded[: len(rows)] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in range(size())]
+    parts = _collect(rows.detach(), [b - a for a, b in zip(bounds, bounds[1:], strict=False)])
+    parts[rank()] = rows
+    return torch.cat(parts)
+
+
+def join(rows: torch.Tensor) -> torch.Tensor:
+    """All processes' rows, however many each has, in the order of the processes."""
+    if size() == 1:
+        return rows
+    counts = _collect(torch.tensor([len(rows)], device=rows.device), [1] * size())
+    return torch.cat(_collect(rows, torch.cat(counts).tolist()))
+
+
+def _collect(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """The rows of each process, which has so many."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    cut = [p[: b - a] for p, a, b in zip(parts, bounds, bounds[1:], strict=False)]
-    cut[rank()] = rows
-    return torch.cat(cut)
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
