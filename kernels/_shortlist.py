@@ -120,6 +120,7 @@ def _candidates_kernel(
 PRODUCT = Config({"BLOCK": 128, "BLOCK_D": 64, "TALL": 8}, warps=8, stages=3, shared=131072)
 PART = 8  # the first bound comes from one column in so many
 MAXIMA = 8  # and from so many times k maxima a row at a time
+ROOM = 256  # columns that a list holds at least
 CLOSEST = 65536  # rows whose lists are cut short at a time
 
 
@@ -239,7 +240,7 @@ def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symm
         best = torch.cat([best, maxima], 1)
         best = best.topk(min(k, best.shape[1])).values
 
-    room = triton.next_power_of_2(max(256, 2 * PART * k))
+    room = triton.next_power_of_2(max(ROOM, 2 * PART * k))
     lists, scores = x.new_empty((M, room), dtype=torch.int32), margin.new_empty((M, room))
     counts = x.new_zeros(M, dtype=torch.int32)
     kept = (bounds(best, k, margin), lists, scores, counts)

@@ -12,6 +12,7 @@ import torch
 from ._shortlist import Shortlist, bounds, closest, largest_error, power_of_two, random_order
 
 ROWS, COLUMNS = 512, 16384  # of x and of y at a time
+ROOM = 256  # columns that a list holds at least
 PART = 4  # the first bound comes from one column in so many
 BRAIN = any(
     getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
@@ -49,7 +50,7 @@ def _shortlist(
     margin = largest_error(x_norms, y_norms, D, 2.0**-23)
     least = _bounds(x_rounded, y_rounded, k, itself, margin, coarse).to(dtype)
 
-    room = min(N, max(256, 4 * PART * k))
+    room = min(N, max(ROOM, 4 * PART * k))
     lists, scores = torch.empty((M, room), dtype=torch.int32), torch.empty((M, room), dtype=dtype)
     counts = torch.zeros(M, dtype=torch.int64)
     found = []

@@ -195,6 +195,7 @@ def _update_kernel(
         tl.store(place, row.to(bank.dtype.element_ty), mask=live)
 
 
+SLOTS = 256  # of the batch that a program looks at at a time
 WIDEST = 16384  # features a program can keep in registers; wider rows take the reference
 
 
@@ -213,7 +214,7 @@ def _launch(
     block = triton.next_power_of_2(D)
     _update_kernel[(B,)](
         bank, x, labels, priority, B, C, D, bank.stride(0), x.stride(0), momentum,
-        RULE=rule, BLOCK_B=256, BLOCK_D=block,
+        RULE=rule, BLOCK_B=SLOTS, BLOCK_D=block,
         num_warps=4 if block <= 2048 else 8, debug=True, sanitize_overflow=False,
     )  # fmt: skip
 

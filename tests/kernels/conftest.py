@@ -1,5 +1,9 @@
 """Two ways to run these tests: `pytest tests/kernels` tests the references and compiles every kernel ahead of
-time, `TRITON_INTERPRET=1 pytest tests/kernels` sends the same CPU tensors through the kernels."""
+time, `TRITON_INTERPRET=1 pytest tests/kernels` sends the same CPU tensors through the kernels.
+
+In the interpreter programs take turns, and each operation is slow: worlds are smaller there, and so are
+the blocks that they must exceed (`few`).
+"""
 
 import numpy as np
 import pytest
@@ -18,6 +22,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "interpreted" in item.keywords and not _triton.INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="runs the kernels: set TRITON_INTERPRET=1"))
+        if "host" in item.keywords and _triton.INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="no kernel's: tested without TRITON_INTERPRET"))
         if "compiled" in item.keywords and (_triton.INTERPRETED or _triton.triton is None):
             item.add_marker(pytest.mark.skip(reason="compiles: needs Triton, without TRITON_INTERPRET"))
 
@@ -25,6 +31,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param
+
+
+@pytest.fixture
+def few():
+    """few(a, b): a rows where the kernels are interpreted, b elsewhere."""
+    return lambda interpreted, otherwise: interpreted if _triton.INTERPRETED else otherwise
 
 
 @pytest.fixture(autouse=True, scope="session")

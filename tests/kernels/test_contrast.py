@@ -195,6 +195,7 @@ def test_only_the_samples_take_a_gradient(device):
         assert not memory_contrast(x, bank, bank_labels, labels, TEMPERATURE).requires_grad
 
 
+@pytest.mark.host
 def test_autocast_changes_nothing_in_the_reference():
     x, *rest = world(20, 40, 16, 5)
     want = loss_and_gradient(memory_contrast_reference, x, *rest)

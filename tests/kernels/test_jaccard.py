@@ -1,7 +1,5 @@
 """Pairs within a Jaccard distance, against dense float64 matrices."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -9,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from ecul.kernels import jaccard, jaccard_neighbors, jaccard_neighbors_reference
+from ecul.kernels import _overlaps, _overlaps_cpu, jaccard_neighbors, jaccard_neighbors_reference
 
-ONE_BY_ONE = os.environ.get("TRITON_INTERPRET") == "1"  # a pair is a program there, and they take turns
 WORLD = {
     "seed": st.integers(0, 10**6),
     "size": st.integers(1, 24),
@@ -63,33 +60,29 @@ def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, ex
     assert_graph(jaccard_neighbors(*as_arguments(encodings), eps), distance <= eps)
 
 
+PORTIONS = [("STRIP", 60), ("STRIP", 1), ("BLOCK", 16), ("FOUND", 1), ("SORTED", 7)]
+PORTIONS += [("SHARE", 1), ("SHARE", 2), ("SHARE", 10**9)]
+ON_HOST = [("ROWS", 7), ("PARTS", 3), ("PAIRS", 3)]
+
+
 @pytest.mark.parametrize(
-    "name, size",
-    [
-        ("ROWS", 7),
-        ("PARTS", 3),
-        ("PAIRS", 3),
-        ("STRIP", 60),
-        ("STRIP", 1),
-        ("BLOCK", 16),
-        ("FOUND", 1),
-        ("SORTED", 7),
-    ]
-    + [("SHARE", 1), ("SHARE", 2), ("SHARE", 10**9)],
+    "module, name, size",
+    [(_overlaps, *portion) for portion in PORTIONS]
+    + [pytest.param(_overlaps_cpu, *portion, marks=pytest.mark.host) for portion in ON_HOST],
 )
-def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, name, size):
-    count = 12 if ONE_BY_ONE else 50
+def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, few, module, name, size):
+    count = few(12, 50)
     encodings = random_encodings(3, count, 8)
-    monkeypatch.setattr(jaccard, name, size)
+    monkeypatch.setattr(module, name, size)
     for eps in (0.4, 0.5, 0.6):
         within = dense_distance(encodings) <= eps
         assert count + 2 <= within.sum() < count * count
         assert_graph(jaccard_neighbors(*as_arguments(encodings, device), eps), within)
 
 
-def test_a_row_longer_than_a_block_of_the_kernel(device, monkeypatch):
-    monkeypatch.setattr(jaccard, "BLOCK", 8 if ONE_BY_ONE else jaccard.BLOCK)
-    size = 2 * jaccard.BLOCK + 3
+def test_a_row_longer_than_a_block_of_the_kernel(device, monkeypatch, few):
+    monkeypatch.setattr(_overlaps, "BLOCK", few(4, _overlaps.BLOCK))
+    size = 2 * _overlaps.BLOCK + 3
     encodings = np.zeros((size, size))
     encodings[:, 0], encodings[range(size), range(size)] = 0.5, 0.5  # one column that every row shares
     encodings[0, 0] = 1
@@ -99,16 +92,16 @@ def test_a_row_longer_than_a_block_of_the_kernel(device, monkeypatch):
 
 
 def test_the_columns_of_a_row_may_come_in_any_order_and_views_may_have_strides(device):
-    encodings = random_encodings(5, 20, 6)
+    encodings = random_encodings(5, 12, 6)
     indptr, indices, values = as_arguments(encodings, device)
-    rows = torch.arange(20, device=device).repeat_interleave(indptr.diff())
+    rows = torch.arange(12, device=device).repeat_interleave(indptr.diff())
     order = (rows * 100 - indices).argsort()
     strided = torch.stack([values[order], values[order]], 1)[:, 0]
     assert_graph(jaccard_neighbors(indptr, indices[order], strided, 0.5), dense_distance(encodings) <= 0.5)
 
 
 def test_values_in_float32_are_read_as_they_are(device):
-    encodings = random_encodings(6, 30, 8).astype(np.float32).astype(np.float64)
+    encodings = random_encodings(6, 15, 8).astype(np.float32).astype(np.float64)
     indptr, indices, values = as_arguments(encodings, device)
     units = np.round(encodings * 2**30) / 2**30
     assert_graph(jaccard_neighbors(indptr, indices, values.float(), 0.5), dense_distance(units) <= 0.5)
@@ -121,9 +114,10 @@ def test_no_rows_empty_rows_and_eps_of_one(device):
     assert_graph(jaccard_neighbors(*as_arguments(np.eye(4), device), 1.0), np.ones((4, 4), bool))
 
 
+@pytest.mark.host
 def test_the_smallest_overlap_within_eps_is_where_the_distance_crosses_it():
     for eps in (1e-9, 0.3, 0.6, 2 / 3, 0.999999, 1 - 1e-9):
-        least = jaccard._least_overlap(eps)
+        least = _overlaps.least_overlap(eps)
         overlap = np.array([least - 1, least]) / 2**30
         np.testing.assert_array_equal(1 - overlap / (2 - overlap) <= eps, [False, True])
 
@@ -167,11 +161,12 @@ def test_torch_compile_keeps_it_in_one_graph(device):
     assert_graph(graph, dense_distance(random_encodings(1, 12, 5)) <= 0.5)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("sketched", [0, 10**9], ids=["sketches", "first entries"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_to_find_candidates_finds_few_and_no_pair_is_lost(monkeypatch, sketched, dtype):
-    monkeypatch.setattr(jaccard, "SKETCHED", sketched)
-    monkeypatch.setattr(jaccard, "DTYPE", dtype)
+    monkeypatch.setattr(_overlaps_cpu, "SKETCHED", sketched)
+    monkeypatch.setattr(_overlaps_cpu, "DTYPE", dtype)
     rng = np.random.default_rng(0)
     encodings = np.zeros((900, 900))
     for i in range(900):  # thirty rows a group, a third of their mass anywhere
@@ -179,10 +174,8 @@ def test_every_way_to_find_candidates_finds_few_and_no_pair_is_lost(monkeypatch,
         encodings[i, rng.integers(0, 900, 40)] += rng.random(40)
     encodings = np.round(encodings / encodings.sum(1, keepdims=True) * 2**30) / 2**30
     within = dense_distance(encodings) <= 0.7
-    measured, original = [], jaccard.csr_matrix.minimum
-    monkeypatch.setattr(
-        jaccard.csr_matrix, "minimum", lambda a, b: measured.append(a.shape[0]) or original(a, b)
-    )
+    measured, original = [], csr_matrix.minimum
+    monkeypatch.setattr(csr_matrix, "minimum", lambda a, b: measured.append(a.shape[0]) or original(a, b))
     assert_graph(jaccard_neighbors_reference(*as_arguments(encodings), 0.7), within)
     pairs = (within.sum() - 900) / 2
     assert pairs > 10_000 and sum(measured) < 1.5 * pairs
@@ -190,7 +183,7 @@ def test_every_way_to_find_candidates_finds_few_and_no_pair_is_lost(monkeypatch,
 
 @pytest.mark.interpreted
 def test_the_kernel_returns_what_the_reference_returns():
-    arguments = as_arguments(random_encodings(2, 60, 10))
+    arguments = as_arguments(random_encodings(2, 24, 10))
     for eps in (0.45, 0.6):
         for ours, reference in zip(
             jaccard_neighbors(*arguments, eps), jaccard_neighbors_reference(*arguments, eps), strict=True
@@ -214,11 +207,11 @@ def test_a_large_world_is_the_same_on_a_gpu():
 def test_the_kernel_compiles_without_spills(target):
     compiling = pytest.importorskip("compiling")
     with compiling.compiling(getattr(compiling, target)) as compiled:
-        arguments = as_arguments(random_encodings(0, 70, 10))
-        jaccard._launch(*arguments, 0.5, 0, 1)
-        indptr, whole = arguments[0], torch.zeros(9, dtype=torch.int32)
-        options = {"STEPS": 9, "BLOCK": jaccard.BLOCK, "num_warps": jaccard.WARPS}
-        jaccard._measure[(1,)](torch.zeros(2, 3).long(), whole, indptr, whole, whole, 3, **options)
+        indptr, *entries = as_arguments(random_encodings(0, 70, 10))
+        least, whole = _overlaps.least_overlap(0.5), torch.zeros(9, dtype=torch.int32)
+        _overlaps.pairs_on_device(indptr, *_overlaps.rare_first(indptr, *entries, least), least, 0, 1)
+        options = {"STEPS": 9, "BLOCK": _overlaps.BLOCK, "num_warps": _overlaps.WARPS}
+        _overlaps._measure[(1,)](torch.zeros(2, 3).long(), whole, indptr, whole, whole, 3, **options)
     assert {name for name, _ in compiled} == {"_add_overlaps", "_list_pairs", "_measure"}
     for name, kernel in compiled:
         if target != "GFX942":
