@@ -21,7 +21,7 @@ from ecul import MODALITIES
 from ecul.common.names import did_you_mean
 
 # Stage 2 of the three methods: ECUL has joint clusters and no matched pairs, MBCCM pairs and consistency.
-# United has MBCCM's agnostic memories on matches of its own [R] alone, by what scripts/ablation showed.
+# United has MBCCM's agnostic memories on matches of its own [R] alone; scripts/results/tuning-gap.md has why.
 METHODS: dict[str, dict[str, Any]] = {
     "united": {},
     "ecul": {
@@ -145,7 +145,9 @@ class Config:
     matching: str = _held("mutual", _one_of("bilateral", "nearest", "mutual"))  # mutual [R]
     pad: int = _held(10, _at_least(0))
     linear_transform: bool = _held(False, FLAG)
-    exchanged_stem: str = _held("infrared", _one_of(*MODALITIES))  # what channel-exchanged views pass [R]
+    # what channel-exchanged views pass in stage 2 [R]; with "infrared", mutual matching extracts the visible
+    # images three times more
+    exchanged_stem: str = _held("infrared", _one_of(*MODALITIES))
 
     # schedule; epochs are counted over the whole run
     epochs_intra: int = _held(25, _at_least(0))
@@ -169,7 +171,7 @@ class Config:
 
     # memories
     temp: float = _held(0.05, NUMBER, ABOVE_0)
-    momentum: float = _held(0.1, NUMBER, MOMENTUM)
+    momentum: float = _held(0.1, NUMBER, MOMENTUM)  # TSMem has its own
     update_rule: str = _held("sequential", _one_of("tsmem", "sequential", "mean", "instance", "hard"))
     tsmem_switch: int = _held(25, _at_least(0))  # TSMem's second step begins at this epoch [R]
 
@@ -200,6 +202,8 @@ class Config:
                 raise ValueError(
                     f"{large} must be at least {small}, or None for plain clustering, got {most} and {least}"
                 )
+        if self.pairs == "joint" and self.weight_joint == 0:
+            raise ValueError('pairs="joint" draws from joint clusters: set weight_joint above 0')
         if self.pairs == "joint" and max(self.weight_agnostic, self.weight_consistency) > 0:
             raise ValueError(
                 'pairs="joint" has no matched pairs: set weight_agnostic and weight_consistency to 0'

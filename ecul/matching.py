@@ -24,8 +24,8 @@ def match_clusters(visible: Rows, infrared: Rows, rule: str = "bilateral") -> Ro
 
     visible: (A, D) and infrared: (B, D) cluster centres, tensors or arrays; rows are normalised here.
     rule: "bilateral", as above; "nearest": each cluster with its nearest one, a baseline for ablations;
-    "mutual" [R]: those that are each other's nearest once each modality's mean centre is taken off, where
-    visible may be (W, A, D), W views of the clusters, of which the most similar one counts.
+    "mutual" [R]: those that are each other's nearest once the mean centre of each side is taken off, where
+    visible may be (W, A, D), W views of the clusters with a mean each, of which the most similar one counts.
     Returns a bool (B, A) of the kind given (a tensor on the input's device, or an array). Every row and
     every column has a match, or with "mutual" at most one. The result is not symmetric when A != B.
     Errors: ValueError for an empty side, sizes that differ, zero or non-finite rows, an unknown rule.
@@ -34,6 +34,8 @@ def match_clusters(visible: Rows, infrared: Rows, rule: str = "bilateral") -> Ro
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     views: list[Rows] = list(visible) if rule == "mutual" and visible.ndim == 3 else [visible]
+    if not views:
+        raise ValueError("visible must be at least one view of the clusters, got none")
     sides = [*(_unit_rows(view, "visible") for view in views), _unit_rows(infrared, "infrared")]
     if len({side.shape[1] for side in sides}) > 1:
         sizes = f"{sides[0].shape[1]} and {sides[-1].shape[1]}"

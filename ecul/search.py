@@ -143,7 +143,7 @@ def search(
     if rerank is None:
         scores, rows = topk_similarity(queries.features, answers.features, top)
     else:
-        distances = torch.from_numpy(RERANKINGS[rerank](queries.features, answers.features))
+        distances = torch.from_numpy(RERANKINGS[rerank].distances(queries.features, answers.features))
         rows = distances.sort(stable=True).indices[:, :top]
         pairs = zip(queries.features, rows, strict=True)
         scores = torch.stack([answers.features[found] @ query for query, found in pairs])

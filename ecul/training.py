@@ -161,7 +161,7 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
     set_lr(state.optimizer, config, epoch)
 
     features = extract_all(state.model, images, config)
-    exchanged = extract_exchanged(state.model, images, config) if stage == 2 else None
+    exchanged = extract_exchanged(state.model, images, config, stage)
     extracted = clock.seconds()
     labels = assign_labels(features, images, config, stage, exchanged)  # emcc, match_clusters
     row = {"epoch": epoch, "stage": stage, "lr": state.optimizer.param_groups[0]["lr"]}
@@ -190,10 +190,18 @@ def extract_all(model: torch.nn.Module, images: TrainImages, config: Config) -> 
     )
 
 
-def extract_exchanged(model: torch.nn.Module, images: TrainImages, config: Config) -> torch.Tensor | None:
+def extract_exchanged(
+    model: torch.nn.Module, images: TrainImages, config: Config, stage: int
+) -> torch.Tensor | None:
     """Unit features (3, num_visible, D) of the visible images as the infrared stem sees each of their
-    channels; None where it does not learn to see them, or nothing is matched by them."""
-    if config.matching != "mutual" or config.exchanged_stem != "infrared":
+    channels, given as a grey image is: copied into all, then normalised.
+
+    None where that stem does not learn to see them, or nothing is matched by them: in stage 1, or where no
+    loss reads the matches.
+    """
+    matched = config.pairs == "matched" and config.matching == "mutual"
+    read = max(config.weight_agnostic, config.weight_consistency) > 0
+    if stage == 1 or not (matched and read and config.exchanged_stem == "infrared"):
         return None
     channels = images.pixels[0].split(1, dim=1)
     views = [channel.expand(-1, 3, -1, -1) for channel in channels]
@@ -284,9 +292,15 @@ def _score_labels(
 
 def _keep_best(state: State, row: dict, config: Config) -> None:
     """Remember the weights that this epoch started from, when their score is the best and it is wanted."""
-    best = max((r["score"] for r in state.history[1:]), default=-math.inf)  # epoch 0 rates untrained weights
-    if config.keep == "score" and state.history and row["score"] > best:
+    first, done = _first_rated(config), len(state.history)
+    best = max((r["score"] for r in state.history[first:]), default=-math.inf)
+    if config.keep == "score" and done >= first and row["score"] > best:
         state.best = {k: v.clone() for k, v in state.model.state_dict().items()}
+
+
+def _first_rated(config: Config) -> int:
+    """After how many epochs weights can be the best: scores of two stages do not compare."""
+    return 1 + (config.epochs_intra if config.epochs_cross else 0)
 
 
 def _guarded_epoch(
@@ -339,8 +353,9 @@ def _put_best_back(state: State, images: TrainImages, config: Config) -> None:
     row = _score_labels(features, labels, state.labels, images)
     state.labels = labels.own
     _keep_best(state, row, config)
-    scores = [r["score"] for r in (*state.history[1:], row)]  # of the weights after 1, 2, ... epochs
-    state.kept = 1 + scores.index(max(scores))
+    first = min(_first_rated(config), len(state.history))  # of a run that was stopped before, its last
+    scores = [r["score"] for r in (*state.history[first:], row)]  # of the weights after first, ... epochs
+    state.kept = first + scores.index(max(scores))
     if distributed.rank() == 0:
         kept = (state.kept, len(state.history), max(scores))
         log.info("the weights after %d of %d epochs are kept: score %.3f", *kept)

@@ -65,7 +65,11 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"lr": float("inf")}, "lr must be a number, got inf"),
         ({"seed": 2**63}, "seed must be below 2..63, got 9223372036854775808"),
         ({"compile": 1}, "compile must be True or False, got 1"),
-        ({"pairs": "joint"}, "has no matched pairs: set weight_agnostic and weight_consistency to 0"),
+        ({"pairs": "joint"}, "draws from joint clusters: set weight_joint above 0"),
+        (
+            {"pairs": "joint", "weight_joint": 0.7},
+            "has no matched pairs: set weight_agnostic and weight_consistency to 0",
+        ),
     ],
 )
 def test_errors_name_the_field(fields, message):

@@ -1,5 +1,7 @@
 """What joins the modalities in the united method: views across stems, matches, memories of both."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,8 @@ def labels(images):
     match = np.zeros((8, 8), dtype=bool)
     match[[3, 1, 0], [0, 1, 2]] = True
     features = F.normalize(torch.randn(len(own), 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    return Labels.from_own(features, own, images.num_visible, match=match), features
+    found = Labels.from_own(features, own, images.num_visible, match=match)
+    return replace(found, mutual=True), features
 
 
 def first_batch(labels, images, **fields):
@@ -68,12 +71,18 @@ def test_exchanged_views_pass_the_infrared_stem_once_labels_cross(images, labels
 
 
 def test_exchanged_features_are_those_of_each_channel_in_the_infrared_stem(images, model):
-    found = extract_exchanged(model, images, tiny())
+    found = extract_exchanged(model, images, tiny(), 2)
     for view, channel in zip(found, range(3), strict=True):
         copied = images.pixels[0][:, [channel] * 3]
         assert torch.allclose(view, embed_pixels(model, copied, "infrared", flip=False), atol=1e-6)
-    assert extract_exchanged(model, images, tiny(exchanged_stem="visible")) is None
-    assert extract_exchanged(model, images, tiny(method="mbccm")) is None
+    assert extract_exchanged(model, images, tiny(exchanged_stem="visible"), 2) is None
+    for unread in (
+        tiny(method="mbccm"),
+        tiny(method="ecul", exchanged_stem="infrared"),
+        tiny(weight_agnostic=0.0),
+    ):
+        assert extract_exchanged(model, images, unread, 2) is None
+    assert extract_exchanged(model, images, tiny(), 1) is None
 
 
 def test_clusters_are_matched_by_the_view_that_is_nearest(images):

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.io import savemat
+from test_clustering import oracle_emcc_distance
 
 import ecul.evaluation.metrics
 from ecul import TwoStreamResNet
@@ -519,6 +520,22 @@ def test_reranking_equals_the_dense_definition(seed, queries, gallery, ks):
     np.testing.assert_allclose(ours, expected, atol=2e-6)
 
 
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 8),
+    st.integers(1, 20),
+    st.sampled_from([(20, 6, 20), (5, 3, 8), (4, 1, 6)]),
+)
+def test_reranking_by_modality_equals_the_dense_definition(seed, queries, gallery, ks):
+    points = unit(np.random.default_rng(seed).normal(size=(queries + gallery, 5))).astype(np.float32)
+    ours = modality_distances(*map(torch.from_numpy, (points[:queries], points[queries:])), *ks)
+    assert ours.shape == (queries, gallery) and ours.dtype == np.float32
+    sides = [0] * queries + [1] * gallery
+    jaccard = oracle_emcc_distance(points, [0] * len(points), sides, *ks)[:queries, queries:]
+    expected = 0.7 * jaccard + 0.3 * (1 - points[:queries].astype(np.float64) @ points[queries:].T)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("rerank", "name"), [(True, "k-reciprocal"), ("k-reciprocal", "k-reciprocal"), ("modality", "modality")]
 )
@@ -527,7 +544,8 @@ def test_reranking_is_named_and_ranks_by_its_distances(rerank, name, world):
     features = features_of(dataset)
     options = {"features": features, "modes": "all", "shots": 10_000, "trials": 1}
     row = evaluate(None, dataset, **options, rerank=rerank).rows[0]
-    assert row["reranking"] == f"{name} (k1=20, k2=6, lambda=0.3)"
+    sizes = {"k-reciprocal": "k1=20, k2=6", "modality": "k1=20, k2=6, k3=20"}[name]
+    assert row["reranking"] == f"{name} ({sizes}, lambda=0.3)"
     query, gallery = dataset.test_infrared, dataset.test_visible
     rows = [torch.from_numpy(unit(features[m])).float() for m in ("infrared", "visible")]
     order = {"k-reciprocal": k_reciprocal_distances, "modality": modality_distances}[name](*rows)

@@ -17,10 +17,11 @@ from scipy.optimize import linear_sum_assignment
 
 from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
-from ecul.labels import Labels
+from ecul.labels import Labels, assign_labels
 from ecul.model import Backbone
 from ecul.report.build import (
     _accuracy,
+    _labels,
     _mosaic_section,
     choose_queries,
     commonest,
@@ -28,7 +29,7 @@ from ecul.report.build import (
     read_run,
     report,
 )
-from ecul.report.embedded import Embedded
+from ecul.report.embedded import Embedded, embed
 from ecul.report.pictures import (
     GAP,
     HEIGHT,
@@ -47,6 +48,8 @@ from ecul.report.pictures import (
 from ecul.report.summary import cluster_margins, counted, verdict
 from ecul.report.views import activation, match_rows
 from ecul.search import FolderFeatures, Ranking
+from ecul.training import extract_exchanged
+from ecul.trainset import TrainImages
 
 TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
 TINY |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
@@ -460,3 +463,18 @@ def test_an_activation_map_is_high_where_the_network_responds():
             return self.layer(x.mean((2, 3)))
 
     assert activation(Flat(), torch.zeros(3, 8, 4, dtype=torch.uint8), "visible") is None
+
+
+def test_clusters_are_matched_as_the_next_epoch_would(run, dataset):
+    """By the exchanged views too: the labels of one more epoch of the same run."""
+    saved = read_run(run.output)
+    table = embed(run.model, (dataset.visible, dataset.infrared), False)
+    shown = _labels(table, saved, run.model)
+    images = TrainImages(table.pixels, torch.cat([torch.as_tensor(i.camids) for i in table.images]))
+    exchanged = extract_exchanged(run.model, images, saved.config, 2)
+    learnt = assign_labels(table.features, images, saved.config, 2, exchanged)
+    assert np.array_equal(shown.match, learnt.match) and torch.equal(shown.own, learnt.own)
+    blind = assign_labels(table.features, images, saved.config, 2)
+    assert not np.array_equal(shown.match, blind.match)
+    before = dataclasses.replace(saved, history=saved.history[: saved.config.epochs_intra - 1])
+    assert _labels(table, before, run.model).match is None

@@ -11,7 +11,7 @@ from ecul import open_dataset, train
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from study.lines import LINES, WORLDS  # noqa: E402
+from study.lines import BOTH, LINES, WORLDS  # noqa: E402
 from study.runs import configure, train_shared  # noqa: E402
 from study.tables import differences, interval, of_the_way, reranked_table, table  # noqa: E402
 
@@ -24,9 +24,19 @@ def test_no_two_lines_are_the_same(world):
     assert alone.epochs_cross == 0 and alone.epochs == configure("united", world, 0, None, {}).epochs
 
 
-@pytest.mark.parametrize("keep", ["last", "score"])
-def test_a_shared_first_stage_gives_the_weights_of_a_whole_run(keep, world, tmp_path):
-    config = tiny(keep=keep, epochs_intra=2, epochs_cross=2)
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_a_method_leaves_out_stays_out_on_every_world(world):
+    assert configure("mbccm", world, 0, None, {}).k3 is None
+    assert configure("united, plain Jaccard instead of EMCC", world, 0, None, {}).k3_joint is None
+    assert configure("united", world, 0, None, {}).k3 is not None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"keep": "score"}, {"method": "ecul"}, {"method": "mbccm"}, {"update_rule": "tsmem", **BOTH}],
+)
+def test_a_shared_first_stage_gives_the_weights_of_a_whole_run(fields, world, tmp_path):
+    config = tiny(epochs_intra=2, epochs_cross=2, k_select=2, eps_joint=0.5, **fields)
     dataset = open_dataset("sysu", world)
     whole = train(dataset, config).model.state_dict()
     for _ in range(2):  # made, then gone on from
@@ -49,7 +59,9 @@ def test_the_table_has_differences_in_pairs_with_their_interval():
     assert of_the_way(results, "united") == pytest.approx(0.625)
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert 1 <= low < 2.5 < high <= 4 and interval([2.0, 2.0]) == (2.0, 2.0)
-    assert "-2.0 [-2.0, -2.0] (united)" in table(results)
+    assert "| -2.0 (united) |" in table(results)  # one difference has no interval
+    assert "| 36.0 ± 5.7 |" in table(results)
     results["united"]["0"] |= {"mAP_reranked": 46.5, "rank1_reranked": 41.0}
-    rows = reranked_table(results).splitlines()[2:]
-    assert rows == ["| united | 1 | 40.0 ± 0.0 | 46.5 ± 0.0 | +6.5 [+6.5, +6.5] | 41.0 ± 0.0 |"]
+    assert reranked_table(results).splitlines()[2:] == ["| united | 1 | 40.0 | 46.5 | +6.5 | 41.0 |"]
+    results["united"]["1"] |= {"mAP_reranked": 38.5, "rank1_reranked": 41.0}
+    assert "| 42.5 ± 5.7 | +6.5 [+6.5, +6.5] | 41.0 ± 0.0 |" in reranked_table(results)

@@ -26,11 +26,13 @@ from ecul import (
     synthesize,
     train,
 )
+from ecul.labels import assign_labels
 from ecul.model import Backbone
 from ecul.optim import build_model, build_optimizer
 from ecul.run import checkpoint
 from ecul.run.checkpoint import run_directory
-from ecul.training import State, run_epoch, train_batches
+from ecul.run.log import label_scores
+from ecul.training import State, extract_all, run_epoch, train_batches
 from ecul.trainset import load_images
 
 TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}
@@ -237,8 +239,14 @@ def test_keeping_the_best_score_ends_with_the_weights_it_rates(dataset, tmp_path
     )  # fmt: skip
     kept = [all(torch.equal(v, run.model.state_dict()[k]) for k, v in weights.items()) for weights in after]
     assert sum(kept) == 1
-    rated = [row["score"] for row in run.history[1:]]  # row e + 1 rates the weights after epoch e
-    assert kept[-1] or kept.index(True) == rated.index(max(rated))
+    last = copy.deepcopy(model)
+    last.load_state_dict(after[-1])
+    images = load_images(dataset, config.size, torch.device("cpu"))
+    features = extract_all(last.eval(), images, config)
+    labels = assign_labels(features, images, config, 1)
+    rated = [row["score"] for row in run.history] + [label_scores(features, labels, None)["score"]]
+    of_stage_2 = rated[config.epochs_intra + 1 :]  # row e rates the weights after e epochs
+    assert kept.index(True) == config.epochs_intra + of_stage_2.index(max(of_stage_2))
     assert same(TwoStreamResNet.from_pretrained(tmp_path / "best"), run.model)
     with safe_open(tmp_path / "best" / "model.safetensors", "pt") as f:
         assert int(f.metadata()["epoch"]) == 1 + kept.index(True)

@@ -21,7 +21,7 @@ def main(world, config, output, kill=""):
     torch.set_num_threads(1)
     banks, train_batches = [], training.train_batches
     tables, assign_labels = [], training.assign_labels
-    turns, jaccard_pairs = [], clustering.jaccard_pairs
+    turns, jaccard_pairs, seen = [], clustering.jaccard_pairs, []
 
     def counted(*arguments):
         turns.append(arguments[-2:])
@@ -30,7 +30,8 @@ def main(world, config, output, kill=""):
     def labelled(*arguments):
         found = assign_labels(*arguments)
         match = torch.empty(0) if found.match is None else torch.from_numpy(found.match)
-        parts = [found.own, found.joint, found.selected, match]
+        parts = [found.own, found.joint, found.selected, match, arguments[0], exchanged := arguments[4]]
+        seen.append(exchanged)
         tables.append(torch.cat([part.flatten().double() for part in parts if part is not None]))
         return found
 
@@ -47,6 +48,7 @@ def main(world, config, output, kill=""):
     run = training.train(
         open_dataset("sysu", world), Config.from_dict(json.loads(config)), output=output, device="cpu"
     )
+    assert [views is None for views in seen] == [True, False]  # stage 2 matches by the exchanged views too
     assert turns == [(dist.get_rank(), dist.get_world_size())] * 5  # each modality twice, and both once
     for held in [*tables, *banks, torch.cat([p.flatten() for p in run.model.parameters()])]:
         others = [torch.empty_like(held) for _ in range(dist.get_world_size())]

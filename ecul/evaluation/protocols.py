@@ -130,7 +130,7 @@ def evaluate(
     Multi-shot with "random" takes `random.sample` of the sorted files, all where fewer [R: the published
     scripts draw them unseeded].
     rerank: "k-reciprocal" (or True) or "modality": order by `k_reciprocal_distances` or `modality_distances`
-    with k1 = 20, k2 = 6, lambda = 0.3 (and k3 = 20), named in the rows.
+    with their default sizes, named in the rows.
     features: {"visible": (N, D), "infrared": (N, D)} of the test images instead of a model (then None).
     Raises ValueError for a data set without test images, identities or protocol, unknown modes, or
     trials or shots that are no whole numbers of at least 1.
@@ -139,7 +139,7 @@ def evaluate(
     name = "k-reciprocal" if rerank is True else rerank or None
     if name is not None and name not in RERANKINGS:
         raise ValueError(f"rerank: expected {', '.join(RERANKINGS)}, True or False, not {rerank!r}")
-    reranking = f"{name} (k1=20, k2=6, lambda=0.3)" if name else "no re-ranking"
+    reranking = f"{name} ({RERANKINGS[name].settings})" if name else "no re-ranking"
     cautions = _foreign(dataset)
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress, cautions)
     shared = {"caution": "; ".join(cautions), "reranking": reranking}
@@ -288,7 +288,7 @@ def _measure(
     """`MEASURES` in percent of one trial; of each pair the query comes first, then the gallery."""
     (query, gallery), (q, g) = images, rows
     found = vectors[1][torch.from_numpy(g)]
-    reranked = RERANKINGS[rerank](vectors[0][torch.from_numpy(q)], found) if rerank else None
+    reranked = RERANKINGS[rerank].distances(vectors[0][torch.from_numpy(q)], found) if rerank else None
 
     def distances(block: slice) -> np.ndarray:
         if reranked is not None:

@@ -2,6 +2,7 @@
 that is aware of modalities."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -91,7 +92,14 @@ def modality_distances(
     return distances
 
 
-RERANKINGS: dict[str, Callable[..., np.ndarray]] = {
-    "k-reciprocal": k_reciprocal_distances,
-    "modality": modality_distances,
+class Reranking(NamedTuple):
+    """Distances (Q, G) from unit rows of queries and gallery, and their settings in words."""
+
+    distances: Callable[[torch.Tensor, torch.Tensor], np.ndarray]
+    settings: str
+
+
+RERANKINGS = {
+    "k-reciprocal": Reranking(k_reciprocal_distances, "k1=20, k2=6, lambda=0.3"),
+    "modality": Reranking(modality_distances, "k1=20, k2=6, k3=20, lambda=0.3"),
 }

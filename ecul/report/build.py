@@ -172,11 +172,12 @@ def ignored(protocol: str | None, query: Images, row: int, gallery: Images) -> n
 def _labels(table: Embedded, saved: SavedRun, model: Any) -> Labels:
     """The labels that the next epoch would learn from."""
     cameras = torch.cat([torch.as_tensor(images.camids) for images in table.images])
-    images, exchanged = TrainImages(table.pixels, cameras), None
-    stage = 1 if len(saved.history) <= saved.config.epochs_intra else 2
-    if stage == 2 and (found := extract_exchanged(model, images, saved.config)) is not None:
-        exchanged = found.cpu()
-    return assign_labels(table.features, images, saved.config, stage, exchanged)
+    images, config = TrainImages(table.pixels, cameras), saved.config
+    stage = 2 if config.epochs_cross and len(saved.history) >= config.epochs_intra else 1
+    exchanged = extract_exchanged(model, images, config, stage)
+    return assign_labels(
+        table.features, images, config, stage, None if exchanged is None else exchanged.cpu()
+    )
 
 
 def _cluster_sections(folder: Path, table: Embedded, saved: SavedRun, labels: Labels) -> list[Section]:

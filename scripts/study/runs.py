@@ -1,5 +1,6 @@
 """One run: a line on the world of a seed, trained and evaluated on held-out identities."""
 
+import datetime
 import fcntl
 import hashlib
 import json
@@ -8,14 +9,18 @@ import os
 import resource
 import shutil
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import ecul
 from ecul import Config, evaluate, open_dataset, optim, train
 from ecul.batches import make_batches
 from ecul.common.files import hash_file
+from ecul.config import METHODS
 from ecul.labels import Labels
 from ecul.stages import make_terms
 from ecul.training import extract_all, train_batches
@@ -30,15 +35,34 @@ CROSS = (
 )  # fmt: skip
 
 
+@cache
+def code() -> str:
+    """A hash of the library's own lines: other code, other first stages."""
+    package = Path(ecul.__file__).parent
+    folders = {package, Path(ecul.kernels.__file__).parent}
+    found = hashlib.sha256()
+    for file in sorted(f for folder in folders for f in folder.rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def configure(line: str, world: str, seed: int, weights: str | None, overrides: dict) -> Config:
-    """The configuration of a line on a world."""
-    fields = {"weights": weights, **WORLDS[world].fields, **LINES[line][1], **overrides, "seed": seed}
+    """The configuration of a line on a world; what its method leaves out (None) stays out on every world."""
+    own = LINES[line][1]
+    left_out = {k: v for k, v in METHODS[own.get("method", "united")].items() if v is None}
+    fields = {"weights": weights, **WORLDS[world].fields, **left_out, **own, **overrides, "seed": seed}
     whole = fields.pop("stages", 2) == 1
     scaled = [(fields.pop(word, ()), factor) for word, factor in (("halved", 0.5), ("doubled", 2))]
     config = Config.preset(PRESET, **fields)
     for names, factor in scaled:
         config = config.replace(**{name: int(factor * getattr(config, name)) for name in names})
     return config.replace(epochs_intra=config.epochs, epochs_cross=0) if whole else config
+
+
+def settings(line: str, world: str, overrides: dict) -> dict:
+    """All fields of a line but the seed and the path of its start: what a record must say of a run."""
+    fields = configure(line, world, 0, None, overrides).to_dict()
+    return {name: value for name, value in fields.items() if name not in ("seed", "weights")}
 
 
 def run_line(line: str, root: str, config: Config, shared: int, folder: Path) -> dict:
@@ -54,7 +78,7 @@ def run_line(line: str, root: str, config: Config, shared: int, folder: Path) ->
     else:
         model, history = train_shared(dataset, config, min(shared, config.epochs_intra), folder)
     seconds = sum(row["seconds"] for row in history) if history else time.perf_counter() - began
-    result: dict = {"seconds": seconds}
+    result: dict = {"seconds": seconds, "date": f"{datetime.date.today()}", "code": code()}
     for rerank, ending in ((None, ""), ("modality", "_reranked")):
         tested = evaluate(model, dataset, modes=["all"], rerank=rerank, progress=False).rows[0]
         result |= {name + ending: tested[name] for name in ("mAP", "rank1")}
@@ -77,7 +101,7 @@ def train_shared(dataset, config: Config, epochs: int, folder: Path):
     )
     start = hash_file(first.weights, hashlib.sha256()) if first.weights else None
     world = Path(dataset.root, "synthetic.json").read_text()
-    name = hashlib.sha256(json.dumps([first.to_dict(), start, world]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps([first.to_dict(), start, world, code()]).encode()).hexdigest()[:12]
     begun, own = folder / f"stage-1-{name}", folder / f"run-{os.getpid()}"
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two lines that want it, one makes it
@@ -99,12 +123,13 @@ def supervise(model: torch.nn.Module, dataset, config: Config) -> torch.nn.Modul
     images = load_images(dataset, config.size, torch.device("cpu"))
     people, own = np.unique(images.identities, return_inverse=True)
     own, match, border = torch.from_numpy(own), np.eye(len(people), dtype=bool), images.num_visible
+    mutual = config.matching == "mutual"
     for epoch in range(config.epochs):
         rng = np.random.default_rng([config.seed, epoch])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         optim.set_lr(optimizer, config, epoch)
         features = extract_all(model, images, config)
-        labels = Labels.from_own(features, own, border, own, own, match)
+        labels = replace(Labels.from_own(features, own, border, own, own, match), mutual=mutual)
         terms = make_terms(features, labels, config, epoch, generator)
         train_batches(model, optimizer, terms, make_batches(labels, images, config, rng, generator), config)
     return model.eval()

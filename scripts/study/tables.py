@@ -15,7 +15,10 @@ def differences(results: dict, line: str) -> list[float]:
 
 
 def interval(values: list[float], share: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
-    """The bootstrap interval of a mean: percentiles of the means of `draws` samples with replacement."""
+    """The bootstrap interval of a mean: percentiles of the means of `draws` samples with replacement.
+
+    It never leaves the range of the values: below some eight of them it is too narrow.
+    """
     rng = np.random.default_rng(0)
     means = rng.choice(values, (draws, len(values))).mean(1)
     low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
@@ -43,8 +46,7 @@ def table(results: dict) -> str:
         way, apart = of_the_way(results, line), differences(results, line)
         cells.append("" if way is None else f"{100 * way:.0f} %")
         if apart:
-            low, high = interval(apart)
-            cells.append(f"{statistics.mean(apart):+.1f} [{low:+.1f}, {high:+.1f}] ({LINES[line][0]})")
+            cells.append(f"{gain(apart)} ({LINES[line][0]})")
             cells.append(f"{sum(d > 0 for d in apart)} of {len(apart)}")
         else:
             cells += ["", ""]
@@ -61,18 +63,24 @@ def reranked_table(results: dict) -> str:
             continue
         plain, again, first = ([r[k] for r in rows] for k in ("mAP", "mAP_reranked", "rank1_reranked"))
         apart = [b - a for a, b in zip(plain, again, strict=True)]
-        low, high = interval(apart)
-        gain = f"{statistics.mean(apart):+.1f} [{low:+.1f}, {high:+.1f}]"
-        text.append(
-            f"| {' | '.join([line, str(len(rows)), spread(plain), spread(again), gain, spread(first)])} |"
-        )
+        cells = [line, str(len(rows)), spread(plain), spread(again), gain(apart), spread(first)]
+        text.append(f"| {' | '.join(cells)} |")
     return "\n".join(text)
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+    """Mean ± deviation, of one value itself."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def gain(apart: list[float]) -> str:
+    """The mean of paired differences and its interval, of one difference itself."""
+    mean = f"{statistics.mean(apart):+.1f}"
+    if len(apart) == 1:
+        return mean
+    low, high = interval(apart)
+    return f"{mean} [{low:+.1f}, {high:+.1f}]"
 
 
 def draw(results: dict, path: Path, title: str) -> None:
