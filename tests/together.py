@@ -1,7 +1,7 @@
-"""One process of a torchrun job: `torchrun --nproc-per-node 2 tests/together.py FEATURES LABELS [KILL]`.
+"""One process of a torchrun job: `torchrun --nproc-per-node 2 tests/together.py WORLDS LABELS [KILL]`.
 
-Clusters the features together with the other processes; each checks that all have the same labels, the first
-saves them. With KILL, the last process ends itself before the others have its share.
+Clusters the features of each world together with the other processes; each checks that all have the same
+labels, the first saves them. With KILL, the last process ends itself before the others have its share.
 """
 
 import os
@@ -16,19 +16,21 @@ from ecul import clustering
 from ecul.common import distributed
 
 
-def main(features, labels, kill=""):
+def main(worlds, labels, kill=""):
     torch.set_num_threads(1)
     distributed.start("cpu")
     if kill and distributed.rank() == distributed.size() - 1:
         clustering.encode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    given = np.load(features)
-    arrays = (torch.from_numpy(given[name]) for name in ("features", "cameras", "modalities"))
-    found = clustering.emcc(*arrays, k1=12, k2=3, k3=9, together=True)
-    others = [torch.empty_like(found) for _ in range(distributed.size())]
-    dist.all_gather(others, found)
-    assert all(torch.equal(found, other) for other in others)
+    arrays = [torch.from_numpy(array) for array in np.load(worlds).values()]
+    together = []
+    for world in zip(*[iter(arrays)] * 3, strict=True):  # features, cameras, modalities
+        found = clustering.emcc(*world, k1=12, k2=3, k3=9, together=True)
+        others = [torch.empty_like(found) for _ in range(distributed.size())]
+        dist.all_gather(others, found)
+        assert all(torch.equal(found, other) for other in others)
+        together.append(found.numpy())
     if distributed.rank() == 0:
-        np.save(labels, found.numpy())
+        np.savez(labels, *together)
     distributed.stop()
 
 

@@ -18,6 +18,12 @@ from ecul.kernels import (
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def long_blocks_of_pairs(few, monkeypatch):
+    """In the interpreter the programs of `pairs`, which has tests of its own, would take most of the time."""
+    monkeypatch.setattr(pairs, "PAIRS", pairs.PAIRS._replace(blocks={"BLOCK": few(4096, 16), "BLOCK_D": 128}))
+
+
 def sorted_pairs(x, y, k, exclude_self=False):
     """Best first, the lower index first among equals; row i of `y` left out for row i of `x`."""
     scores = (x.double() @ y.double().T).tolist()
