@@ -226,17 +226,9 @@ def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symm
         some = min(step, part - first)
         maxima = margin.new_empty((M, some * block // width))
         PRODUCT.launch(
-            _maxima_kernel,
-            (tiles[0] * some,),
-            *rows,
-            maxima,
-            tiles[0],
-            some,
-            first,
-            *shapes,
-            W=width,
-            **options,
-        )
+            _maxima_kernel, (tiles[0] * some,),
+            *rows, maxima, tiles[0], some, first, *shapes, W=width, **options,
+        )  # fmt: skip
         best = torch.cat([best, maxima], 1)
         best = best.topk(min(k, best.shape[1])).values
 

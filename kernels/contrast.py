@@ -184,31 +184,22 @@ def _launch(
     loss, factors = (x.new_empty(B, dtype=torch.float32) for _ in range(2))
     gradient = x.new_empty((B if with_gradient else 0, D), dtype=torch.float32)
     rows = max(1, SCORES // C)
-    for start in range(0, B, rows):
-        strip = slice(start, min(start + rows, B))
-        scores = _product(x[strip], bank.T)
-        weights = scores if x.dtype == torch.float32 else torch.empty_like(scores, dtype=x.dtype)
-        WEIGHTS.launch(
-            _weights_kernel, (strip.stop - start,),
-            scores, weights, bank_labels, labels[strip], loss[strip], factors[strip], C, 1 / temperature,
-            WEIGHTS=with_gradient, debug=True, sanitize_overflow=False,
-        )  # fmt: skip
-        if with_gradient:
-            gradient[strip] = _product(weights, bank)
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        for start in range(0, B, rows):
+            strip = slice(start, min(start + rows, B))
+            scores = _product(x[strip], bank.T)
+            weights = scores if x.dtype == torch.float32 else torch.empty_like(scores, dtype=x.dtype)
+            WEIGHTS.launch(
+                _weights_kernel, (strip.stop - start,),
+                scores, weights, bank_labels, labels[strip], loss[strip], factors[strip], C, 1 / temperature,
+                WEIGHTS=with_gradient, debug=True, sanitize_overflow=False,
+            )  # fmt: skip
+            if with_gradient:
+                gradient[strip] = _product(weights, bank)
     return loss, factors, gradient
 
 
-@torch.library.custom_op("ecul::memory_contrast", mutates_args=())
-def _memory_contrast(
-    x: torch.Tensor,
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        return _launch(x, bank, bank_labels, labels, temperature, with_gradient)
+_memory_contrast = torch.library.custom_op("ecul::memory_contrast", _launch, mutates_args=())
 
 
 @_memory_contrast.register_fake
