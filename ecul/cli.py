@@ -10,7 +10,6 @@ from typing import Any
 import ecul
 from ecul import MODALITIES
 from ecul.common.names import printable, shorten
-from ecul.common.records import read_json
 from ecul.common.tables import FORMATS
 from ecul.config import DATASETS, METHODS, Config
 from ecul.shell import arg, command, main, numbers, pair, parser
@@ -22,6 +21,7 @@ NAMES = "sysu, regdb, llcm, market, or folders (of one's own: root/visible and r
 OPTIONS = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
 TRAINED_ON = "pixels of the images that it was trained with, which no file says (default: 288 144)"
 FIELDS = "a field of Config, for instance iterations=100 or size=[256,128]; may be repeated"
+RESUME = "go on with the run in the directory, by its own settings but for those given here"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
 LOGS = "also write log.csv, or files for TensorBoard, into the run directory; may be repeated"
 APART = "0 to 1, how far apart the modalities are (default: 0, shape and pattern carry over whole)"
@@ -63,7 +63,7 @@ READING = (
     *DATASET, DEVICE, METHOD,
     arg("-o", "--output", required=True, help="the run directory"),
     arg("--preset", choices=DATASETS, help="whose settings (default: those of the data set, else sysu's)"),
-    arg("--resume", **FLAG, help="go on with the run that is in the directory"),
+    arg("--resume", **FLAG, help=RESUME),
     arg("--config", metavar="FILE", help="settings to start from: a run's config.json, or TOML of fields"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
     arg("--log", action="append", choices=("csv", "tensorboard"), default=[], help=LOGS),
@@ -75,23 +75,25 @@ def train(args: argparse.Namespace) -> None:
     from ecul.config import read_fields
     from ecul.data.layouts import LAYOUTS
     from ecul.run.hooks import LOGGERS
-    from ecul.run.saved import trial_directory
+    from ecul.run.saved import find_run, trial_directory
 
-    fields = {} if args.config is None else read_fields(args.config)
-    fields |= {**({} if args.method is None else {"method": args.method}), **dict(args.set)}
-    if args.validate and args.dataset in LAYOUTS:
-        args.option = [("validation", 0.2), *args.option]
+    given = {**({} if args.method is None else {"method": args.method}), **dict(args.set)}
+    held = {"validation": 0.2} if args.validate and args.dataset in LAYOUTS else {}
     for trial in args.trials or [None]:
-        dataset = ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
-        config = Config.preset(args.preset or dataset.protocol or "sysu", **fields)
         output = trial_directory(args.output, trial)
+        run = find_run(output) if args.resume else None
+        dataset = ecul.open_dataset(args.dataset, args.root, **{**held, **_options(args, run, trial)})
+        fields = {} if args.config is None else read_fields(args.config)
+        if run is not None and args.config is args.preset is None:
+            fields = run.config.to_dict()
+        config = Config.preset(args.preset or dataset.protocol or "sysu", **{**fields, **given})
         hooks = [LOGGERS[name](output) for name in args.log]
         options = {"resume": args.resume, "device": args.device, "validate": args.validate}
-        run = ecul.train(
+        done = ecul.train(
             dataset, config, output=output, **options, on_epoch=lambda row, h=hooks: [hook(row) for hook in h]
         )
         if distributed.rank() == 0:
-            print(f"finished {len(run.history)} epochs; the model is {output / 'model.safetensors'}")
+            print(f"finished {len(done.history)} epochs; the model is {output / 'model.safetensors'}")
     distributed.stop()
 
 
@@ -121,7 +123,7 @@ def evaluate(args: argparse.Namespace) -> None:
     found = []
     for path, trial in zip(paths, trials, strict=True):
         model = _model(str(path), args)
-        dataset = ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
+        dataset = ecul.open_dataset(args.dataset, args.root, **_options(args, trial=trial))
         found.append(ecul.evaluate(model, dataset, **options))
         if len(paths) > 1:
             log.info("%s\n%s", path, found[-1].table())
@@ -342,17 +344,18 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\nthe run directory is {run.output}")
 
 
-def _trial_options(args: argparse.Namespace, trial: int | None) -> dict[str, Any]:
-    """The options of open_dataset that were given, with this trial where there is one."""
-    return {**dict(args.option), **({} if trial is None else {"trial": trial})}
+def _options(args: argparse.Namespace, run: Any = None, trial: int | None = None) -> dict[str, Any]:
+    """The options of open_dataset: those that the run was trained with, then those given, then this trial."""
+    trained = {} if run is None else run.options_of(args.dataset)
+    return {**trained, **dict(args.option), **({} if trial is None else {"trial": trial})}
 
 
 def _opened(args: argparse.Namespace) -> Any:
-    """The data set, in the trial that the model was trained on where its run knows one."""
-    from ecul.run.saved import trained_trial
+    """The data set, with the options and in the trial that the model was trained on where its run knows."""
+    from ecul.run.saved import find_run, trained_trial
 
     trial = trained_trial(Path(args.model), args.dataset, dict(args.option).get("trial"))
-    return ecul.open_dataset(args.dataset, args.root, **_trial_options(args, trial))
+    return ecul.open_dataset(args.dataset, args.root, **_options(args, find_run(args.model), trial))
 
 
 def _model(path: str, args: argparse.Namespace) -> Any:
@@ -364,23 +367,20 @@ def _model(path: str, args: argparse.Namespace) -> Any:
 
 def _config(args: argparse.Namespace, dataset: Any) -> Config:
     """The settings that are named, else those of the model's run, else those of the data set."""
-    from ecul.common.pretrained import weights_file
-    from ecul.run.checkpoint import read_about
+    from ecul.run.saved import find_run
 
-    run = weights_file(args.model).parent
-    if args.preset is None and (run / "resume.json").is_file():
-        return read_about(run)["config"]
+    run = find_run(args.model)
+    if args.preset is None and run is not None:
+        return run.config
     return Config.preset(args.preset or dataset.protocol or "sysu")
 
 
 def _skips(args: argparse.Namespace) -> bool:
     """Whether images that cannot be read are left out: as said here, or as the model's run was told."""
-    from ecul.common.pretrained import weights_file
-    from ecul.run.checkpoint import ABOUT
+    from ecul.run.saved import find_run
 
-    run = weights_file(args.model).parent / "resume.json"
-    options = read_json(run, ABOUT).get("options", {}) if run.is_file() else {}
-    return args.skip_unreadable or options.get("skip_unreadable", False) is True
+    run = find_run(args.model)
+    return args.skip_unreadable or (run is not None and run.options.get("skip_unreadable", False))
 
 
 def _list_unreadable(*folders: Any) -> None:

@@ -330,6 +330,13 @@ def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog)
     found = ["search", run, "--query", visible, "--gallery", str(tmp_path / "own" / "infrared")]
     found += ["--query-modality", "visible", "--gallery-modality", "infrared", "--top", "2", "--rerank"]
     assert main(found) == 0 and len(capsys.readouterr().out.splitlines()) == 36
+    for work in ("tune", "threshold"):
+        assert main([work, "folders", root, "--model", run]) == 0
+    caplog.clear()
+    assert main(["train", "folders", root, "-o", run, "--resume", "--set", "epochs_intra=2"]) == 0
+    assert "finished 2 epochs" in capsys.readouterr().out  # the run's own settings, but for this one
+    assert main(["train", "folders", root, "-o", run, "--resume", "--preset", "demo"]) == 2
+    assert "cannot be continued with other settings" in capsys.readouterr().err
 
 
 def test_check_removes_packs_of_images_as_they_were(tmp_path, capsys, caplog):

@@ -90,6 +90,10 @@ def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys, c
         assert main([*ask, "--model", *(str(runs / model) for model in models)]) == 0
         rows[name] = json.loads(capsys.readouterr().out)["rows"]
     assert [rows[name][0]["protocol"] for name in rows] == ["RegDB trial 1", "RegDB trial 2", "RegDB"]
+    assert main([*ask[:-1], "--model", str(runs / "trial-1")]) == 0
+    assert "; one trial; percent\n" in (told := capsys.readouterr().out) and "±" not in told
+    assert main([*ask[:-1], "--model", str(runs)]) == 0
+    assert "; 2 trials; percent, mean ± deviation\n" in (told := capsys.readouterr().out) and " ± " in told
     for one, two, both in zip(*rows.values(), strict=True):
         assert both["trials"] == 2 and both["mAP"] == pytest.approx((one["mAP"] + two["mAP"]) / 2)
         assert one["caution"] == two["caution"] == "not RegDB's own test set"

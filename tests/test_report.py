@@ -97,7 +97,8 @@ def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
     )
     assert re.fullmatch(r"rank-1 [\d.]+ %, mAP [\d.]+ %", happened["all, infrared-to-visible"])
     assert "visible cluster" in happened["verdict"] and "separation" in happened["verdict"]
-    assert '<meta name="viewport"' in text
+    assert '<meta name="viewport"' in text and "<p></p>" not in text
+    assert text.count('<div class="wide"><img ') == len(sources)  # scrolled sideways where a screen is narrow
 
 
 def test_without_the_data_there_are_curves_and_settings(run, dataset, tmp_path, caplog):

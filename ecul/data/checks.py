@@ -24,6 +24,7 @@ _SPLIT: Schema = {
     "infrared": COUNT,
     "cameras": {str(camid): COUNT for camid in (*SYSU_VISIBLE, *SYSU_INFRARED)},
 }
+ON_PURPOSE = "for a subset or a set of one's own, on purpose, say subset=True (--option subset=true)"
 FileId = tuple[int, int]  # a file's device and number: the same behind every link to it
 DESCRIBED: Schema = {"counts": {"train": _SPLIT, "test": _SPLIT}}  # what synthetic.json says
 
@@ -33,7 +34,7 @@ class CheckResult:
     """What `check_dataset` found; `ok` when there is no error, `str()` for people, `to_dict()` for JSON.
 
     counts and expected: split -> {"identities", "images", "cameras": {camera: images}}. missing, unreadable,
-    extra: all the paths, of which `errors` and `warnings` name the first few.
+    extra: all the paths, of which `errors` and `warnings` name the first few. hint: what may be done.
     """
 
     name: str
@@ -45,6 +46,7 @@ class CheckResult:
     missing: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
+    hint: str = ""
 
     @property
     def ok(self) -> bool:
@@ -55,7 +57,8 @@ class CheckResult:
     def verdict(self) -> str:
         """One line."""
         if self.errors:
-            return f"NOT OK: {len(self.errors)} error{'s' * (len(self.errors) > 1)} in {self.name!r}"
+            found = f"NOT OK: {len(self.errors)} error{'s' * (len(self.errors) > 1)} in {self.name!r}"
+            return "; ".join(filter(None, [found, self.hint]))
         return f"OK: {self.name!r}, {sum(c['images'] for c in self.counts.values()):,} images, {self.source}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,7 +71,8 @@ class CheckResult:
             wanted = self.expected.get(split, {})
             figures = ", ".join(_figure(kind, count, wanted) for kind in ("identities", "images"))
             cameras = ", ".join(f"{camera}: {images:,}" for camera, images in count["cameras"].items())
-            lines.append(f"{split.replace('_', ' '):14} {figures}; by camera {cameras or 'unknown'}")
+            told = f"by camera {cameras}" if cameras else "cameras unknown"
+            lines.append(f"{split.replace('_', ' '):14} {figures}; {told}")
         lines += [f"error: {text}" for text in self.errors]
         lines += [f"warning: {text}" for text in self.warnings]
         return printable("\n".join([*lines, self.verdict]), "\n")
@@ -102,15 +106,15 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
     for split, images in splits.items():
         result.counts[split], files[split] = _count(images), {}
         label = split.replace("_", " ")
-        differs = _differences(result.counts[split], result.expected.get(split, {}), dataset.subset)
-        result.errors += [
-            f"{label}: {text}" for text in [*differs, *_look_at_files(images, result, files[split], progress)]
-        ]
+        differs = list(_differences(result.counts[split], result.expected.get(split, {}), dataset.subset))
+        looked = _look_at_files(images, result, files[split], progress)
+        result.errors += [f"{label}: {text}" for text in [*differs, *looked]]
+        result.hint = ON_PURPOSE if differs and len(images) else result.hint
     result.errors += _overlaps(splits, files, dataset.protocol)
     if decode:
         _decode(splits, result, progress)
     if extra:
-        result.warnings.append(f"{len(extra)} unexpected paths: {shorten(extra)}")
+        result.warnings.append(f"{len(extra)} unexpected, left out: {shorten(extra)}")
     return result
 
 
@@ -152,8 +156,7 @@ def _differences(count: dict, wanted: dict, subset: bool) -> Iterator[str]:
         compared.append((f"images of camera {camera}", *held))
     for kind, found, number in compared:
         if found != number and not subset:
-            purpose = "a subset on purpose" if found < number else "a set with counts of its own"
-            yield f"{found:,} {kind}, expected {number:,}; for {purpose} say subset=True"
+            yield f"{found:,} {kind}, expected {number:,}"
 
 
 def _look_at_files(

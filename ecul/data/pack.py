@@ -109,7 +109,8 @@ class Files:
         for folder in self.folders:
             if _can_write(folder):
                 told = len(self.names), np.prod((len(self.names), *size, 3)) / 1e6, folder
-                log.info("packing %d images, %.1f MB, into %s (once; pack=False reads the files)", *told)
+                text = "packing %d images, %.1f MB, into %s (once; pack=False, --option pack=false: none)"
+                log.info(text, *told)
                 pixels = self._pack(folder / name, size, progress)
                 self.clean({size: name})
                 return pixels

@@ -83,17 +83,22 @@ class Results:
         return [name for name in _NAMES if len({row[name] for row in self.rows}) > 1]
 
     def cells(self) -> tuple[str, list[list[str]]]:
-        """A line of what all rows share, and a table, its head first, of the rest: mean ± deviation."""
+        """A line of what all rows share, and a table, its head first, of the rest.
+
+        Figures are mean ± deviation over trials; of one trial, which has no deviation, the figure alone.
+        """
         own = self._own()
         shared = [name for name in _NAMES if name not in own]
         lines = [[*own, *MEASURES]]
         for row in self.rows:
-            figures = [f"{row[name]:.2f} ± {row[name + '_std']:.2f}" for name in MEASURES]
+            spread = {name: f" ± {row[name + '_std']:.2f}" if row["trials"] > 1 else "" for name in MEASURES}
+            figures = [f"{row[name]:.2f}{spread[name]}" for name in MEASURES]
             lines.append([str(row[name]) for name in own] + figures)
         told = [str(self.rows[0][name]) for name in shared if self.rows[0][name] != ""]
+        several = any(row["trials"] > 1 for row in self.rows)
         if "trials" in shared:
-            told[-1] += " trials"
-        return "; ".join([*told, "percent, mean ± deviation"]), lines
+            told[-1] = f"{told[-1]} trials" if several else "one trial"
+        return "; ".join([*told, "percent, mean ± deviation" if several else "percent"]), lines
 
     def table(self, form: str = "text") -> str:
         """`cells` as "text", "markdown" or "latex"; as "csv" or "json" every figure, unrounded."""
@@ -187,7 +192,10 @@ def _plan(
     """Of each row of the results: its names, query and gallery images, and the rows of both in each trial."""
     protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
     if protocol is None or visible is None or infrared is None:
-        raise ValueError(f"dataset {dataset.name!r} has no test images with a protocol to evaluate with")
+        raise ValueError(
+            f"dataset {dataset.name!r} has no test images with a protocol to evaluate with; `ecul report` "
+            "shows what a run has learnt without them"
+        )
     title, known = _PROTOCOLS[protocol]
     modes = list(known) if modes is None else [modes] if isinstance(modes, str) else modes
     if unknown := [mode for mode in modes if mode not in known]:

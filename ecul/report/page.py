@@ -15,10 +15,11 @@ h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd }
 img { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: 2px 14px 2px 0; text-align: left; vertical-align: top }
-th { color: #666; font-weight: 600 }
+th { color: #666; font-weight: 600; white-space: nowrap }
 .sub { color: #666 }
 .columns { columns: 3 16rem }
-.table { overflow-x: auto }
+.wide { overflow-x: auto }
+@media (max-width: 40rem) { .wide img { max-width: 40rem } }
 """
 
 
@@ -33,10 +34,13 @@ class Section:
 
     def html(self) -> str:
         """The section with its picture inside."""
-        parts = [f"<h2>{html.escape(self.title)}</h2><p>{html.escape(self.text)}</p>"]
+        parts = [f"<h2>{html.escape(self.title)}</h2>"]
+        if self.text:
+            parts.append(f"<p>{html.escape(self.text)}</p>")
         if self.picture is not None:
             data = base64.b64encode(self.picture.read_bytes()).decode()
-            parts.append(f'<img alt="{html.escape(self.title)}" src="data:image/png;base64,{data}">')
+            image = f'<img alt="{html.escape(self.title)}" src="data:image/png;base64,{data}">'
+            parts.append(f'<div class="wide">{image}</div>')
         lines = []
         for row in self.rows:
             head, *rest = (
@@ -44,7 +48,7 @@ class Section:
             )
             lines.append(f"<tr><th>{head}</th>{''.join(f'<td>{value}</td>' for value in rest)}</tr>")
         if lines:
-            kind = "columns" if len(lines) > 10 else "table"
+            kind = "columns" if len(lines) > 10 else "wide"
             parts.append(f'<div class="{kind}"><table>' + "".join(lines) + "</table></div>")
         return "\n".join(parts)
 

@@ -24,6 +24,15 @@ class SavedRun:
     history: list[dict]
     dataset: dict
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the data set, but for `pack`: where to write is never a run's to say."""
+        return {name: value for name, value in self.dataset["options"].items() if name != "pack"}
+
+    def options_of(self, dataset: str) -> dict[str, Any]:
+        """`options` for a data set of this name; none where the run was trained on one of another."""
+        return self.options if self.dataset["dataset"] == dataset else {}
+
     def open(self, root: str | Path | None = None, options: dict | Iterable[tuple[str, Any]] = ()) -> Dataset:
         """The data set of the run with its options and these, from where it lay or from `root`.
 
@@ -32,9 +41,7 @@ class SavedRun:
         known = self.dataset
         if known["root"] is None:
             raise ValueError("the images were in memory; in Python, report(run, dataset) takes them")
-        # Where to write is never the run's to say: without a root of the caller's own nothing is packed.
-        kept = {name: value for name, value in known["options"].items() if name != "pack"}
-        kept |= {"pack": False} if root is None else {}
+        kept = self.options | ({"pack": False} if root is None else {})
         root = root or known["root"]
         if root == known["root"] and not Path(root).is_dir():
             raise ValueError(f"the images are no longer at {root}; --root (root=) names their folder")
@@ -64,6 +71,13 @@ def read_run(directory: str | Path) -> SavedRun:
     return SavedRun(directory, about["config"], history, dataset)
 
 
+def find_run(path: str | Path) -> SavedRun | None:
+    """The run of a run directory, or of the weights in one; None where there is none, as of a model that was
+    imported."""
+    directory = weights_file(path).parent
+    return read_run(directory) if (directory / "resume.json").is_file() else None
+
+
 def trial_directory(output: str | Path, trial: int | None) -> Path:
     """Where the run of one trial lies among those of the others; None: there is one run alone."""
     return Path(output) if trial is None else Path(output) / f"trial-{trial}"
@@ -82,9 +96,8 @@ def trained_trial(path: Path, dataset: str, trial: int | None) -> int | None:
 
     Errors: ValueError for another one than the run knows: some of its test people were trained on.
     """
-    run = weights_file(path).parent
-    known = read_run(run).dataset if (run / "resume.json").is_file() else {}
-    trained = known["options"].get("trial") if known.get("dataset") == dataset else None
+    run = find_run(path)
+    trained = None if run is None else run.options_of(dataset).get("trial")
     if trained is None or trial in (None, trained):
         return trial if trained is None else trained
     raise ValueError(
