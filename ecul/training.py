@@ -128,10 +128,11 @@ def train(
             if directory is not None and distributed.rank() == 0:
                 save_run(directory, state, config, data, source)
 
-        if config.epochs == 0:
-            save()
         images = load_images(dataset, config.size, place)
         remember_images(model, images, goes_on)
+        done = len(state.history) >= config.epochs
+        if done and directory is not None and not (directory / "model.safetensors").exists():
+            save()
         log.info(LEGEND)
         for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
             row = _guarded_epoch(state, images, config, epoch, directory)

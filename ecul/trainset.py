@@ -104,13 +104,14 @@ def image_fingerprints(pixels: torch.Tensor) -> np.ndarray:
 
 
 def remember_images(model: Any, images: TrainImages, goes_on: bool) -> None:
-    """Let the model know the images that it is trained on; warn where a run that goes on had others."""
+    """Let the model know the images that it is trained on, beside those that it was trained on before; warn
+    where a run that goes on had others."""
     prints = np.concatenate([image_fingerprints(side) for side in images.pixels])
     known = getattr(model, "trained_on", None)
     if goes_on and known is not None and (changed := int((~np.isin(prints, known)).sum())):
         told = "%d of %d images are not as this run had them: they changed, or are decoded otherwise"
         log.warning(told, changed, len(prints))
-    model.trained_on = prints
+    model.trained_on = prints if known is None else np.union1d(known, prints)
 
 
 def count_trained_on(model: Any, pixels: torch.Tensor) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
-from ecul import Config, Dataset, train
+from ecul import Config, Dataset, TwoStreamResNet, train
 from ecul.optim import build_model, build_optimizer
+from ecul.report import report
 from ecul.run.checkpoint import load_run, read_about, read_log
 from ecul.training import State
 from ecul.trainset import dataset_fingerprint
@@ -243,3 +245,30 @@ def test_images_that_changed_between_two_epochs_are_told(tmp_path, caplog):
     assert "images are not as this run had them" not in caplog.text
     train(Dataset.from_arrays(*arrays), longer, output=tmp_path, resume=True)
     assert "1 of 24 images are not as this run had them" in caplog.text
+
+
+def test_a_model_remembers_what_it_was_trained_on_in_every_run(tmp_path):
+    """A model that is trained on other images knows both; a report of others says so."""
+    first = train(DATASET, CONFIG)
+    known = {*first.model.trained_on.tolist()}
+    other = Dataset.from_arrays(*(RNG.integers(0, 256, (12, 32, 16, 3), dtype=np.uint8) for _ in range(2)))
+    train(other, CONFIG, output=tmp_path, model=first.model)
+    loaded = TwoStreamResNet.from_pretrained(tmp_path)
+    assert known < {*loaded.trained_on.tolist()} and len(loaded.trained_on) == 48
+    text = report(tmp_path, replace(other, test_visible=DATASET.visible, test_infrared=DATASET.infrared))
+    assert "the model was trained on 24 of 24 test images" in text.read_text()
+    third = Dataset.from_arrays(*(255 - images.source.pixels for images in other.splits().values()))
+    assert "24 of 24 training images are not as the model" in report(tmp_path, third).read_text()
+
+
+def test_a_finished_run_that_lost_its_model_has_it_again(run):
+    (run / "model.safetensors").unlink()
+    again = train(DATASET, CONFIG, output=run, resume=True)
+    kept = TwoStreamResNet.from_pretrained(run).state_dict()
+    assert all(torch.equal(v, kept[k]) for k, v in again.model.state_dict().items())
+
+
+def test_another_network_than_the_runs_is_told_by_its_weights(run):
+    model = build_model(CONFIG.replace(width=4), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"resume.safetensors does not fit this network.* infrared.bn1.bias"):
+        train(DATASET, CONFIG, output=run, resume=True, model=model)

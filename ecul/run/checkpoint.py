@@ -146,9 +146,9 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
         kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in kinds
     }
     labels, best = _labels(part["labels."], data, file), part["best."] or None
+    for weights in filter(None, (part["model."], best)):
+        require_fit(state.model.state_dict(), weights, file)
     moments = _moments(part["optimizer."], state.optimizer, file)
-    if best is not None:
-        require_fit(state.model.state_dict(), best, file)
     load_weights(state.model, part["model."], file)
     if "trained_on" in part["images."]:
         state.model.trained_on = part["images."]["trained_on"].numpy().view(np.uint64)
