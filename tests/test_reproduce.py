@@ -25,8 +25,11 @@ def test_it_runs_through_on_the_exact_layouts(name, tmp_path):
     saved = json.loads((tmp_path / "runs" / f"{name}.json").read_text())
     rows = saved["rows"]["mbccm"]
     lines = done.stdout.splitlines()
+    told = [line for line in lines if line.startswith("| mbccm | ")]
+    assert len(told) == len(rows) == {"sysu": 2, "regdb": 2, "llcm": 3}[name]
+    assert lines[-1].startswith("Here: not ") and lines[-1].endswith("'s own test set.")
     mode = rows[0]["mode"] if name == "sysu" else rows[0]["direction"]
-    (line,) = [line for line in lines if line.startswith(f"| mbccm | {mode} |")][:1]
+    (line,) = [line for line in told if line.startswith(f"| mbccm | {mode}")][:1]
     assert f"| {rows[0]['rank1']:.2f} / {rows[0]['mAP']:.2f} |" in line
     if name != "llcm":
         assert f"| {rows[0]['rank1'] - {'sysu': 53.14, 'regdb': 83.79}[name]:+.2f} /" in line
