@@ -31,7 +31,7 @@ from ecul.evaluation.validation import check_validation, validation_figures
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
 from ecul.optim import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_about_start
-from ecul.run.checkpoint import load_run, run_directory, save_run
+from ecul.run.checkpoint import holds_run, load_run, run_directory, save_run
 from ecul.run.hooks import as_hook, wants_to_stop
 from ecul.run.log import LEGEND, describe, label_scores, monitors, remaining
 from ecul.stages import Term, make_terms
@@ -106,7 +106,7 @@ def train(
     place = distributed.start(device)
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     with run_directory(output, hold=distributed.rank() == 0) as directory:
-        goes_on = directory is not None and (directory / "resume.safetensors").exists()
+        goes_on = directory is not None and holds_run(directory)
         if resume and directory is not None and not goes_on:
             log.info("there is no run in %s yet: starting anew", output)
         if goes_on and not resume:

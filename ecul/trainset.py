@@ -111,7 +111,7 @@ def remember_images(model: Any, images: TrainImages, goes_on: bool) -> None:
     if goes_on and known is not None and (changed := int((~np.isin(prints, known)).sum())):
         told = "%d of %d images are not as this run had them: they changed, or are decoded otherwise"
         log.warning(told, changed, len(prints))
-    model.trained_on = prints if known is None else np.union1d(known, prints)
+    model.trained_on = np.union1d(prints, prints[:0] if known is None else known)
 
 
 def count_trained_on(model: Any, pixels: torch.Tensor) -> int:

@@ -472,6 +472,8 @@ def test_evaluate_refuses_what_it_cannot_measure(world):
         evaluate(None, dataset)
     with pytest.raises(ValueError, match="'visible' and 'infrared'"):
         evaluate(None, dataset, features={"visible": features["visible"]})
+    with pytest.raises(ValueError, match="features: expected rows of one size, not of .* and 1"):
+        evaluate(None, dataset, features={**features, "infrared": features["infrared"][:, :1]})
     features["visible"] = features["visible"][1:]
     with pytest.raises(ValueError, match=r"features\['visible'\]: expected \d+ finite rows"):
         evaluate(None, dataset, features=features)

@@ -272,3 +272,13 @@ def test_another_network_than_the_runs_is_told_by_its_weights(run):
     model = build_model(CONFIG.replace(width=4), torch.device("cpu"))
     with pytest.raises(ValueError, match=r"resume.safetensors does not fit this network.* infrared.bn1.bias"):
         train(DATASET, CONFIG, output=run, resume=True, model=model)
+
+
+def test_a_new_run_writes_over_no_run_and_no_model(run, tmp_path):
+    (run / "resume.safetensors").unlink()
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="a run of 2 epochs without its resume.safetensors"):
+            train(DATASET, CONFIG, output=run, resume=resume)
+    build_model(CONFIG, torch.device("cpu")).save_pretrained(tmp_path / "imported")
+    with pytest.raises(ValueError, match="holds a model that no run wrote"):
+        train(DATASET, CONFIG, output=tmp_path / "imported")

@@ -283,6 +283,9 @@ def _unit_rows(
         if given.ndim != 2 or len(given) != len(images) or not torch.isfinite(given).all():
             raise ValueError(f"features[{m!r}]: expected {len(images)} finite rows, not {tuple(given.shape)}")
         vectors[m] = torch.nn.functional.normalize(given, dim=1)
+    sizes = [rows.shape[1] for rows in vectors.values()]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"features: expected rows of one size, not of {sizes[0]} and {sizes[1]}")
     return vectors
 
 

@@ -84,6 +84,24 @@ def _lock(file: TextIO, output: Path) -> None:
         ) from e
 
 
+def holds_run(directory: Path) -> bool:
+    """Whether a run can go on from here.
+
+    Errors: ValueError for what a new run would write over: a run that lost its weights, another's model.
+    """
+    if (directory / "resume.safetensors").exists():
+        return True
+    lost = len(read_about(directory)["history"]) if (directory / "resume.json").exists() else 0
+    if lost > 1:  # after one, the first epoch's files may not all be there yet
+        raise ValueError(
+            f"output: {directory} holds a run of {lost} epochs without its resume.safetensors; put it back, "
+            "or choose another directory"
+        )
+    if (directory / "model.safetensors").exists() and not (directory / "log.jsonl").exists():
+        raise ValueError(f"output: {directory} holds a model that no run wrote; choose another directory")
+    return False
+
+
 def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Mapping) -> None:
     """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
 
