@@ -1,6 +1,5 @@
 """People's own images: features of a folder, and which gallery images answer a query."""
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -102,7 +101,7 @@ def save_features(path: str | os.PathLike, found: FolderFeatures, model_path: st
         "unreadable": json.dumps(found.unreadable),
         "modality": found.modality,
         "model": file,
-        "model_sha256": hash_file(file, hashlib.sha256()),
+        "model_sha256": hash_file(file),
     }
     write_tensors(path, {"features": found.features}, metadata)
 

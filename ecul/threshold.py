@@ -5,7 +5,6 @@ different people, however mixed the clusters are. The upper end of these similar
 variable's, which reaches to the rare ones that a search among thousands of images meets.
 """
 
-import hashlib
 import logging
 import os
 from dataclasses import asdict, dataclass
@@ -105,7 +104,7 @@ class Threshold:
         """Write it beside the model, whose hash goes with it. Returns the file."""
         file = weights_file(model_path)
         pairs = {name: asdict(found) for name, found in self.pairs.items()}
-        about = {"source": self.source, "model_sha256": hash_file(file, hashlib.sha256()), "pairs": pairs}
+        about = {"source": self.source, "model_sha256": hash_file(file), "pairs": pairs}
         write_json(file.parent / FILE, about)
         return file.parent / FILE
 
@@ -119,7 +118,7 @@ class Threshold:
         if not (model.parent / FILE).is_file():
             return None
         saved = read_json(model.parent / FILE, ABOUT)
-        if saved["model_sha256"] != hash_file(model, hashlib.sha256()):
+        if saved["model_sha256"] != hash_file(model):
             log.warning("%s is of other weights than %s: nobody is marked; make it anew", FILE, model)
             return None
         pairs = {k: Pairs(p["location"], p["scale"], tuple(p["own"])) for k, p in saved["pairs"].items()}

@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import hashlib
 import json
 import os
 import secrets
@@ -60,8 +61,9 @@ def prepare_output(path: str | os.PathLike, *suffixes: str) -> Path:
     return path
 
 
-def hash_file(path: str | os.PathLike, digest: Any) -> str:
-    """A file's hash in hex; digest: a new object of hashlib."""
+def hash_file(path: str | os.PathLike) -> str:
+    """A file's SHA-256 in hex."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)

@@ -1,7 +1,6 @@
 """Several runs side by side: a table of what differs between them and what came of it, and their curves."""
 
 import fnmatch
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -171,7 +170,7 @@ def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Re
     """
     file = run.directory / "accuracy.json"
     try:
-        weights = hash_file(weights_file(run.directory), hashlib.sha256())
+        weights = hash_file(weights_file(run.directory))
         kept = read_json(file, {"model_sha256": str, **RESULTS}) if file.is_file() else {}
         if kept.get("model_sha256") == weights:
             return Results(kept["rows"])

@@ -99,7 +99,7 @@ def train_shared(dataset, config: Config, epochs: int, folder: Path):
     first = config.replace(
         **{name: getattr(default, name) for name in CROSS}, epochs_intra=epochs, epochs_cross=0
     )
-    start = hash_file(first.weights, hashlib.sha256()) if first.weights else None
+    start = hash_file(first.weights) if first.weights else None
     world = Path(dataset.root, "synthetic.json").read_text()
     name = hashlib.sha256(json.dumps([first.to_dict(), start, world, code()]).encode()).hexdigest()[:12]
     begun, own = folder / f"stage-1-{name}", folder / f"run-{os.getpid()}"
