@@ -86,7 +86,7 @@ class Threshold:
         return self.pairs[f"{query}-{gallery}"]
 
     def table(self, unknown: float = 0.1) -> str:
-        """Plain text: the thresholds for galleries of several sizes, and what they miss."""
+        """Plain text: the thresholds for galleries of several sizes, and what they miss; "none" beyond 1."""
         head = f"similarity that {unknown:.0%} of unknown people reach, by {self.source}; known people missed"
         lines = [head, "query-gallery        100 images      1,000 images     10,000 images"]
         for name in self.pairs:
@@ -96,7 +96,7 @@ class Threshold:
                 missed = self.missed(sides[0], sides[1], found)
                 least = "" if self.source == "identities" else "≥ "
                 told = "unknown" if missed is None else f"{least}{missed:.0%}"
-                cells.append(f"{found:.3f} ({told})".ljust(18))
+                cells.append(f"{f'{found:.3f}' if found <= 1 else 'none '} ({told})".ljust(18))
             lines.append(f"{name:20} {''.join(cells)}".rstrip())
         return "\n".join(lines)
 

@@ -102,6 +102,9 @@ class Settings:
     def __str__(self) -> str:
         told = [f"{name}\n{found.table()}" for name, found in self.tunings.items()]
         chosen = " ".join(f"--set {name}={value}" for name, value in self.fields.items())
+        told.append(
+            "of the mean of visible and infrared, which share k1 and eps, and of the joint clustering"
+        )
         return "\n".join([*told, f"the best scores: {chosen}"])
 
 

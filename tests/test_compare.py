@@ -27,6 +27,7 @@ def runs(dataset, tmp_path_factory):
 
 def test_runs_that_differ_in_their_seed_are_one_row(runs, dataset):
     found = compare([runs / name for name in "abc"], device="cpu")
+    assert "accuracy in percent; mean ± deviation over runs" in found.table()
     two, one = (group.row() for group in found.groups)
     assert (two["n"], one["n"]) == (2, 1) and two["runs"] == f"{runs / 'a'} {runs / 'b'}"
     assert found.groups[0].settings == {"epochs_cross": 1, "lr": 1e-3, "epochs done": 2}
@@ -55,7 +56,9 @@ def test_what_follows_from_the_method_is_not_told_again():
 
 
 def test_accuracy_is_kept_until_the_weights_change(runs, tmp_path, monkeypatch):
-    before = compare([runs / "c"], device="cpu").groups[0].row()
+    alone = compare([runs / "c"], device="cpu")
+    assert "accuracy in percent; a run a row\n" in alone.table() and "±" not in alone.table()
+    before = alone.groups[0].row()
     kept = json.loads((runs / "c" / "accuracy.json").read_text())
     kept["rows"][0]["mAP"] = 12.0
     (runs / "c" / "accuracy.json").write_text(json.dumps(kept))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -78,6 +79,13 @@ def test_a_threshold_grows_with_the_gallery_and_with_caution():
         found.at(*sides, 10, 1.5)
     with pytest.raises(ValueError, match="modality"):
         found.at("thermal", "visible", 10)
+
+
+def test_a_similarity_beyond_one_is_none():
+    table = Threshold(
+        {"visible-infrared": Pairs(0.6, 0.1), "infrared-visible": Pairs(0.0, 0.1)}, "clusters"
+    ).table()
+    assert "none  (unknown)" in table and not re.search(r"\b1\.\d", table)
 
 
 def test_own_people_are_other_images_of_the_same_label():

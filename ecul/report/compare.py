@@ -75,9 +75,10 @@ class Comparison:
             lines.append([_name(group), *(str(group.settings[name]) for name in settings)])
             lines[-1] += [_told(heading, group.figures.get(heading, [])) for heading in headings]
         cautions = sorted({group.caution for group in self.groups} - {""})
-        head = "; ".join(
-            [*cautions, "accuracy in percent, mean ± deviation over runs that differ in seed or trial"]
-        )
+        several = any(len(group.runs) > 1 for group in self.groups)
+        spread = ["mean ± deviation over runs that differ in seed or trial"] if several else ["a run a row"]
+        measured = ["accuracy in percent"] if any("mAP" in heading for heading in headings) else []
+        head = "; ".join([*cautions, *measured, *spread])
         return render_table(form, head, lines, [group.row() for group in self.groups])
 
     __str__ = table
