@@ -166,6 +166,17 @@ def test_curves_take_skipped_epochs_and_panels_without_values(tmp_path):
     assert three[0] == two[0] * 3 // 2 and three[1] == two[1]
 
 
+def test_the_curves_of_one_epoch_stand_at_a_whole_number(tmp_path, monkeypatch):
+    ticks = []
+
+    def drawn(figure, *args, **options):
+        ticks.extend(tick for axes in figure.axes for tick in axes.get_xticks())
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawn)
+    draw_curves(tmp_path / "curves.png", [{"epoch": 0, "stage": 1, "loss_a": 1.0, "clusters_visible": 1}])
+    assert ticks and all(tick == int(tick) for tick in ticks)
+
+
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 1000))
 def test_matches_are_ordered_along_the_diagonal(infrared, visible, seed):
     similarity = np.random.default_rng(seed).normal(size=(infrared, visible))

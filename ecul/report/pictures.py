@@ -243,7 +243,7 @@ def draw_curves(path: str | Path, history: Sequence[dict]) -> None:
                 shown += values
             axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
             axes.set(xlabel="epoch", ylabel=unit)
-            axes.locator_params(axis="x", integer=True, nbins=8)
+            axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
             if unit in ("number", "images"):
                 axes.locator_params(axis="y", integer=True)
             axes.spines[["top", "right"]].set_visible(False)
@@ -276,7 +276,7 @@ def draw_overlaid(path: str | Path, panels: Sequence[tuple[str, Sequence[tuple[s
                 axes.plot(epochs, mean, linestyle=("-", "--", ":")[number // 10 % 3], label=name, **line)
                 axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
             axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
-            axes.locator_params(axis="x", integer=True, nbins=8)
+            axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
         handles, names = max(
