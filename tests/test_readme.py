@@ -192,3 +192,18 @@ except ImportError as e:
         "[0, 0, 0, 0, 0]",
         "pictures need matplotlib: pip install 'ecul[plots]'",
     ]
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="set up by scripts/setup")
+@pytest.mark.parametrize("name", ["ablation", "benchmark", "growth", "gpu-proof", "rehearse", "reproduce"])
+def test_scripts_run_in_the_environment_that_setup_made(name, tmp_path):
+    """Whatever python3 is on the path: the first line finds it, from any folder."""
+    fake = tmp_path / "python3"
+    fake.write_text("#!/bin/sh\nexit 3\n")
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    script = ROOT / "scripts" / name
+    done = subprocess.run(
+        [script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {name}"), done.stderr
