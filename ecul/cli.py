@@ -29,8 +29,8 @@ UNKNOWN = "share of unknown people that may be taken for somebody (default: 0.1)
 FLAG: dict[str, Any] = {"action": "store_true"}
 RERANK: dict[str, Any] = {
     "nargs": "?", "const": "k-reciprocal", "choices": ("k-reciprocal", "modality"),
-    "help": "order answers by the neighbourhoods of queries and gallery together: k-reciprocal ones "
-    "(default), or those that count both modalities alike",
+    "help": "(after the other arguments) order answers by the neighbourhoods of queries and gallery "
+    "together: k-reciprocal ones (default), or those that count both modalities alike",
 }  # fmt: skip
 PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
@@ -109,12 +109,13 @@ def train(args: argparse.Namespace) -> None:
     FORMAT, arg("--json", dest="format", action="store_const", const="json", help="--format json"),
 )  # fmt: skip
 def evaluate(args: argparse.Namespace) -> None:
+    from ecul.common.pretrained import weights_file
     from ecul.evaluation.protocols import average
-    from ecul.run.saved import find_trials, trained_trial
+    from ecul.run.saved import find_run, find_trials, trained_trial
 
     paths = [path for given in args.model for path in find_trials(given)]
     trials = args.trials_of or [dict(args.option).get("trial")] * len(paths)
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len({weights_file(path).resolve() for path in paths}) < len(paths):
         raise ValueError(f"--model names a model twice: {shorten(map(str, paths))}")
     if len(trials) != len(paths):
         raise ValueError(f"--trials-of names {len(trials)} trials for {len(paths)} models: one for each")
@@ -123,7 +124,10 @@ def evaluate(args: argparse.Namespace) -> None:
     found = []
     for path, trial in zip(paths, trials, strict=True):
         model = _model(str(path), args)
-        dataset = ecul.open_dataset(args.dataset, args.root, **_options(args, trial=trial))
+        known = _options(args, find_run(path), trial)
+        if "validation" not in dict(args.option):  # whatever was held out, the test people are wanted
+            known.pop("validation", None)
+        dataset = ecul.open_dataset(args.dataset, args.root, **known)
         found.append(ecul.evaluate(model, dataset, **options))
         if len(paths) > 1:
             log.info("%s\n%s", path, found[-1].table())

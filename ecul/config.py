@@ -50,8 +50,9 @@ DATASETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# What earlier versions did that had not these fields: settings that lack no others are of a run of theirs.
+# What earlier versions did that had not these fields: saved settings that lack them are of a run of theirs.
 FORMER = {"matching": "bilateral", "exchanged_stem": "visible", "backbone": None, "stem_stride": 2}
+FORMER |= {"compile": False, "checkpointing": False, "keep": "last"}
 
 
 class Rule(NamedTuple):
@@ -227,13 +228,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The configuration with these fields; a name that is no field is an error with the nearest one.
-
-        All of the fields but newer ones are what an earlier version saved: the newer ones are as it worked.
-        """
+        """The configuration with these fields; a name that is no field is an error with the nearest one."""
         names = [f.name for f in dataclasses.fields(cls)]
-        if set(names) - set(values) <= set(FORMER):
-            values = FORMER | values
         for name in values:
             if name not in names:
                 hint = did_you_mean(name, names)
@@ -251,6 +247,8 @@ class Config:
 
 def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     """The fields that a file gives: a run's `config.json`, without what it says of the model, or TOML.
+
+    All of the fields but newer ones are what an earlier version saved: the newer ones are as it worked.
 
     Errors: FileNotFoundError; ValueError for a file that cannot be read as such, or on Python 3.10 for TOML.
     """
@@ -271,4 +269,6 @@ def read_fields(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as JSON or, if it ends in .toml, as TOML: {e}") from e
     if not isinstance(fields, dict):
         raise ValueError(f"{path} should hold fields of Config by name, not {type(fields).__name__}")
-    return {name: value for name, value in fields.items() if name != "model"}
+    fields = {name: value for name, value in fields.items() if name != "model"}
+    lacking = {f.name for f in dataclasses.fields(Config)} - set(fields)
+    return FORMER | fields if lacking <= set(FORMER) else fields

@@ -97,8 +97,8 @@ def assign_labels(
     """Cluster each modality and, in stage 2, their union; match clusters across modalities.
 
     features: (N, D) unit rows; exchanged: (W, num_visible, D), more views of the visible images to match by.
-    All processes call with the same bits; they share the clustering, and process 0's matches count, as a
-    product in floating point may differ between processors.
+    All processes call with the same bits; they share the clustering, and process 0's selection and matches
+    count, as a product in floating point may differ between processors.
     """
     border = images.num_visible
     parts = zip(features.tensor_split([border]), images.cameras.tensor_split([border]), strict=True)
@@ -111,7 +111,7 @@ def assign_labels(
             joint = selected = cluster(*everyone, config, "_joint", together=True)
         if joint is not None and config.k_select is not None:
             (v, r), (y_v, y_r) = features.tensor_split([border]), joint.tensor_split([border])
-            selected = torch.cat(select_instances(v, r, y_v, y_r, config.k_select))
+            selected = distributed.broadcast(torch.cat(select_instances(v, r, y_v, y_r, config.k_select)))
         if config.pairs == "matched":
             visible, infrared = labels.centers
             if exchanged is not None:

@@ -22,7 +22,7 @@ from ecul.common.records import Schema, read_json
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.data.images import check_modality
-from ecul.features import extract
+from ecul.features import extract, require_model
 from ecul.labels import cluster
 from ecul.trainset import count_trained_on
 
@@ -131,6 +131,7 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
 
     model: what `extract` takes. Errors: those of `extract`.
     """
+    require_model(model)
     held_out = dataset.test_visible is not None and dataset.test_infrared is not None
     images = {m: getattr(dataset, f"test_{m}" if held_out else m) for m in MODALITIES}
     features = {}

@@ -63,6 +63,7 @@ class State:
     history: list = field(default_factory=list)
     labels: torch.Tensor | None = None  # of the last epoch, (N,), for the stability score
     best: dict | None = None  # weights of the best score so far, when these are kept
+    best_epoch: int | None = None  # the epochs behind them
     kept: int | None = None  # the epochs behind the weights, once the best were put back
 
 
@@ -99,11 +100,10 @@ def train(
     Source: ECUL and MBCCM.
     """
     config = config or Config()
-    hook = as_hook(on_epoch)
+    hook, place = as_hook(on_epoch), distributed.start(device)
     _check(dataset, config)
     if validate:
         check_validation(dataset, validate)
-    place = distributed.start(device)
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     with run_directory(output, hold=distributed.rank() == 0) as directory:
         goes_on = directory is not None and holds_run(directory)
@@ -293,10 +293,12 @@ def _score_labels(
 
 def _keep_best(state: State, row: dict, config: Config) -> None:
     """Remember the weights that this epoch started from, when their score is the best and it is wanted."""
-    first, done = _first_rated(config), len(state.history)
-    best = max((r["score"] for r in state.history[first:]), default=-math.inf)
-    if config.keep == "score" and done >= first and row["score"] > best:
+    done, known = len(state.history), state.best_epoch or 0
+    if config.keep != "score" or done < _first_rated(config):
+        return
+    if known < _first_rated(config) or row["score"] > state.history[known]["score"]:
         state.best = {k: v.clone() for k, v in state.model.state_dict().items()}
+        state.best_epoch = done
 
 
 def _first_rated(config: Config) -> int:
@@ -354,12 +356,13 @@ def _put_best_back(state: State, images: TrainImages, config: Config) -> None:
     row = _score_labels(features, labels, state.labels, images)
     state.labels = labels.own
     _keep_best(state, row, config)
-    first = min(_first_rated(config), len(state.history))  # of a run that was stopped before, its last
-    scores = [r["score"] for r in (*state.history[first:], row)]  # of the weights after first, ... epochs
-    state.kept = first + scores.index(max(scores))
+    kept, done = state.best_epoch or 0, len(state.history)
+    if kept < _first_rated(config):  # stopped before any could be the best: the last
+        state.best, kept = None, done
+    state.kept = kept
     if distributed.rank() == 0:
-        kept = (state.kept, len(state.history), max(scores))
-        log.info("the weights after %d of %d epochs are kept: score %.3f", *kept)
+        score = [*state.history, row][kept]["score"]
+        log.info("the weights after %d of %d epochs are kept: score %.3f", kept, done, score)
     if state.best is not None:
         state.model.load_state_dict(state.best)
 
@@ -368,9 +371,10 @@ def _check(dataset: Dataset, config: Config) -> None:
     for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    found = dataset.check()
+    first = distributed.rank() == 0
+    found = dataset.check(progress=first)
     if found.unreadable:  # then all of them are named at once
-        found = dataset.check(decode=True)
+        found = dataset.check(decode=True, progress=first)
     if not found.ok:
         raise ValueError(f"the data set is not what it should be:\n{found}")
     for warning in found.warnings:

@@ -102,10 +102,12 @@ class Settings:
     def __str__(self) -> str:
         told = [f"{name}\n{found.table()}" for name, found in self.tunings.items()]
         chosen = " ".join(f"--set {name}={value}" for name, value in self.fields.items())
+        told.append(f"the best scores: {chosen}")
         told.append(
-            "of the mean of visible and infrared, which share k1 and eps, and of the joint clustering"
+            "(k1 and eps by the mean of visible and infrared, which share them; k1_joint and eps_joint by "
+            "the joint clustering)"
         )
-        return "\n".join([*told, f"the best scores: {chosen}"])
+        return "\n".join(told)
 
 
 def tune_config(model: Any, dataset: Dataset, config: Config, eps: Sequence[float] = EPS) -> Settings:

@@ -15,6 +15,7 @@ from ecul import Config, Dataset, TwoStreamResNet, train
 from ecul.optim import build_model, build_optimizer
 from ecul.report import report
 from ecul.run.checkpoint import load_run, read_about, read_log
+from ecul.run.saved import find_run
 from ecul.training import State
 from ecul.trainset import dataset_fingerprint
 
@@ -133,7 +134,7 @@ def test_damaged_metadata_of_a_run_are_named(run, name, value, message):
 def test_weights_are_kept_at_the_end_alone(run):
     def change(_, metadata):
         metadata.pop("history")
-        metadata.update(epoch="1", kept="1")
+        metadata.update(epoch="1", kept="1", best="1")
 
     rewrite(run / "resume.safetensors", change)
     with pytest.raises(ValueError, match="has ended with the weights of its best score"):
@@ -159,8 +160,8 @@ DAMAGE = [  # where in resume.json, what is written there, and how the error goe
     (["history"], {}, "'history': expected a list"),
     (["history"], None, "'history': expected a list"),
     (["config"], [], "'config': expected dict"),
-    (["config", "depth"], {"a": 1}, "its config is none (depth must be one of"),
-    (["config", "deptj"], 10, "its config is none (Config has no field 'deptj'"),
+    (["config", "depth"], {"a": 1}, "its config is none of this version (depth must be one of"),
+    (["config", "deptj"], 10, "its config is none of this version (Config has no field 'deptj'"),
     (["dataset"], "sysu", "'dataset': expected an object"),
     (["dataset", "dataset"], 3, "'dataset': 'dataset': expected str"),
     (["dataset", "visible_images"], -3, "'visible_images': expected a whole number"),
@@ -220,16 +221,17 @@ def as_saved_before(run, **fields):
 @pytest.mark.parametrize("method", ["mbccm", "united"])
 def test_a_run_of_an_earlier_version_goes_on_as_that_one_worked(run, method):
     former = as_saved_before(run, method=method, matching="bilateral", weight_consistency=0.5)
-    config = Config.from_dict(former)
+    config = read_about(run)["config"]
+    assert Config.from_dict(former).exchanged_stem == "infrared"  # but a run's, fields have today's defaults
     assert config.exchanged_stem == "visible" and config == CONFIG.replace(**former, exchanged_stem="visible")
     assert resume(run, config).history and read_about(run)["config"] == config
     with pytest.raises(ValueError, match="cannot be continued with other.*exchanged_stem: 'visible'"):
         resume(run, config.replace(exchanged_stem="infrared"))
-    assert Config.from_dict({"method": method}).exchanged_stem == "infrared"  # no run's settings
 
 
 def test_the_former_tsmem_is_not_continued_as_the_one_of_now(run):
-    config = Config.from_dict(as_saved_before(run, update_rule="tsmem"))
+    as_saved_before(run, update_rule="tsmem")
+    config = read_about(run)["config"]
     assert resume(run, config).history  # nothing is left to do
     with pytest.raises(ValueError, match="earlier version, whose TSMem .* train it anew"):
         resume(run, config.replace(epochs_cross=config.epochs_cross + 1))
@@ -282,3 +284,38 @@ def test_a_new_run_writes_over_no_run_and_no_model(run, tmp_path):
     build_model(CONFIG, torch.device("cpu")).save_pretrained(tmp_path / "imported")
     with pytest.raises(ValueError, match="holds a model that no run wrote"):
         train(DATASET, CONFIG, output=tmp_path / "imported")
+
+
+def test_a_run_that_was_lengthened_keeps_no_weights_of_its_first_stage_as_the_best_of_the_second(tmp_path):
+    """Where the best is one of stage 1, and a second stage is added that ends before any of its is rated."""
+    config = CONFIG.replace(epochs_intra=2, epochs_cross=0)
+
+    def interrupt(row):
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(DATASET, config, output=tmp_path, on_epoch=interrupt)
+    longer = config.replace(epochs_cross=2)
+    assert resume(tmp_path, longer).best_epoch == 1  # of what were its epochs then
+    after = []
+
+    def stop(row, model):
+        after.append({name: value.clone() for name, value in model.state_dict().items()})
+        raise StopIteration
+
+    run = train(DATASET, longer, output=tmp_path, resume=True, on_epoch=stop)
+    assert len(run.history) == 3
+    with safe_open(tmp_path / "model.safetensors", "pt") as f:
+        assert f.metadata()["epoch"] == "3"
+    assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in after[0].items())
+
+
+def test_a_run_is_found_without_its_log_and_keeps_its_pixels_where_they_are(run):
+    (run / "log.jsonl").unlink()
+    about = json.loads((run / "resume.json").read_text())
+    (run / "resume.json").write_text(json.dumps({**about, "options": {"pack": False, "subset": True}}))
+    found = find_run(run / "model.safetensors")
+    assert found.config == CONFIG and found.options == {"pack": False, "subset": True}
+    (run / "resume.json").write_text(json.dumps({**about, "options": {"pack": "/elsewhere"}}))
+    assert find_run(run).options == {}

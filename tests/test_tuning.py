@@ -62,7 +62,7 @@ def test_from_the_shell_with_a_picture(world, tmp_path, capsys):
     command = ["tune", "sysu", world, "--model", str(tmp_path), "--preset", "demo"]
     assert main([*command, "-o", str(tmp_path / "tune.png")]) == 0
     text = capsys.readouterr().out
-    assert "of the mean of visible and infrared" in text
+    assert "by the mean of visible and infrared" in text
     assert "the best scores: --set k1=" in text and text.count("<- the best score") == 3
     assert np.asarray(Image.open(tmp_path / "tune.png")).std() > 5
     assert main([*command, "--json"]) == 0

@@ -90,9 +90,9 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
 
     Counts are compared with those of `synthetic.json` where it lies in the root, else with the published
     ones, the data set's own before those of the one whose protocol it borrows; others are an error unless the
-    data set was opened with subset=True. Missing and empty files, a file listed twice or in two splits, by
-    its name or by links, are errors, unexpected files a warning. decode=True also decodes every image to its
-    end and compares packs with their hash, which takes minutes.
+    data set was opened with subset=True. Missing and empty files, a file listed twice by its name, or in two
+    splits by its name or by links, are errors, unexpected files a warning. decode=True also decodes every
+    image to its end and compares packs with their hash, which takes minutes.
     """
     splits, extra = dataset.splits(), list(dataset.extra)
     result = CheckResult(dataset.name, "no published counts to compare with", {}, {}, extra=extra)

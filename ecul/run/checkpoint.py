@@ -25,7 +25,7 @@ from ecul.common.names import clipped, shorten
 from ecul.common.pretrained import Pretrained
 from ecul.common.records import COUNT, Schema, parse_json, read_json, whole_number
 from ecul.common.weights import load_weights, read_tensors, require_fit, write_tensors
-from ecul.config import Config
+from ecul.config import FORMER, Config
 
 ROW: Schema = {"epoch": COUNT, "stage": {1, 2}, "score": float, "skipped?": bool, ...: float}
 ABOUT: Schema = {
@@ -127,6 +127,7 @@ def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Ma
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
     metadata = {"epoch": len(history), "kept": state.kept or 0, "history": _checksum(history)}
+    metadata |= {"best": state.best_epoch or 0}
     write_tensors(output / "resume.safetensors", tensors, metadata)
 
 
@@ -138,7 +139,7 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     """
     about, file = read_about(output), output / "resume.safetensors"
     tensors, metadata = read_tensors(file)
-    history, kept = _continued(about["history"], metadata, file)
+    history, kept, best_epoch = _continued(about["history"], metadata, file)
     epoch, before = len(history), about["config"]
     now, then = {**config.to_dict(), **data}, {**before.to_dict(), **about["dataset"]}
     past = [{**_past(c, epoch), **d} for c, d in ((before, about["dataset"]), (config, data))]
@@ -163,14 +164,15 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     part = {
         kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in kinds
     }
-    labels, best = _labels(part["labels."], data, file), part["best."] or None
+    labels, best = _labels(part["labels."], data, file), part["best."] if best_epoch else None
     for weights in filter(None, (part["model."], best)):
         require_fit(state.model.state_dict(), weights, file)
     moments = _moments(part["optimizer."], state.optimizer, file)
     load_weights(state.model, part["model."], file)
     if "trained_on" in part["images."]:
         state.model.trained_on = part["images."]["trained_on"].numpy().view(np.uint64)
-    state.labels, state.best, state.history, state.kept = labels, best, history, kept
+    state.labels, state.history, state.kept = labels, history, kept
+    state.best, state.best_epoch = best, best_epoch
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
 
 
@@ -191,9 +193,9 @@ def read_about(output: Path) -> dict[str, Any]:
     file = output / "resume.json"
     about = read_json(file, ABOUT)
     try:
-        config = Config.from_dict(about["config"])
+        config = Config.from_dict(FORMER | about["config"])
     except (ValueError, TypeError) as e:
-        raise ValueError(f"{file} is damaged: its config is none ({clipped(e)})") from e
+        raise ValueError(f"{file} is damaged: its config is none of this version ({clipped(e)})") from e
     _require_sequence(about["history"], file)
     return {"root": None, "options": {}, **about, "config": config, "fields": about["config"]}
 
@@ -219,22 +221,27 @@ def _checksum(history: list[dict]) -> str:
     return hashlib.blake2b(json.dumps(history, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _continued(history: list[dict], metadata: Mapping[str, str], file: Path) -> tuple[list[dict], int | None]:
-    """The rows up to the epoch of resume.safetensors, and the epochs behind the weights that were kept."""
-    epoch, kept = (
-        whole_number(metadata.get(name, 0), f"{file} is damaged: its {name}") for name in ("epoch", "kept")
+def _continued(
+    history: list[dict], metadata: Mapping[str, str], file: Path
+) -> tuple[list[dict], int | None, int | None]:
+    """The rows up to the epoch of resume.safetensors, and the epochs behind the weights that were kept, and
+    behind the best so far."""
+    epoch, kept, best = (
+        whole_number(metadata.get(name, 0), f"{file} is damaged: its {name}")
+        for name in ("epoch", "kept", "best")
     )
     if "epoch" not in metadata or epoch > len(history):
         told = f"epoch {epoch}" if "epoch" in metadata else "no epoch"
         raise ValueError(f"{file} is damaged: it tells of {told}, resume.json of {len(history)} epochs")
-    if kept > epoch:
-        raise ValueError(f"{file} is damaged: weights of epoch {kept} cannot be kept after epoch {epoch}")
+    if max(kept, best) > epoch:
+        told = f"weights of epoch {max(kept, best)} cannot be kept after epoch {epoch}"
+        raise ValueError(f"{file} is damaged: {told}")
     history = history[:epoch]
     if metadata.get("history", _checksum(history)) != _checksum(history):
         raise ValueError(
             f"{file.with_name('resume.json')} is damaged: its history is not that of {file.name}"
         )
-    return history, kept or None
+    return history, kept or None, best or None
 
 
 def _labels(tensors: Mapping[str, torch.Tensor], data: Mapping, file: Path) -> torch.Tensor | None:

@@ -26,8 +26,9 @@ class SavedRun:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of the data set, but for `pack`: where to write is never a run's to say."""
-        return {name: value for name, value in self.dataset["options"].items() if name != "pack"}
+        """Those of the data set, but for a place of `pack`: where to write is never a run's to say."""
+        options = self.dataset["options"]
+        return {name: value for name, value in options.items() if name != "pack" or value is False}
 
     def options_of(self, dataset: str) -> dict[str, Any]:
         """`options` for a data set of this name; none where the run was trained on one of another."""
@@ -67,15 +68,22 @@ def read_run(directory: str | Path) -> SavedRun:
         about, history = read_about(directory), read_log(directory)
     except OSError as e:
         raise ValueError(f"{directory} is no run directory ({e})") from e
+    return _saved(directory, about, history)
+
+
+def _saved(directory: Path, about: dict, history: list[dict]) -> SavedRun:
     dataset = {"root": about["root"], "options": about["options"], **about["dataset"]}
     return SavedRun(directory, about["config"], history, dataset)
 
 
 def find_run(path: str | Path) -> SavedRun | None:
     """The run of a run directory, or of the weights in one; None where there is none, as of a model that was
-    imported."""
+    imported. It needs no log."""
     directory = weights_file(path).parent
-    return read_run(directory) if (directory / "resume.json").is_file() else None
+    if not (directory / "resume.json").is_file():
+        return None
+    about = read_about(directory)
+    return _saved(directory, about, about["history"])
 
 
 def trial_directory(output: str | Path, trial: int | None) -> Path:
