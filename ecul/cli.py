@@ -119,12 +119,13 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"--model names a model twice: {shorten(map(str, paths))}")
     if len(trials) != len(paths):
         raise ValueError(f"--trials-of names {len(trials)} trials for {len(paths)} models: one for each")
-    trials = [trained_trial(path, args.dataset, t) for path, t in zip(paths, trials, strict=True)]
+    runs = [find_run(path) for path in paths]
+    trials = [trained_trial(run, args.dataset, t) for run, t in zip(runs, trials, strict=True)]
     options = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
     found = []
-    for path, trial in zip(paths, trials, strict=True):
+    for path, run, trial in zip(paths, runs, trials, strict=True):
         model = _model(str(path), args)
-        known = _options(args, find_run(path), trial)
+        known = _options(args, run, trial)
         if "validation" not in dict(args.option):  # whatever was held out, the test people are wanted
             known.pop("validation", None)
         dataset = ecul.open_dataset(args.dataset, args.root, **known)
@@ -266,12 +267,14 @@ def export(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def tune(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_tuning, prepare_picture
+    from ecul.run.saved import find_run
     from ecul.tuning import tune_config
 
     if args.output:
         prepare_picture(args.output)
-    dataset, model = _opened(args), _model(args.model, args)
-    found = tune_config(model, dataset, _config(args, dataset))
+    run = find_run(args.model)
+    dataset, model = _opened(args, run), _model(args.model, args)
+    found = tune_config(model, dataset, _config(args, run, dataset))
     if args.output:
         draw_tuning(args.output, {name: part.rows for name, part in found.tunings.items()})
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
@@ -285,10 +288,12 @@ def tune(args: argparse.Namespace) -> None:
     arg("--unknown", type=float, default=0.1, help="share of unknown people taken for somebody"),
 )  # fmt: skip
 def threshold(args: argparse.Namespace) -> None:
+    from ecul.run.saved import find_run
     from ecul.threshold import measure_threshold
 
-    dataset = _opened(args)
-    found = measure_threshold(_model(args.model, args), dataset, _config(args, dataset))
+    run = find_run(args.model)
+    dataset = _opened(args, run)
+    found = measure_threshold(_model(args.model, args), dataset, _config(args, run, dataset))
     print(f"{found.table(args.unknown)}\nkept in {found.save(args.model)}")
 
 
@@ -354,12 +359,12 @@ def _options(args: argparse.Namespace, run: Any = None, trial: int | None = None
     return {**trained, **dict(args.option), **({} if trial is None else {"trial": trial})}
 
 
-def _opened(args: argparse.Namespace) -> Any:
+def _opened(args: argparse.Namespace, run: Any) -> Any:
     """The data set, with the options and in the trial that the model was trained on where its run knows."""
-    from ecul.run.saved import find_run, trained_trial
+    from ecul.run.saved import trained_trial
 
-    trial = trained_trial(Path(args.model), args.dataset, dict(args.option).get("trial"))
-    return ecul.open_dataset(args.dataset, args.root, **_options(args, find_run(args.model), trial))
+    trial = trained_trial(run, args.dataset, dict(args.option).get("trial"))
+    return ecul.open_dataset(args.dataset, args.root, **_options(args, run, trial))
 
 
 def _model(path: str, args: argparse.Namespace) -> Any:
@@ -369,11 +374,8 @@ def _model(path: str, args: argparse.Namespace) -> Any:
     return load_model(path).to(choose_device(args.device))
 
 
-def _config(args: argparse.Namespace, dataset: Any) -> Config:
+def _config(args: argparse.Namespace, run: Any, dataset: Any) -> Config:
     """The settings that are named, else those of the model's run, else those of the data set."""
-    from ecul.run.saved import find_run
-
-    run = find_run(args.model)
     if args.preset is None and run is not None:
         return run.config
     return Config.preset(args.preset or dataset.protocol or "sysu")

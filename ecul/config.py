@@ -205,10 +205,15 @@ class Config:
                 )
         if self.pairs == "joint" and self.weight_joint == 0:
             raise ValueError('pairs="joint" draws from joint clusters: set weight_joint above 0')
-        if self.pairs == "joint" and max(self.weight_agnostic, self.weight_consistency) > 0:
+        if self.pairs == "joint" and self.reads_matches:
             raise ValueError(
                 'pairs="joint" has no matched pairs: set weight_agnostic and weight_consistency to 0'
             )
+
+    @property
+    def reads_matches(self) -> bool:
+        """Whether a loss of stage 2 reads which clusters were matched: agnostic contrast, or consistency."""
+        return max(self.weight_agnostic, self.weight_consistency) > 0
 
     @property
     def epochs(self) -> int:

@@ -134,7 +134,7 @@ def make_terms(
         if config.weight_instance > 0:
             selected = joint if labels.selected is None else labels.selected
             contrasts.append(instance_term("joint", weight, selected))
-    if labels.match is None or max(config.weight_agnostic, config.weight_consistency) == 0:
+    if labels.match is None or not config.reads_matches:
         return [*contrasts]
     agnostic = [
         _agnostic(term, config.weight_agnostic, labels.across(m) if labels.mutual else None)

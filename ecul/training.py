@@ -200,9 +200,8 @@ def extract_exchanged(
     None where that stem does not learn to see them, or nothing is matched by them: in stage 1, or where no
     loss reads the matches.
     """
-    matched = config.pairs == "matched" and config.matching == "mutual"
-    read = max(config.weight_agnostic, config.weight_consistency) > 0
-    if stage == 1 or not (matched and read and config.exchanged_stem == "infrared"):
+    matched = config.pairs == "matched" and config.matching == "mutual" and config.reads_matches
+    if stage == 1 or not (matched and config.exchanged_stem == "infrared"):
         return None
     channels = images.pixels[0].split(1, dim=1)
     views = [channel.expand(-1, 3, -1, -1) for channel in channels]

@@ -99,16 +99,17 @@ def find_trials(path: str | Path) -> list[Path]:
     return [path] if (path / "model.safetensors").exists() or not found else found
 
 
-def trained_trial(path: Path, dataset: str, trial: int | None) -> int | None:
-    """The trial of `dataset` to evaluate the model at `path` on: the one that its run knows, else this one.
+def trained_trial(run: SavedRun | None, dataset: str, trial: int | None) -> int | None:
+    """The trial of `dataset` to evaluate a model on: the one that its run (`find_run`) knows, else this one.
 
     Errors: ValueError for another one than the run knows: some of its test people were trained on.
     """
-    run = find_run(path)
     trained = None if run is None else run.options_of(dataset).get("trial")
-    if trained is None or trial in (None, trained):
-        return trial if trained is None else trained
-    raise ValueError(
-        f"{path} was trained on trial {trained}, which holds test people of trial {trial}; leave the trial "
-        "away, or give the model of that trial"
-    )
+    if run is None or trained is None:
+        return trial
+    if trial not in (None, trained):
+        raise ValueError(
+            f"{run.directory} was trained on trial {trained}, which holds test people of trial {trial}; "
+            "leave the trial away, or give the model of that trial"
+        )
+    return trained
