@@ -89,12 +89,14 @@ def _member_weights(cameras: torch.Tensor, modalities: torch.Tensor, k2: int) ->
 
     A member counts 1 / (modalities present * cameras of its modality present * members of its camera).
     """
-    places = torch.arange(cameras.shape[1], device=cameras.device)
-    earlier = places[:, None] > places
-    alike = modalities[:, :, None] == modalities[:, None, :]
-    same = alike & (cameras[:, :, None] == cameras[:, None, :])
-    place = (same & earlier).sum(2)  # within the camera
-    cameras_present = (alike & (place == 0)[:, None, :]).sum(2)  # each by its nearest
-    modalities_present = (~(alike & earlier).any(2)).sum(1, keepdim=True)
-    members = same.sum(2).clamp(max=k2)
-    return (place < k2) / (modalities_present * cameras_present * members).double()
+    codes, order = (2 * cameras + modalities).sort(dim=1, stable=True)  # a run of equals for each camera
+    first = codes.diff(dim=1, prepend=codes[:, :1] - 1) != 0
+    run = first.cumsum(1) - 1
+    members = torch.zeros_like(codes).scatter_add_(1, run, torch.ones_like(codes)).gather(1, run)
+    places = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
+    place = places - torch.where(first, places, 0).cummax(1).values  # within the camera
+    infrared = codes % 2
+    cameras_of = torch.stack([(first & (infrared == code)).sum(1) for code in (0, 1)], 1)
+    shares = (cameras_of > 0).sum(1, keepdim=True) * cameras_of.gather(1, infrared) * members.clamp(max=k2)
+    weights = (place < k2) / shares.double()
+    return torch.empty_like(weights).scatter_(1, order, weights)

@@ -3,6 +3,11 @@
 The steps and their bounds are those of `_shortlist`, with strips of rows and columns in place of tiles. Where
 the processor multiplies bfloat16, products come rounded to it, by a 256th at most: the bounds allow for that,
 and rows whose neighbours bfloat16 cannot tell apart are looked at again in float32.
+
+Hardly a product is made twice. Those with a part of the columns give the first bounds, and are listed at
+once; where y is x they go into the lists of both, once the rows of that part have their bounds. Looking at a
+product costs as much as making it from a few features, so they are looked at in company: the largest of a
+GROUP of columns is compared with the row's bound, or with the least of the columns' where that is smaller.
 """
 
 import math
@@ -11,7 +16,9 @@ import torch
 
 from ._shortlist import Shortlist, bounds, closest, largest_error, power_of_two, random_order
 
-ROWS, COLUMNS = 512, 16384  # of x and of y at a time
+PRODUCTS = 2**22  # held at a time
+ROWS, GROUP = 512, 16  # of x at a time; columns that are looked at together
+EVEN = 128  # maxima are slow to find for a number of rows that is not a multiple of this
 ROOM = 256  # columns that a list holds at least
 PART = 4  # the first bound comes from one column in so many
 BRAIN = any(
@@ -44,79 +51,141 @@ def _shortlist(
     dtype: torch.dtype,
 ) -> Shortlist:
     """`itself`, where given, names the row of y to leave out for each row of x."""
-    (M, D), N, coarse = x.shape, y.shape[0], COARSE[dtype]
-    y_rounded, *y_norms = round_rows(y, dtype)
-    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, dtype)
-    margin = largest_error(x_norms, y_norms, D, 2.0**-23)
-    least = _bounds(x_rounded, y_rounded, k, itself, margin, coarse).to(dtype)
-
-    room = min(N, max(ROOM, 4 * PART * k))
-    lists, scores = torch.empty((M, room), dtype=torch.int32), torch.empty((M, room), dtype=dtype)
-    counts = torch.zeros(M, dtype=torch.int64)
-    found = []
-    for start in range(0, M, ROWS):
-        rows = slice(start, min(start + ROWS, M))
-        for first in range(start if symmetric else 0, N, COLUMNS):  # those before had this row among theirs
-            columns = slice(first, min(first + COLUMNS, N))
-            products = x_rounded[rows] @ y_rounded[columns].T
-            if itself is not None:
-                _leave_out(products, itself[rows] - first, torch.nan)  # which no comparison finds
-            near = products >= least[rows, None]
-            _append(products, near, lists[rows], scores[rows], counts[rows], first)
-            if symmetric and columns.stop > rows.stop:
-                beyond = slice(max(rows.stop, first), columns.stop)
-                across = products[:, beyond.start - first :].T
-                near = (across >= least[beyond, None]).contiguous()
-                _append(across, near, lists[beyond], scores[beyond], counts[beyond], start)
-        found.append(closest(lists[rows], scores[rows].float(), counts[rows], k, margin[rows], coarse))
-    shortest, overflowed = zip(*found, strict=True)
-    return torch.cat(shortest), torch.cat(overflowed)
-
-
-def _leave_out(products: torch.Tensor, columns: torch.Tensor, value: float) -> None:
-    """Put the value in each row's column, where that is one of these."""
-    rows = ((columns >= 0) & (columns < products.shape[1])).nonzero()[:, 0]
-    products[rows, columns[rows]] = value
-
-
-def _append(
-    products: torch.Tensor,
-    near: torch.Tensor,
-    lists: torch.Tensor,
-    scores: torch.Tensor,
-    counts: torch.Tensor,
-    first: int,
-) -> None:
-    """Add the marked columns, which count from `first`, to the lists of their rows; full lists only count."""
-    row, column = near.nonzero().unbind(1)
-    found = row.bincount(minlength=len(counts))
-    slot = (counts - (found.cumsum(0) - found))[row] + torch.arange(len(row))
-    counts += found
-    fits = slot < lists.shape[1]
-    row, column, slot = row[fits], column[fits], slot[fits]
-    lists[row, slot] = (column + first).int()
-    scores[row, slot] = products[row, column]
-
-
-def _bounds(
-    x: torch.Tensor, y: torch.Tensor, k: int, itself: torch.Tensor | None, margin: torch.Tensor, coarse: float
-) -> torch.Tensor:
-    """The bound of each row from the products with a part of the columns, drawn at random."""
+    search = _Search(x, y, k, itself, symmetric, dtype)
     count = min(len(y), max(len(y) // PART, 2 * k))
-    chosen = random_order(len(y))[:count].long()
-    place = torch.full((len(y),), -1)
-    place[chosen] = torch.arange(count)
-    width = max(1, count // (8 * k))  # the k-th largest of the maxima of so many columns is a bound, too
-    part, least = y[chosen[: count // width * width]], []
-    for start in range(0, len(x), ROWS):
-        rows = slice(start, start + ROWS)
-        products = x[rows] @ part.T
-        if itself is not None:
-            _leave_out(products, place[itself[rows]], -torch.inf)
-        maxima = products.unflatten(1, (-1, width)).amax(2)
-        best = maxima.topk(min(k, maxima.shape[1])).values.float()
-        least.append(bounds(best, k, margin[rows], coarse))
-    return torch.cat(least)
+    part, rest = random_order(len(y)).long().split([count, len(y) - count])
+    if symmetric:
+        search.begin(part, part)
+        part = search.ascending(part)
+        search.begin(rest, part, mutual=True)
+        rest = search.ascending(rest)
+        search.go_on(rest, rest, mutual=True)
+    else:
+        rows = torch.arange(len(x))
+        search.begin(rows, part)
+        search.go_on(rows, rest)
+    return search.closest()
+
+
+class _Columns:
+    """Rows of y by their numbers, in whole groups: the first stands in for what the last group lacks."""
+
+    def __init__(self, y: torch.Tensor, names: torch.Tensor):
+        self.table = y[torch.cat([names, names[:1].expand(-len(names) % GROUP)])]
+        self.place = torch.full((len(y),), -1)
+        self.place[names] = torch.arange(len(names))
+
+
+class _Search:
+    """Of every row a bound, and a list of the columns that reach it; where a list is full, its count goes on.
+
+    Rows and columns go by the caller's numbers.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        k: int,
+        itself: torch.Tensor | None,
+        symmetric: bool,
+        dtype: torch.dtype,
+    ):
+        self.y, *y_norms = round_rows(y, dtype)
+        self.x, *x_norms = (self.y, *y_norms) if symmetric else round_rows(x, dtype)
+        self.margin = largest_error(x_norms, y_norms, y.shape[1], 2.0**-23)
+        self.k, self.itself = k, itself
+        room = min(len(y), max(ROOM, 4 * PART * k))
+        self.least = torch.empty(len(x), dtype=dtype)
+        self.columns = torch.empty((len(x), room), dtype=torch.int32)
+        self.scores = torch.empty((len(x), room), dtype=dtype)
+        self.counts = torch.zeros(len(x), dtype=torch.int64)
+
+    def begin(self, rows: torch.Tensor, part: torch.Tensor, mutual: bool = False) -> None:
+        """The bounds of these rows from a part of the columns, which are listed; mutual: the rows, too."""
+        columns, width = _Columns(self.y, part), max(1, len(part) // (8 * self.k))
+        for some in rows.split(max(1, PRODUCTS // len(part) // EVEN) * EVEN):
+            products = self._products(some, columns)
+            several = products[: len(part) // width * width].unflatten(0, (width, -1))
+            maxima = several.amax(0).T  # the k-th largest of the maxima of so many columns is a bound, too
+            best = maxima.topk(min(self.k, maxima.shape[1])).values.float()
+            least = bounds(best, self.k, self.margin[some], COARSE[self.least.dtype]).to(self.least.dtype)
+            self.least[some] = least.clamp_min(torch.finfo(least.dtype).min)
+            self._list(products, some, part, 0 if mutual else len(part))
+
+    def ascending(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows in ascending order of their bounds."""
+        return rows[self.least[rows].argsort(stable=True)]
+
+    def go_on(self, rows: torch.Tensor, rest: torch.Tensor, mutual: bool = False) -> None:
+        """List the rest of the columns; mutual: these are the rows, so one of (i, j) and (j, i) will do."""
+        columns, width = _Columns(self.y, rest), PRODUCTS // ROWS
+        for start in range(0, len(rows), ROWS):
+            some = rows[start : start + ROWS]
+            for first in range(start if mutual else 0, len(rest), width):
+                several = rest[first : first + width]
+                beyond = start + len(some) - first if mutual else len(several)
+                self._list(self._products(some, columns, first, width), some, several, beyond)
+
+    def closest(self) -> Shortlist:
+        """Of each list those columns that may be among the k best."""
+        found = []
+        for rows in torch.arange(len(self.counts)).split(ROWS):
+            lists = self.columns[rows], self.scores[rows].float(), self.counts[rows]
+            found.append(closest(*lists, self.k, self.margin[rows], COARSE[self.least.dtype]))
+        shortest, overflowed = zip(*found, strict=True)
+        return torch.cat(shortest), torch.cat(overflowed)
+
+    def _products(
+        self, rows: torch.Tensor, columns: "_Columns", first: int = 0, count: int | None = None
+    ) -> torch.Tensor:
+        """Of some columns, from the first on, with these rows: (columns, rows)."""
+        table = columns.table[first:][:count]
+        products = table @ self.x[rows].T
+        if self.itself is not None:
+            _leave_out(products, columns.place[self.itself[rows]] - first)
+        return products
+
+    def _list(self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, beyond: int) -> None:
+        """List what reaches the bounds in the products with whole groups of columns.
+
+        From column `beyond` on, the rows go into the lists of the columns, too, whose bounds ascend.
+        """
+        least, mutual = self.least[rows], beyond < len(columns)
+        groups = products.unflatten(0, (len(products) // GROUP, GROUP))
+        reach = least.expand(len(groups), -1)
+        if mutual:
+            theirs = self.least[columns]
+            reach = torch.minimum(reach, theirs[::GROUP, None])
+        row, group = (groups.amax(1) >= reach).T.nonzero().unbind(1)
+        members = groups[group, :, row]
+        which, member = (members >= reach[group, row, None]).nonzero().unbind(1)
+        row, column, score = row[which], group[which] * GROUP + member, members[which, member]
+        own = (column < len(columns)) & (score >= least[row])
+        self._append(rows, row[own], columns[column[own]], score[own])
+        if mutual:
+            within = ((column >= beyond) & (column < len(columns))).nonzero()[:, 0]
+            within = within[score[within] >= theirs[column[within]]]
+            column, order = column[within].sort(stable=True)
+            self._append(columns, column, rows[row[within[order]]], score[within[order]])
+
+    def _append(
+        self, names: torch.Tensor, owner: torch.Tensor, entry: torch.Tensor, score: torch.Tensor
+    ) -> None:
+        """Add the entries to the lists of `names[owner]`; owners ascend."""
+        found = owner.bincount(minlength=len(names))
+        slot = (self.counts[names] - (found.cumsum(0) - found))[owner] + torch.arange(len(owner))
+        self.counts[names] += found
+        fits = slot < self.columns.shape[1]
+        place = names[owner[fits]], slot[fits]
+        self.columns[place] = entry[fits].int()
+        self.scores[place] = score[fits]
+
+
+def _leave_out(products: torch.Tensor, place: torch.Tensor) -> None:
+    """Put minus infinity where the row, the second index, meets the column at its place, if that is here."""
+    rows = ((place >= 0) & (place < len(products))).nonzero()[:, 0]
+    products[place[rows], rows] = -torch.inf
 
 
 def round_rows(matrix: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -107,7 +107,7 @@ def _require_finite(x: torch.Tensor | bool, y: torch.Tensor | bool) -> None:
             raise ValueError(f"{name} holds NaN or infinite features")
 
 
-STRIP = 2**20  # listed pairs whose products are held at a time
+STRIP = 2**21  # listed pairs whose products are held at a time
 
 
 def _search(

@@ -185,8 +185,9 @@ def test_no_rows_have_no_neighbours(device):
     + [
         pytest.param(module, name, size, 1100, marks=pytest.mark.host)
         for module, name, size in [
-            (_shortlist_cpu, "ROWS", 60),
-            (_shortlist_cpu, "COLUMNS", 70),
+            (_shortlist_cpu, "ROWS", 64),
+            (_shortlist_cpu, "PRODUCTS", 2**15),
+            (_shortlist_cpu, "EVEN", 16),
             (pairs, "STRIP", 60),
             (pairs, "BLOCK", 70),
         ]
