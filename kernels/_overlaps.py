@@ -22,7 +22,8 @@ Left = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (int64), columns 
 # share enough there, few more than are wanted, are measured.
 
 
-def _units(values: torch.Tensor) -> torch.Tensor:
+def in_units(values: torch.Tensor) -> torch.Tensor:
+    """Whole numbers of units, int32."""
     return torch.round(values * UNIT).to(torch.int32)
 
 
@@ -36,29 +37,34 @@ def share_of(least: int) -> int:
     return max(1, least // SHARE)
 
 
+def rarity(indices: torch.Tensor, size: int) -> torch.Tensor:
+    """The place of each column among all, rare ones first."""
+    rank = torch.empty(size, dtype=torch.int64, device=indices.device)
+    rank[indices.bincount(minlength=size).argsort(stable=True)] = torch.arange(size, device=indices.device)
+    return rank
+
+
 def rare_first(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, least: int
+    indptr: torch.Tensor, indices: torch.Tensor, units: torch.Tensor, rank: torch.Tensor, least: int
 ) -> tuple[torch.Tensor, torch.Tensor, Left]:
-    """Columns renumbered, rare ones first, and their units; of what is left the rows, columns and units.
+    """Columns renumbered by rank, ascending in a row, and their units; and what is left of the rows.
 
     Some rows at a time: sorting takes several times the room of what is sorted.
     """
-    size, device = len(indptr) - 1, indptr.device
-    rank = torch.empty(size, dtype=torch.int64, device=device)
-    rank[indices.bincount(minlength=size).argsort(stable=True)] = torch.arange(size, device=device)
-    cols, units = (torch.empty(len(indices), dtype=torch.int32, device=device) for _ in range(2))
-    tops = list(range(0, size, SORTED))
+    device, rows = indptr.device, len(indptr) - 1
+    cols, ordered = (torch.empty(len(indices), dtype=torch.int32, device=device) for _ in range(2))
+    tops = list(range(0, rows, SORTED))
     edges, left = [*indptr[tops].tolist(), len(indices)], []
     for top, start, stop in zip(tops, edges, edges[1:], strict=False):
         strip, offsets = slice(start, stop), indptr[top : top + SORTED + 1] - start
         row = torch.arange(len(offsets) - 1, device=device).repeat_interleave(offsets.diff())
-        keys, order = (row * size + rank[indices[strip]]).sort()
-        cols[strip], units[strip] = keys % size, _units(values[strip])[order]
-        sums = torch.cat([offsets.new_zeros(1), units[strip].cumsum(0, dtype=torch.int64)])
+        keys, order = (row * len(rank) + rank[indices[strip]]).sort()
+        cols[strip], ordered[strip] = keys % len(rank), units[strip][order]
+        sums = torch.cat([offsets.new_zeros(1), ordered[strip].cumsum(0, dtype=torch.int64)])
         kept = sums[offsets[1:]][row] - sums[:-1] > least - share_of(least)
-        left.append((row[kept] + top, cols[strip][kept], units[strip][kept]))
-    rows, columns, parts = (torch.cat(part) for part in zip(*left, strict=True))
-    return cols, units, (rows, columns, parts)
+        left.append((row[kept] + top, cols[strip][kept], ordered[strip][kept]))
+    found, columns, parts = (torch.cat(part) for part in zip(*left, strict=True))
+    return cols, ordered, (found, columns, parts)
 
 
 # The kernels. `place` puts the entries that are left of the rows into the order of their columns, rows
@@ -126,15 +132,15 @@ def _measure(pairs, overlaps, indptr, cols, units, room, STEPS: tl.constexpr, BL
 
 def pairs_on_device(
     indptr: torch.Tensor,
-    cols: torch.Tensor,
+    indices: torch.Tensor,
     units: torch.Tensor,
-    first: Left,
     least: int,
     turn: int,
     turns: int,
 ) -> torch.Tensor:
     """`pairs_on_host` in the kernels."""
     size, device = len(indptr) - 1, indptr.device
+    cols, units, first = rare_first(indptr, indices, units, rarity(indices, size), least)
     by_column = (first[1].long() * size + first[0]).argsort()
     place = torch.empty_like(by_column)
     place[by_column] = torch.arange(len(by_column), device=device)

@@ -7,40 +7,45 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from ._overlaps import UNIT, Left, share_of
+from ._overlaps import UNIT, rare_first, rarity, share_of
 from ._shortlist import largest_error, random_order
 from ._shortlist_cpu import COARSE, DTYPE, round_rows
 
 ROWS, PARTS = 256, 8  # so many rows are compared with one of so many parts at a time
 BUCKETS = 512  # sums in a sketch
 SKETCHED = 1  # a pair of sketches costs as much as so many products of two entries
+SAMPLE = 16  # one row of so many tells how often first entries meet
 PAIRS = 4096  # measured at a time
 Candidates = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]  # pairs (i, j) of a strip of rows i
 
 
 def pairs_on_host(
     indptr: torch.Tensor,
-    cols: torch.Tensor,
+    indices: torch.Tensor,
     units: torch.Tensor,
-    left: Left,
     least: int,
     turn: int,
     turns: int,
 ) -> torch.Tensor:
     """The pairs (i, j), i < j, whose rows overlap by `least` units or more: (2, pairs) int64.
 
-    indptr, cols, units, left: what `rare_first` gives; every `turns`-th strip of rows, from `turn` on.
+    indptr, indices, units: CSR (N, N); every `turns`-th strip of rows, from `turn` on.
 
     As min(a, b) <= sqrt(a b), the product of the square roots bounds every overlap from above: of the first
     entries, or, where these meet too often, of sketches, the sums of a row's values over 512 random sets of
     columns. The few pairs whose bound reaches `least` are measured.
     """
-    size = len(indptr) - 1
-    entries, (rows, columns, parts) = ([p.cpu().numpy() for p in m] for m in ((units, cols, indptr), left))
-    encodings = csr_matrix(tuple(entries), shape=(size, size))
-    first = csr_matrix((parts, columns, np.searchsorted(rows, np.arange(size + 1))), encodings.shape)
-    sparse = (np.bincount(columns, minlength=size).astype(float) ** 2).sum() < SKETCHED * size**2
-    candidates = _by_first_entries(first, least) if sparse else _by_sketches(encodings, least)
+    size, device = len(indptr) - 1, indptr.device
+    indptr, indices, units = indptr.cpu(), indices.cpu(), units.cpu()
+    rank = rarity(indices, size)
+    encodings = _matrix(indptr, indices, units, size)
+    if _meetings(encodings, rank, least) < SKETCHED * size**2:
+        cols, units, (rows, columns, parts) = rare_first(indptr, indices, units, rank, least)
+        encodings = _matrix(indptr, cols, units, size)
+        first = _matrix(torch.searchsorted(rows, torch.arange(size + 1)), columns, parts, size)
+        candidates = _by_first_entries(first, least)
+    else:
+        candidates = _by_sketches(encodings, least)
 
     def search(start: int) -> np.ndarray:
         """The pairs with i among the rows from `start` on."""
@@ -59,7 +64,22 @@ def pairs_on_host(
         pairs = np.concatenate(found + list(pool.map(search, range(turn * ROWS, size, turns * ROWS))), axis=1)
     finally:
         pool.shutdown(cancel_futures=True)
-    return torch.from_numpy(pairs).to(indptr.device)
+    return torch.from_numpy(pairs).to(device)
+
+
+def _matrix(indptr: torch.Tensor, cols: torch.Tensor, units: torch.Tensor, size: int) -> csr_matrix:
+    return csr_matrix((units.numpy(), cols.numpy(), indptr.numpy()), shape=(len(indptr) - 1, size))
+
+
+def _meetings(encodings: csr_matrix, rank: torch.Tensor, least: int) -> float:
+    """About how often two first entries share a column, judged by some of the rows."""
+    size = encodings.shape[0]
+    some = encodings[random_order(size)[: -(-size // SAMPLE)].numpy()]
+    parts = (torch.from_numpy(part) for part in (some.indptr, some.indices, some.data))
+    _, _, (_, columns, _) = rare_first(*parts, rank, least)
+    found = columns.bincount(minlength=size).double()
+    share = some.shape[0] / size
+    return float((found * (found - 1)).sum() / share**2 + found.sum() / share)
 
 
 def _by_first_entries(left: csr_matrix, least: int) -> Candidates:

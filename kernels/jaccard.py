@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ._checks import check_csr, check_device, check_vector
-from ._overlaps import least_overlap, pairs_on_device, rare_first
+from ._overlaps import in_units, least_overlap, pairs_on_device
 from ._overlaps_cpu import pairs_on_host
 from ._triton import use_triton
 
@@ -91,8 +91,7 @@ def _pairs(
         return torch.triu_indices(size, size, 1, device=indptr.device)[:, turn::turns]
     if len(indices) == 0:
         return indices.new_empty(2, 0)
-    least = least_overlap(eps)
-    return find(indptr, *rare_first(indptr, indices, values, least), least, turn, turns)
+    return find(indptr, indices, in_units(values), least_overlap(eps), turn, turns)
 
 
 def _search(

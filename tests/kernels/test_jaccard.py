@@ -207,9 +207,9 @@ def test_a_large_world_is_the_same_on_a_gpu():
 def test_the_kernel_compiles_without_spills(target):
     compiling = pytest.importorskip("compiling")
     with compiling.compiling(getattr(compiling, target)) as compiled:
-        indptr, *entries = as_arguments(random_encodings(0, 70, 10))
+        indptr, indices, values = as_arguments(random_encodings(0, 70, 10))
         least, whole = _overlaps.least_overlap(0.5), torch.zeros(9, dtype=torch.int32)
-        _overlaps.pairs_on_device(indptr, *_overlaps.rare_first(indptr, *entries, least), least, 0, 1)
+        _overlaps.pairs_on_device(indptr, indices, _overlaps.in_units(values), least, 0, 1)
         options = {"STEPS": 9, "BLOCK": _overlaps.BLOCK, "num_warps": _overlaps.WARPS}
         _overlaps._measure[(1,)](torch.zeros(2, 3).long(), whole, indptr, whole, whole, 3, **options)
     assert {name for name, _ in compiled} == {"_add_overlaps", "_list_pairs", "_measure"}
