@@ -21,6 +21,7 @@ ROWS, GROUP = 512, 16  # of x at a time; columns that are looked at together
 EVEN = 128  # maxima are slow to find for a number of rows that is not a multiple of this
 ROOM = 256  # columns that a list holds at least
 PART = 4  # the first bound comes from one column in so many
+MAXIMA = 8  # and from so many times k maxima a row
 BRAIN = any(
     getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
 )  # whether the processor has such instructions
@@ -100,18 +101,23 @@ class _Search:
         self.columns = torch.empty((len(x), room), dtype=torch.int32)
         self.scores = torch.empty((len(x), room), dtype=dtype)
         self.counts = torch.zeros(len(x), dtype=torch.int64)
+        self.buffer = torch.empty(0, dtype=dtype)  # for products: fresh memory is slower than making them
 
     def begin(self, rows: torch.Tensor, part: torch.Tensor, mutual: bool = False) -> None:
         """The bounds of these rows from a part of the columns, which are listed; mutual: the rows, too."""
-        columns, width = _Columns(self.y, part), max(1, len(part) // (8 * self.k))
-        for some in rows.split(max(1, PRODUCTS // len(part) // EVEN) * EVEN):
-            products = self._products(some, columns)
-            several = products[: len(part) // width * width].unflatten(0, (width, -1))
-            maxima = several.amax(0).T  # the k-th largest of the maxima of so many columns is a bound, too
+        columns = _Columns(self.y, part)
+        height = max(1, PRODUCTS // len(part) // EVEN) * EVEN
+        for start in range(0, len(rows), height):
+            some = rows[start : start + height]
+            products, tops = self._products(some, columns)
+            whole = tops[: len(part) // GROUP]  # groups, or columns where these are few
+            several = whole if len(whole) >= MAXIMA * self.k else products[: len(part)]
+            width = max(1, len(several) // (MAXIMA * self.k))
+            maxima = several[: len(several) // width * width].unflatten(0, (width, -1)).amax(0).T
             best = maxima.topk(min(self.k, maxima.shape[1])).values.float()
             least = bounds(best, self.k, self.margin[some], COARSE[self.least.dtype]).to(self.least.dtype)
             self.least[some] = least.clamp_min(torch.finfo(least.dtype).min)
-            self._list(products, some, part, 0 if mutual else len(part))
+            self._list(products, tops, some, part, 0 if mutual else len(part))
 
     def ascending(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows in ascending order of their bounds."""
@@ -125,7 +131,7 @@ class _Search:
             for first in range(start if mutual else 0, len(rest), width):
                 several = rest[first : first + width]
                 beyond = start + len(some) - first if mutual else len(several)
-                self._list(self._products(some, columns, first, width), some, several, beyond)
+                self._list(*self._products(some, columns, first, width), some, several, beyond)
 
     def closest(self) -> Shortlist:
         """Of each list those columns that may be among the k best."""
@@ -137,49 +143,65 @@ class _Search:
         return torch.cat(shortest), torch.cat(overflowed)
 
     def _products(
-        self, rows: torch.Tensor, columns: "_Columns", first: int = 0, count: int | None = None
-    ) -> torch.Tensor:
-        """Of some columns, from the first on, with these rows: (columns, rows)."""
-        table = columns.table[first:][:count]
-        products = table @ self.x[rows].T
-        if self.itself is not None:
-            _leave_out(products, columns.place[self.itself[rows]] - first)
-        return products
+        self, rows: torch.Tensor, columns: _Columns, first: int = 0, count: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of some columns, from the first on, and these rows, (columns, rows); the largest of each group."""
+        table, x = columns.table[first:][:count], self.x[rows].T
+        if self.buffer.numel() < len(table) * len(rows):
+            self.buffer = self.buffer.new_empty(len(table) * len(rows))
+        products = self.buffer[: len(table) * len(rows)].view(len(table), len(rows))
+        tops = self.buffer.new_empty((len(table) // GROUP, len(rows)))
+        place = None if self.itself is None else columns.place[self.itself[rows]] - first
+        step = PRODUCTS // len(rows) // GROUP * GROUP  # what the cache holds
+        for start in range(0, len(table), step):
+            part = products[start : start + step]
+            torch.mm(table[start : start + step], x, out=part)
+            if place is not None:
+                _leave_out(part, place - start)
+            groups = part.unflatten(0, (len(part) // GROUP, GROUP))
+            torch.amax(groups, 1, out=tops[start // GROUP :][: len(groups)])
+        return products, tops
 
-    def _list(self, products: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, beyond: int) -> None:
+    def _list(
+        self,
+        products: torch.Tensor,
+        tops: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        beyond: int,
+    ) -> None:
         """List what reaches the bounds in the products with whole groups of columns.
 
         From column `beyond` on, the rows go into the lists of the columns, too, whose bounds ascend.
         """
         least, mutual = self.least[rows], beyond < len(columns)
-        groups = products.unflatten(0, (len(products) // GROUP, GROUP))
-        reach = least.expand(len(groups), -1)
+        groups = products.unflatten(0, (len(tops), GROUP))
+        reach = least.expand_as(tops)
         if mutual:
             theirs = self.least[columns]
             reach = torch.minimum(reach, theirs[::GROUP, None])
-        row, group = (groups.amax(1) >= reach).T.nonzero().unbind(1)
+        row, group = (tops >= reach).T.nonzero().unbind(1)
         members = groups[group, :, row]
         which, member = (members >= reach[group, row, None]).nonzero().unbind(1)
         row, column, score = row[which], group[which] * GROUP + member, members[which, member]
         own = (column < len(columns)) & (score >= least[row])
-        self._append(rows, row[own], columns[column[own]], score[own])
+        self._append(rows[row[own]], columns[column[own]], score[own])
         if mutual:
             within = ((column >= beyond) & (column < len(columns))).nonzero()[:, 0]
             within = within[score[within] >= theirs[column[within]]]
             column, order = column[within].sort(stable=True)
-            self._append(columns, column, rows[row[within[order]]], score[within[order]])
+            self._append(columns[column], rows[row[within[order]]], score[within[order]])
 
-    def _append(
-        self, names: torch.Tensor, owner: torch.Tensor, entry: torch.Tensor, score: torch.Tensor
-    ) -> None:
-        """Add the entries to the lists of `names[owner]`; owners ascend."""
-        found = owner.bincount(minlength=len(names))
-        slot = (self.counts[names] - (found.cumsum(0) - found))[owner] + torch.arange(len(owner))
-        self.counts[names] += found
-        fits = slot < self.columns.shape[1]
-        place = names[owner[fits]], slot[fits]
-        self.columns[place] = entry[fits].int()
-        self.scores[place] = score[fits]
+    def _append(self, owners: torch.Tensor, entries: torch.Tensor, scores: torch.Tensor) -> None:
+        """Add the entries to the lists of their owners; equal owners stand side by side."""
+        owners, found = owners.unique_consecutive(return_counts=True)
+        first = self.counts[owners] - (found.cumsum(0) - found)
+        self.counts[owners] += found
+        slot = first.repeat_interleave(found) + torch.arange(len(entries))
+        room = self.columns.shape[1]
+        place = owners.repeat_interleave(found) * room + slot.clamp_max(room - 1)
+        self.columns.view(-1)[place] = entries.int()
+        self.scores.view(-1)[place] = scores
 
 
 def _leave_out(products: torch.Tensor, place: torch.Tensor) -> None:

@@ -222,6 +222,24 @@ def test_short_lists_lose_no_neighbour_and_are_short(monkeypatch, dtype, spread)
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.host
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_hardly_a_product_is_made_twice(monkeypatch, symmetric):
+    """Of one set about half of the pairs, and those of its part twice; of two sets every pair once."""
+    made, products = [], _shortlist_cpu._Search._products
+    monkeypatch.setattr(_shortlist_cpu, "ROWS", 64)
+    monkeypatch.setattr(
+        _shortlist_cpu._Search,
+        "_products",
+        lambda *arguments: made.append(products(*arguments)) or made[-1],
+    )
+    x = unit(1600, 24, 20)
+    y = x if symmetric else unit(1600, 24, 21)
+    lists, overflowed = _shortlist_cpu.shortlist(x, y, 5, symmetric, symmetric)
+    assert not overflowed.any() and (lists >= 0).any()
+    assert sum(part.numel() for part, _ in made) < (0.56 if symmetric else 1.01) * len(x) * len(y)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_rows_on_a_grid_have_the_same_neighbours_on_every_path(device, few):
     """Values summed exactly and rounded once are equal bits, and so are the ranks: also near ties."""

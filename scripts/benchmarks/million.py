@@ -1,0 +1,137 @@
+"""A million points of few features through every step of `emcc` on a CPU, and a sample of the rows anew.
+
+The features are those of `clustering.py`, with noise of length 0.35 in 32 dimensions. For each sampled point
+a plain oracle finds its neighbours in float64 products with all points, its encoding from sets, its
+extension, and its neighbours in the graph from a scan of all rows; scikit-learn labels the whole graph anew.
+"""
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from sklearn.cluster import DBSCAN as TheirDBSCAN
+
+from benchmarks.clustering import DBSCAN, SIZES, apart, peak_memory, reset_peak_memory, seconds, world
+from benchmarks.table import table_row
+from ecul import clustering
+from ecul.common.exact import unit_rows
+
+DIM, NOISE, SAMPLE = 32, 0.35, 40
+
+
+def rows(device, quick):
+    size = 4_000 if quick else 1_000_000
+    found = apart(_measured, size)
+    total = sum(found["seconds"].values())
+    steps = ", ".join(f"{name} {spent:.0f} s" for name, spent in found["seconds"].items())
+    checks = ", ".join(f"{name} {right} of {count}" for name, (right, count) in found["equal"].items())
+    sizes = (
+        f"N={size}, D={DIM}, {found['non_zeros']:.0f} non-zeros a row, {found['clusters']} clusters, "
+        f"{found['outliers']} outliers; {steps}; equal to the oracle: {checks}"
+    )
+    yield table_row("EMCC + DBSCAN, a million", sizes, "s", total, n=1, peak_memory=found["peak"])
+
+
+def _measured(size):
+    features, cameras, modalities = world(size, DIM, size // 40, NOISE)
+    clustering.emcc(features[:100])  # imports and kernels loaded
+    k1, k2, k3 = SIZES.values()
+    spent = {}
+    reset_peak_memory("cpu")
+
+    def step(name, work, *arguments, **options):
+        spent[name], result = seconds(lambda: work(*arguments, **options), "cpu")
+        return result
+
+    ranks = step("neighbours", clustering.rank_neighbors, features, k1)
+    encodings = step("encodings", clustering.reciprocal_encodings, features, ranks, k1)
+    codes = (cameras, modalities)
+    extended = step("extension", clustering.extend_encodings, *encodings, ranks, *codes, k2=k2, k3=k3)
+    graph = step("graph", clustering.neighbor_graph, *extended, eps=DBSCAN["eps"])
+    labels = step("DBSCAN", clustering.dbscan, *graph, min_samples=DBSCAN["min_samples"]).numpy()
+    peak = peak_memory("cpu")
+    return {
+        "seconds": spent,
+        "peak": peak,
+        "non_zeros": len(extended[1]) / size,
+        "clusters": labels.max() + 1,
+        "outliers": (labels < 0).sum(),
+        "equal": _compared(features, codes, ranks, encodings, extended, graph, labels),
+    }
+
+
+def _compared(features, codes, ranks, encodings, extended, graph, labels):
+    """For each step how many of the sampled rows equal the oracle's, and how many there are."""
+    size, right = len(features), dict.fromkeys(("neighbours", "encodings", "extension", "graph"), 0)
+    points = unit_rows(features).double().numpy()
+    ranks, *codes = (table.numpy() for table in (ranks, *codes))
+    encodings, extended, graph = ([part.numpy() for part in csr] for csr in (encodings, extended, graph))
+    for i in np.random.default_rng(0).choice(size, SAMPLE, replace=False):
+        similarity = (points @ points[i]).astype(np.float32)
+        similarity[i] = np.inf
+        nearest = np.argsort(-similarity, kind="stable")[: SIZES["k1"]]
+        right["neighbours"] += np.array_equal(nearest, ranks[i])
+        right["encodings"] += _close(_encoding(points, ranks, i), encodings, i)
+        right["extension"] += _close(_extension(encodings, ranks[i], *codes), extended, i)
+        right["graph"] += np.array_equal(_within(extended, i), graph[1][slice(*graph[0][i : i + 2])])
+    matrix = csr_matrix((np.full(len(graph[1]), 0.5), graph[1], graph[0]), (size, size))
+    theirs = TheirDBSCAN(eps=0.5, min_samples=DBSCAN["min_samples"], metric="precomputed").fit_predict(matrix)
+    equal = {name: (int(count), SAMPLE) for name, count in right.items()}
+    return {**equal, "labels": (int((labels == theirs).sum()), size)}
+
+
+def _row(csr, i):
+    columns, values = (part[slice(*csr[0][i : i + 2])].tolist() for part in csr[1:])
+    return dict(zip(columns, values, strict=True))
+
+
+def _close(want, csr, i):
+    """Whether a row holds these columns and, to float32's precision, these values."""
+    found = _row(csr, i)
+    return found.keys() == want.keys() and all(abs(found[j] - want[j]) < 1e-6 for j in want)
+
+
+def _encoding(points, ranks, i):
+    k1 = SIZES["k1"]
+    half = round(k1 / 2) + 1
+
+    def mutual(j, k):
+        return {int(other) for other in ranks[j, :k] if j in ranks[other, :k]}
+
+    members = mutual(i, k1)
+    for j in tuple(members):
+        theirs = mutual(j, half)
+        if len(theirs & mutual(i, k1)) > 2 / 3 * len(theirs):
+            members |= theirs
+    members = sorted(members)
+    weights = np.exp(2 * points[members] @ points[i] - 2)
+    return dict(zip(members, weights / weights.sum(), strict=True))
+
+
+def _extension(encodings, near, cameras, modalities):
+    """The mean over modalities of means over their cameras of means over these cameras' first k2 members."""
+    seen = {}
+    for j in near[: SIZES["k3"]]:
+        seen.setdefault(int(modalities[j]), {}).setdefault(int(cameras[j]), []).append(j)
+    row = {}
+    for by_camera in seen.values():
+        for members in by_camera.values():
+            members = members[: SIZES["k2"]]
+            for j in members:
+                for column, value in _row(encodings, j).items():
+                    share = value / (len(seen) * len(by_camera) * len(members))
+                    row[column] = row.get(column, 0.0) + share
+    return row
+
+
+def _within(extended, i):
+    """The points whose extended rows are within eps of that of i."""
+    indptr, columns, values = extended
+    own = np.zeros(len(indptr) - 1)
+    own[list(_row(extended, i))] = list(_row(extended, i).values())
+    found = []
+    for start in range(0, len(own), 50_000):
+        edges = indptr[start : start + 50_001]
+        entries = slice(edges[0], edges[-1])
+        smaller = np.minimum(values[entries], own[columns[entries]])
+        overlap = np.add.reduceat(smaller, edges[:-1] - edges[0])
+        found.append((1 - overlap / (2 - overlap) <= DBSCAN["eps"]).nonzero()[0] + start)
+    return np.concatenate(found)
