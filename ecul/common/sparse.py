@@ -49,7 +49,13 @@ def product(
     first = (indptr[named] - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
     place = first + torch.arange(len(first), device=first.device)
     owner = torch.arange(len(named), device=first.device).repeat_interleave(sizes)
-    right = coalesced(owner, indices[place], values[place], (len(named), len(indptr) - 1))
+    right = torch.sparse_coo_tensor(
+        torch.stack([owner, indices[place]]),
+        values[place],
+        (len(named), len(indptr) - 1),
+        check_invariants=False,
+        is_coalesced=True,
+    )
     return torch.sparse.mm(coalesced(rows, cols, weights, (height, len(named))), right).coalesce()
 
 

@@ -1,6 +1,6 @@
 """A million points of few features through every step of `emcc` on a CPU, and a sample of the rows anew.
 
-The features are those of `clustering.py`, with noise of length 0.35 in 32 dimensions. For each sampled point
+The features are those of `clustering.py`, with noise of length 0.35 in 64 dimensions. For each sampled point
 a plain oracle finds its neighbours in float64 products with all points, its encoding from sets, its
 extension, and its neighbours in the graph from a scan of all rows; scikit-learn labels the whole graph anew.
 """
@@ -14,7 +14,7 @@ from benchmarks.table import table_row
 from ecul import clustering
 from ecul.common.exact import unit_rows
 
-DIM, NOISE, SAMPLE = 32, 0.35, 40
+DIM, NOISE, SAMPLE = 64, 0.35, 40
 
 
 def rows(device, quick):
