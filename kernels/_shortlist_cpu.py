@@ -152,7 +152,7 @@ class _Search:
         products = self.buffer[: len(table) * len(rows)].view(len(table), len(rows))
         tops = self.buffer.new_empty((len(table) // GROUP, len(rows)))
         place = None if self.itself is None else columns.place[self.itself[rows]] - first
-        step = PRODUCTS // len(rows) // GROUP * GROUP  # what the cache holds
+        step = max(1, PRODUCTS // len(rows) // GROUP) * GROUP  # what the cache holds
         for start in range(0, len(table), step):
             part = products[start : start + step]
             torch.mm(table[start : start + step], x, out=part)

@@ -179,6 +179,13 @@ def test_no_rows_have_no_neighbours(device):
     assert values.shape == indices.shape == (0, 2) and indices.dtype == torch.int64
 
 
+@pytest.mark.host
+def test_many_rows_and_few_columns():
+    x, y = quarters(300_000, 2, 13), quarters(3, 2, 14)
+    for ours, theirs in zip(topk_similarity(x, y, 2), topk_similarity_reference(x, y, 2), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "module, name, size, rows",
     [(neighbors, "STRIP", 60 * 128, 140), (_shortlist, "CLOSEST", 60, 140), (_shortlist, "MAXIMA", 1, 1100)]
