@@ -58,13 +58,14 @@ def extend(
     together: bool = False,
 ) -> CSR:
     """`extend_encodings`."""
+    codes = 2 * cameras.unique(return_inverse=True)[1] + modalities
     if k3 is None:
-        cameras, modalities, k3 = torch.zeros_like(cameras), torch.zeros_like(modalities), k2
+        codes, k3 = torch.zeros_like(codes), k2
     indptr, indices, values = encodings
     parts = [no_rows(ranks, torch.float32)]
     for rows in _strips(ranks, together):
         near = ranks[rows, :k3]
-        weights = on_grid(_member_weights(cameras[near], modalities[near], k2))
+        weights = on_grid(_member_weights(codes[near], k2))
         extended = times(near, weights, (indptr, indices, values.double()))
         parts.append((lengths(extended), extended.indices()[1], extended.values().float()))
     return stacked(parts, together)
@@ -84,12 +85,13 @@ def _reciprocal(ranks: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     return near, torch.cat([(near[near[i]] == itself[i, None]).any(2) for i in itself[:, 0].split(ROWS)])
 
 
-def _member_weights(cameras: torch.Tensor, modalities: torch.Tensor, k2: int) -> torch.Tensor:
+def _member_weights(codes: torch.Tensor, k2: int) -> torch.Tensor:
     """Each neighbour's weight in the extension, (rows, k3) float64, 0 for those left out; a row sums to 1.
 
-    A member counts 1 / (modalities present * cameras of its modality present * members of its camera).
+    A member counts 1 / (modalities present * cameras of its modality present * members of its camera). Codes
+    tell cameras apart: even ones are visible, odd ones infrared.
     """
-    codes, order = (2 * cameras + modalities).sort(dim=1, stable=True)  # a run of equals for each camera
+    codes, order = codes.sort(dim=1, stable=True)  # a run of equals for each camera
     first = codes.diff(dim=1, prepend=codes[:, :1] - 1) != 0
     run = first.cumsum(1) - 1
     members = torch.zeros_like(codes).scatter_add_(1, run, torch.ones_like(codes)).gather(1, run)
