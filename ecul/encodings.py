@@ -79,8 +79,8 @@ def _strips(table: torch.Tensor, together: bool) -> list[torch.Tensor]:
 
 
 def _reciprocal(ranks: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k nearest of each point, and which of them are mutual: they make R(i, k)."""
-    near = ranks[:, :k]
+    """The k nearest of each point, in ascending order, and which of them are mutual: they make R(i, k)."""
+    near = ranks[:, :k].sort(dim=1).values
     itself = torch.arange(len(near), device=near.device)[:, None]
     return near, torch.cat([(near[near[i]] == itself[i, None]).any(2) for i in itself[:, 0].split(ROWS)])
 
@@ -92,13 +92,13 @@ def _member_weights(codes: torch.Tensor, k2: int) -> torch.Tensor:
     tell cameras apart: even ones are visible, odd ones infrared.
     """
     codes, order = codes.sort(dim=1, stable=True)  # a run of equals for each camera
+    modalities = codes % 2
     first = codes.diff(dim=1, prepend=codes[:, :1] - 1) != 0
     run = first.cumsum(1) - 1
     members = torch.zeros_like(codes).scatter_add_(1, run, torch.ones_like(codes)).gather(1, run)
     places = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
     place = places - torch.where(first, places, 0).cummax(1).values  # within the camera
-    infrared = codes % 2
-    cameras_of = torch.stack([(first & (infrared == code)).sum(1) for code in (0, 1)], 1)
-    shares = (cameras_of > 0).sum(1, keepdim=True) * cameras_of.gather(1, infrared) * members.clamp(max=k2)
+    cameras_of = torch.stack([(first & (modalities == code)).sum(1) for code in (0, 1)], 1)
+    shares = (cameras_of > 0).sum(1, keepdim=True) * cameras_of.gather(1, modalities) * members.clamp(max=k2)
     weights = (place < k2) / shares.double()
     return torch.empty_like(weights).scatter_(1, order, weights)

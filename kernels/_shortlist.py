@@ -161,9 +161,11 @@ def largest_error(
 ) -> torch.Tensor:
     """What a product of rounded rows may differ by from that of the rows, for each row of x.
 
-    Norms: of the rows and of their errors. unit: what adding one of D products in float32 may lose.
+    Norms: of the rows and of their errors, in float32, where squares of entries below 2**-63 are lost. unit:
+    what adding one of D products in float32 may lose.
     """
-    (x_sizes, x_errors), (y_sizes, y_errors) = x_norms, y_norms
+    lost = D**0.5 * 2.0**-63
+    (x_sizes, x_errors), (y_sizes, y_errors) = ([norm + lost for norm in m] for m in (x_norms, y_norms))
     rounded_size = x_sizes + x_errors
     margin = x_errors * y_sizes.amax() + rounded_size * y_errors.amax()
     return margin + (D + 64) * unit * rounded_size * (y_sizes + y_errors).amax()

@@ -13,11 +13,13 @@ GROUP of columns is compared with the row's bound, or with the least of the colu
 import math
 
 import torch
+import torch.nn.functional as F
 
 from ._shortlist import Shortlist, bounds, closest, largest_error, power_of_two, random_order
 
-PRODUCTS = 2**22  # held at a time
-ROWS, GROUP = 512, 16  # of x at a time; columns that are looked at together
+PRODUCTS = 2**22  # looked at at a time
+GROUP = 16  # columns that are looked at together
+ROWS, MOST = 512, 8192  # of x at a time, whole groups
 EVEN = 128  # maxima are slow to find for a number of rows that is not a multiple of this
 ROOM = 256  # columns that a list holds at least
 PART = 4  # the first bound comes from one column in so many
@@ -33,7 +35,8 @@ def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symm
     """The short lists of the rows of x."""
     itself = torch.arange(len(x)) if exclude_self else None
     lists, overflowed = _shortlist(x, y, k, itself, symmetric, DTYPE)
-    if torch.float32 != DTYPE and overflowed.any():
+    exact = torch.get_float32_matmul_precision() == "highest"  # or float32 may be multiplied as bfloat16
+    if torch.float32 != DTYPE and exact and overflowed.any():
         again = overflowed.nonzero()[:, 0]
         itself = again if exclude_self else None
         more, overflowed[again] = _shortlist(x[again], y, k, itself, False, torch.float32)
@@ -78,7 +81,7 @@ class _Columns:
 
 
 class _Search:
-    """Of every row a bound, and a list of the columns that reach it; where a list is full, its count goes on.
+    """Of every row a bound, and a list of the columns that reach it; a list that overflowed takes no more.
 
     Rows and columns go by the caller's numbers.
     """
@@ -106,59 +109,64 @@ class _Search:
     def begin(self, rows: torch.Tensor, part: torch.Tensor, mutual: bool = False) -> None:
         """The bounds of these rows from a part of the columns, which are listed; mutual: the rows, too."""
         columns = _Columns(self.y, part)
-        height = max(1, PRODUCTS // len(part) // EVEN) * EVEN
+        height = min(MOST, max(1, PRODUCTS // len(part) // EVEN) * EVEN)
         for start in range(0, len(rows), height):
             some = rows[start : start + height]
-            products, tops = self._products(some, columns)
-            whole = tops[: len(part) // GROUP]  # groups, or columns where these are few
-            several = whole if len(whole) >= MAXIMA * self.k else products[: len(part)]
-            width = max(1, len(several) // (MAXIMA * self.k))
-            maxima = several[: len(several) // width * width].unflatten(0, (width, -1)).amax(0).T
-            best = maxima.topk(min(self.k, maxima.shape[1])).values.float()
-            least = bounds(best, self.k, self.margin[some], COARSE[self.least.dtype]).to(self.least.dtype)
-            self.least[some] = least.clamp_min(torch.finfo(least.dtype).min)
-            self._list(products, tops, some, part, 0 if mutual else len(part))
+            products, tops = self._products(some, columns, 0, len(columns.table))
+            groups = tops[: len(part) // GROUP]
+            maxima = groups if len(groups) >= MAXIMA * self.k else products[: len(part)]
+            width = max(1, len(maxima) // (MAXIMA * self.k))
+            maxima = maxima[: len(maxima) // width * width].unflatten(0, (width, -1)).amax(0)
+            best = maxima.T.topk(self.k).values.float()  # at least k columns reach the k-th of the maxima
+            least = bounds(best, self.k, self.margin[some], COARSE[self.least.dtype])
+            self.least[some] = least.to(self.least.dtype)
+            step = _width(len(some))
+            for first in range(0, len(part), step):
+                several, whole = slice(first, first + step), slice(first // GROUP, (first + step) // GROUP)
+                self._list(products[several], tops[whole], some, part[several], 0 if mutual else step)
 
     def ascending(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows in ascending order of their bounds."""
+        """The rows in ascending order of their bounds: those of a group are much the same."""
         return rows[self.least[rows].argsort(stable=True)]
 
     def go_on(self, rows: torch.Tensor, rest: torch.Tensor, mutual: bool = False) -> None:
         """List the rest of the columns; mutual: these are the rows, so one of (i, j) and (j, i) will do."""
-        columns, width = _Columns(self.y, rest), PRODUCTS // ROWS
+        columns, width = _Columns(self.y, rest), _width(ROWS)
         for start in range(0, len(rows), ROWS):
             some = rows[start : start + ROWS]
             for first in range(start if mutual else 0, len(rest), width):
                 several = rest[first : first + width]
-                beyond = start + len(some) - first if mutual else len(several)
-                self._list(*self._products(some, columns, first, width), some, several, beyond)
+                products, tops = self._products(some, columns, first, width)
+                beyond = start + len(some) - first if mutual else width
+                self._list(products, tops, some, several, beyond)
 
     def closest(self) -> Shortlist:
         """Of each list those columns that may be among the k best."""
         found = []
-        for rows in torch.arange(len(self.counts)).split(ROWS):
+        for start in range(0, len(self.counts), ROWS):
+            rows = slice(start, start + ROWS)
             lists = self.columns[rows], self.scores[rows].float(), self.counts[rows]
             found.append(closest(*lists, self.k, self.margin[rows], COARSE[self.least.dtype]))
         shortest, overflowed = zip(*found, strict=True)
         return torch.cat(shortest), torch.cat(overflowed)
 
     def _products(
-        self, rows: torch.Tensor, columns: _Columns, first: int = 0, count: int | None = None
+        self, rows: torch.Tensor, columns: _Columns, first: int, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of some columns, from the first on, and these rows, (columns, rows); the largest of each group."""
-        table, x = columns.table[first:][:count], self.x[rows].T
+        """Of some columns, from the first on, and the rows, (columns, rows); the largest of each group."""
+        table, x = columns.table[first : first + count], self.x[rows].T
         if self.buffer.numel() < len(table) * len(rows):
             self.buffer = self.buffer.new_empty(len(table) * len(rows))
         products = self.buffer[: len(table) * len(rows)].view(len(table), len(rows))
         tops = self.buffer.new_empty((len(table) // GROUP, len(rows)))
         place = None if self.itself is None else columns.place[self.itself[rows]] - first
-        step = max(1, PRODUCTS // len(rows) // GROUP) * GROUP  # what the cache holds
+        step = _width(len(rows))
         for start in range(0, len(table), step):
-            part = products[start : start + step]
-            torch.mm(table[start : start + step], x, out=part)
+            strip = products[start : start + step]
+            torch.mm(table[start : start + step], x, out=strip)
             if place is not None:
-                _leave_out(part, place - start)
-            groups = part.unflatten(0, (len(part) // GROUP, GROUP))
+                _leave_out(strip, place - start)
+            groups = strip.unflatten(0, (len(strip) // GROUP, GROUP))
             torch.amax(groups, 1, out=tops[start // GROUP :][: len(groups)])
         return products, tops
 
@@ -172,14 +180,14 @@ class _Search:
     ) -> None:
         """List what reaches the bounds in the products with whole groups of columns.
 
-        From column `beyond` on, the rows go into the lists of the columns, too, whose bounds ascend.
+        From column `beyond` on, the rows go into the lists of the columns, too.
         """
         least, mutual = self.least[rows], beyond < len(columns)
         groups = products.unflatten(0, (len(tops), GROUP))
         reach = least.expand_as(tops)
         if mutual:
-            theirs = self.least[columns]
-            reach = torch.minimum(reach, theirs[::GROUP, None])
+            theirs = F.pad(self.least[columns], (0, -len(columns) % GROUP), value=torch.inf)
+            reach = torch.minimum(reach, theirs.view(-1, GROUP).amin(1)[:, None])
         row, group = (tops >= reach).T.nonzero().unbind(1)
         members = groups[group, :, row]
         which, member = (members >= reach[group, row, None]).nonzero().unbind(1)
@@ -187,10 +195,10 @@ class _Search:
         own = (column < len(columns)) & (score >= least[row])
         self._append(rows[row[own]], columns[column[own]], score[own])
         if mutual:
-            within = ((column >= beyond) & (column < len(columns))).nonzero()[:, 0]
-            within = within[score[within] >= theirs[column[within]]]
-            column, order = column[within].sort(stable=True)
-            self._append(columns[column], rows[row[within[order]]], score[within[order]])
+            across = ((column >= beyond) & (score >= theirs[column])).nonzero()[:, 0]
+            column, order = column[across].sort(stable=True)
+            across = across[order]
+            self._append(columns[column], rows[row[across]], score[across])
 
     def _append(self, owners: torch.Tensor, entries: torch.Tensor, scores: torch.Tensor) -> None:
         """Add the entries to the lists of their owners; equal owners stand side by side."""
@@ -202,6 +210,12 @@ class _Search:
         place = owners.repeat_interleave(found) * room + slot.clamp_max(room - 1)
         self.columns.view(-1)[place] = entries.int()
         self.scores.view(-1)[place] = scores
+        self.least[owners[self.counts[owners] > room]] = torch.inf
+
+
+def _width(rows: int) -> int:
+    """The columns whose products with so many rows are looked at at a time, whole groups."""
+    return max(1, PRODUCTS // rows // GROUP) * GROUP
 
 
 def _leave_out(products: torch.Tensor, place: torch.Tensor) -> None:

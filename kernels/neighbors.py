@@ -89,6 +89,8 @@ def _check(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool) -> None
             f"exclude_self needs as many rows in y as in x, row i being the same point; "
             f"got {y.shape[0]} and {x.shape[0]}"
         )
+    if x.shape[1] == 0:
+        raise ValueError("x and y must have features; got rows of none")
     most = y.shape[0] - bool(exclude_self)
     if not 1 <= k <= most:
         raise ValueError(f"k must be from 1 to {most}, the rows of y to choose from; got {k}")
@@ -131,6 +133,10 @@ def _search(
         owners = torch.arange(start, start + len(listed), device=x.device).repeat_interleave(listed.shape[1])
         products = pair_similarity(x, y, owners, listed.flatten()).view(listed.shape)
         values[start : start + rows], indices[start : start + rows] = _best(products.float(), listed, k)
+    last = values[
+        :, -1
+    ].abs()  # float32 holds few digits of numbers below 2**-126, and none beyond the largest
+    overflowed |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
     *finite, repeated = torch.stack([*finite, overflowed.any()]).tolist()
     _require_finite(*finite)
     if repeated:

@@ -18,6 +18,10 @@ DIM, NOISE, SAMPLE = 64, 0.35, 40
 
 
 def rows(device, quick):
+    if device != "cpu":
+        raise SystemExit(
+            "this is measured on a CPU: add --device cpu (scripts/gpu-proof has a million for a GPU)"
+        )
     size = 4_000 if quick else 1_000_000
     found = apart(_measured, size)
     total = sum(found["seconds"].values())

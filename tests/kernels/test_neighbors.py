@@ -43,6 +43,12 @@ def assert_exact(got, want, device="cpu"):
     torch.testing.assert_close(got[1].cpu(), want[1], atol=0, rtol=0)
 
 
+def assert_as_reference(*arguments):
+    """The same values and the same indices, bit for bit."""
+    for ours, theirs in zip(topk_similarity(*arguments), topk_similarity_reference(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def assert_neighbours(got, x, y, k, exclude_self=False, tolerance=1e-6):
     """For any features, to float32 precision: the values are right and belong to their indices."""
     values, indices = got[0].double(), got[1]
@@ -163,6 +169,19 @@ def test_rows_of_very_different_norms(device):
     torch.testing.assert_close(values.double(), want, atol=1e-12, rtol=1e-5)
 
 
+def test_tiny_rows_among_others(device):
+    """Their squares are zero in float32: norms that forget them would bound no error."""
+    x, y = (F.normalize(torch.ones(64) + 0.02 * unit(400, 64, seed)) for seed in (22, 23))
+    rows = torch.cat([x * 1e-22, y]).to(device)
+    assert_as_reference(rows, rows, 5, True)
+
+
+@pytest.mark.parametrize("scale", [1e-22, 3e19], ids=["nearly zero", "infinite"])
+def test_products_that_float32_cannot_tell_apart_tie(device, scale):
+    x = unit(300, 16, 26, device=device).abs() * scale
+    assert_as_reference(x, x, 4)
+
+
 def test_any_memory_layout(device):
     x, y = quarters(30, 9, 10, device=device), quarters(40, 9, 11, device=device)
     want = sorted_pairs(x, y, 6)
@@ -182,8 +201,7 @@ def test_no_rows_have_no_neighbours(device):
 @pytest.mark.host
 def test_many_rows_and_few_columns():
     x, y = quarters(300_000, 2, 13), quarters(3, 2, 14)
-    for ours, theirs in zip(topk_similarity(x, y, 2), topk_similarity_reference(x, y, 2), strict=True):
-        assert torch.equal(ours, theirs)
+    assert_as_reference(x, y, 2)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +211,7 @@ def test_many_rows_and_few_columns():
         pytest.param(module, name, size, 1100, marks=pytest.mark.host)
         for module, name, size in [
             (_shortlist_cpu, "ROWS", 64),
+            (_shortlist_cpu, "PRODUCTS", 2**13),
             (_shortlist_cpu, "PRODUCTS", 2**15),
             (_shortlist_cpu, "EVEN", 16),
             (pairs, "STRIP", 60),
@@ -203,9 +222,7 @@ def test_many_rows_and_few_columns():
 def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, module, name, size, rows):
     x = quarters(rows, 9, 12, device=device)
     monkeypatch.setattr(module, name, size)
-    want = topk_similarity_reference(x, x, 3, True)
-    for ours, theirs in zip(topk_similarity(x, x, 3, True), want, strict=True):
-        assert torch.equal(ours, theirs)
+    assert_as_reference(x, x, 3, True)
 
 
 @pytest.mark.host
@@ -223,10 +240,45 @@ def test_short_lists_lose_no_neighbour_and_are_short(monkeypatch, dtype, spread)
     assert kept.all()
     assert (lists[kept, None, :] == best[kept, :, None]).any(2).all()
     assert (lists[kept] >= 0).sum(1).float().mean() < 60
-    for ours, theirs in zip(
-        topk_similarity(x, x, 9, True), topk_similarity_reference(x, x, 9, True), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    assert_as_reference(x, x, 9, True)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_rows_too_close_for_bfloat16_are_told_apart_in_float32(monkeypatch, precision):
+    """Where float32 is float32; else the reference looks at them."""
+    monkeypatch.setattr(_shortlist_cpu, "DTYPE", torch.bfloat16)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    x = F.normalize(unit(2, 64, 27).repeat(400, 1) + 0.04 * unit(800, 64, 28))
+    x = torch.round(x * 2**26) / 2**26
+    itself = torch.arange(800)
+    assert _shortlist_cpu._shortlist(x, x, 9, itself, True, torch.bfloat16)[1].all()
+    assert _shortlist_cpu.shortlist(x, x, 9, True, True)[1].any() == (precision == "medium")
+    assert_as_reference(x, x, 9, True)
+
+
+@pytest.mark.host
+def test_a_column_that_stands_in_gives_no_bound(monkeypatch):
+    """The last group of the part holds its first column again: a maximum of that would count twice."""
+    monkeypatch.setattr(_shortlist_cpu, "DTYPE", torch.float32)
+    x = unit(1100, 64, 3)
+    lists, _ = _shortlist_cpu.shortlist(x, x, 2, True, True)
+    best = topk_similarity_reference(x, x, 2, True)[1]
+    assert (lists[:, None, :] == best[:, :, None]).any(2).all()
+
+
+@pytest.mark.host
+def test_full_lists_take_no_more(monkeypatch):
+    """Else equal rows, each in the list of each, would cost the time and the room of all pairs."""
+    for name, size in (("ROOM", 1), ("ROWS", 32), ("PRODUCTS", 2**10)):
+        monkeypatch.setattr(_shortlist_cpu, name, size)
+    search = _shortlist_cpu._Search(torch.ones(900, 4), torch.ones(900, 4), 2, None, True, torch.float32)
+    rows = torch.arange(900)
+    search.begin(rows[:200], rows[:200])
+    search.begin(rows[200:], rows[:200], mutual=True)
+    search.go_on(rows[200:], rows[200:], mutual=True)
+    room, columns = search.columns.shape[1], 2**10 // 32
+    assert (search.counts > room).all() and search.counts.max() <= room + columns + 128
 
 
 @pytest.mark.host
@@ -271,6 +323,7 @@ def test_neighbours_take_no_gradient(device):
         ({"x": torch.zeros(5)}, ValueError, "x must have 2 dimension"),
         ({"y": torch.zeros(5, 4)}, ValueError, "y must have 3 columns"),
         ({"y": torch.zeros(5, 3).half()}, TypeError, "y must be float32; got float16"),
+        ({"x": torch.zeros(5, 0), "y": torch.zeros(5, 0)}, ValueError, "x and y must have features"),
         ({"k": 6}, ValueError, "k must be from 1 to 5, the rows of y to choose from; got 6"),
         ({"k": 0}, ValueError, "k must be from 1 to 5"),
         ({"k": 5, "exclude_self": True}, ValueError, "k must be from 1 to 4"),
