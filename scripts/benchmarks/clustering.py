@@ -33,6 +33,7 @@ def rows(device, quick):
     if not quick:
         for kind in NOISE:  # as many images an identity as above, or the encodings would get emptier
             yield _compared(kind, 34_167, 2048, 843, device, 1, beside=False)
+        yield _compared("typical", 64_000, 2048, 1_580, device, 1, beside=False)
         if device == "cuda":
             yield _compared("typical", 200_000, 2048, 5_000, device, 1, beside=False)
 
