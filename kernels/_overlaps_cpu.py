@@ -75,8 +75,8 @@ def _meetings(encodings: csr_matrix, rank: torch.Tensor, least: int) -> float:
     """About how often two first entries share a column, judged by some of the rows."""
     size = encodings.shape[0]
     some = encodings[random_order(size)[: -(-size // SAMPLE)].numpy()]
-    parts = (torch.from_numpy(part) for part in (some.indptr, some.indices, some.data))
-    _, _, (_, columns, _) = rare_first(*parts, rank, least)
+    indptr, indices, units = map(torch.from_numpy, (some.indptr, some.indices, some.data))
+    _, _, (_, columns, _) = rare_first(indptr, indices, units, rank, least)
     found = columns.bincount(minlength=size).double()
     share = some.shape[0] / size
     return float((found * (found - 1)).sum() / share**2 + found.sum() / share)
