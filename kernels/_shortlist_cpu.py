@@ -19,7 +19,7 @@ from ._shortlist import Shortlist, bounds, closest, largest_error, power_of_two,
 
 PRODUCTS = 2**22  # looked at at a time
 GROUP = 16  # columns that are looked at together
-ROWS, MOST = 512, 8192  # of x at a time, whole groups
+ROWS, MOST = 512, 8192  # of x at a time, a multiple of GROUP; at most, where columns are few
 EVEN = 128  # maxima are slow to find for a number of rows that is not a multiple of this
 ROOM = 256  # columns that a list holds at least
 PART = 4  # the first bound comes from one column in so many
