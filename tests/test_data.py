@@ -464,6 +464,7 @@ def test_a_subset_keeps_its_pixels_and_order(tmp_path):
         assert part.names == [pile.names[row] for row in rows]
         assert torch.equal(part.load(SIZE), whole[torch.from_numpy(rows)])
         assert part.camids.tolist() == pile.camids[rows].tolist()
+    assert len(pile.subset([])) == 0
     twice = pile.subset(slice(2, 10)).subset([1])
     assert twice.names == [pile.names[3]] and torch.equal(twice.load(SIZE), whole[3:4])
 

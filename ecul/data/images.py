@@ -95,7 +95,10 @@ class Images:
 
     def subset(self, index: ArrayLike | slice) -> Images:
         """The images at `index` (integers, a slice or a boolean mask), in that order."""
-        rows = np.arange(len(self))[index if isinstance(index, slice) else np.asarray(index)]
+        if not isinstance(index, slice):
+            index = np.asarray(index)
+            index = index if index.size else index.astype(np.int64)  # an empty list makes an array of floats
+        rows = np.arange(len(self))[index]
         names = [self.names[row] for row in rows]
         pids = None if self.pids is None else self.pids[rows]
         return Images(self.modality, names, self.source, self.camids[rows], pids, self.rows[rows])
