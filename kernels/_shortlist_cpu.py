@@ -15,15 +15,22 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ._shortlist import Shortlist, bounds, closest, largest_error, power_of_two, random_order
+from ._shortlist import (
+    MAXIMA,
+    ROOM,
+    Shortlist,
+    bounds,
+    closest,
+    largest_error,
+    power_of_two,
+    random_order,
+)
 
 PRODUCTS = 2**22  # looked at at a time
 GROUP = 16  # columns that are looked at together
 ROWS, MOST = 512, 8192  # of x at a time, a multiple of GROUP; at most, where columns are few
 EVEN = 128  # maxima are slow to find for a number of rows that is not a multiple of this
-ROOM = 256  # columns that a list holds at least
 PART = 4  # the first bound comes from one column in so many
-MAXIMA = 8  # and from so many times k maxima a row
 BRAIN = any(
     getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
 )  # whether the processor has such instructions
@@ -34,41 +41,16 @@ COARSE = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}
 def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
     """The short lists of the rows of x."""
     itself = torch.arange(len(x)) if exclude_self else None
-    lists, overflowed = _shortlist(x, y, k, itself, symmetric, DTYPE)
+    lists, overflowed = _Search(x, y, k, itself, symmetric, DTYPE).run()
     exact = torch.get_float32_matmul_precision() == "highest"  # or float32 may be multiplied as bfloat16
     if torch.float32 != DTYPE and exact and overflowed.any():
         again = overflowed.nonzero()[:, 0]
         itself = again if exclude_self else None
-        more, overflowed[again] = _shortlist(x[again], y, k, itself, False, torch.float32)
+        more, overflowed[again] = _Search(x[again], y, k, itself, False, torch.float32).run()
         lists[again] = -1
         lists[again, : more.shape[1]] = more
     longest = max(k, int((lists >= 0).sum(1).max()))
     return lists[:, :longest], overflowed
-
-
-def _shortlist(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    k: int,
-    itself: torch.Tensor | None,
-    symmetric: bool,
-    dtype: torch.dtype,
-) -> Shortlist:
-    """`itself`, where given, names the row of y to leave out for each row of x."""
-    search = _Search(x, y, k, itself, symmetric, dtype)
-    count = min(len(y), max(len(y) // PART, 2 * k))
-    part, rest = random_order(len(y)).long().split([count, len(y) - count])
-    if symmetric:
-        search.begin(part, part)
-        part = search.ascending(part)
-        search.begin(rest, part, mutual=True)
-        rest = search.ascending(rest)
-        search.go_on(rest, rest, mutual=True)
-    else:
-        rows = torch.arange(len(x))
-        search.begin(rows, part)
-        search.go_on(rows, rest)
-    return search.closest()
 
 
 class _Columns:
@@ -83,7 +65,8 @@ class _Columns:
 class _Search:
     """Of every row a bound, and a list of the columns that reach it; a list that overflowed takes no more.
 
-    Rows and columns go by the caller's numbers.
+    Rows and columns go by the caller's numbers; `itself`, where given, names the row of y to leave out for
+    each row of x.
     """
 
     def __init__(
@@ -98,13 +81,30 @@ class _Search:
         self.y, *y_norms = round_rows(y, dtype)
         self.x, *x_norms = (self.y, *y_norms) if symmetric else round_rows(x, dtype)
         self.margin = largest_error(x_norms, y_norms, y.shape[1], 2.0**-23)
-        self.k, self.itself = k, itself
+        self.k, self.itself, self.symmetric, self.coarse = k, itself, symmetric, COARSE[dtype]
         room = min(len(y), max(ROOM, 4 * PART * k))
         self.least = torch.empty(len(x), dtype=dtype)
         self.columns = torch.empty((len(x), room), dtype=torch.int32)
         self.scores = torch.empty((len(x), room), dtype=dtype)
         self.counts = torch.zeros(len(x), dtype=torch.int64)
         self.buffer = torch.empty(0, dtype=dtype)  # for products: fresh memory is slower than making them
+
+    def run(self) -> Shortlist:
+        """The short lists of all rows."""
+        size = len(self.y)
+        count = min(size, max(size // PART, 2 * self.k))
+        part, rest = random_order(size).long().split([count, size - count])
+        if self.symmetric:
+            self.begin(part, part)
+            part = self.ascending(part)
+            self.begin(rest, part, mutual=True)
+            rest = self.ascending(rest)
+            self.go_on(rest, rest, mutual=True)
+        else:
+            rows = torch.arange(len(self.x))
+            self.begin(rows, part)
+            self.go_on(rows, rest)
+        return self.closest()
 
     def begin(self, rows: torch.Tensor, part: torch.Tensor, mutual: bool = False) -> None:
         """The bounds of these rows from a part of the columns, which are listed; mutual: the rows, too."""
@@ -118,7 +118,7 @@ class _Search:
             width = max(1, len(maxima) // (MAXIMA * self.k))
             maxima = maxima[: len(maxima) // width * width].unflatten(0, (width, -1)).amax(0)
             best = maxima.T.topk(self.k).values.float()  # at least k columns reach the k-th of the maxima
-            least = bounds(best, self.k, self.margin[some], COARSE[self.least.dtype])
+            least = bounds(best, self.k, self.margin[some], self.coarse)
             self.least[some] = least.to(self.least.dtype)
             step = _width(len(some))
             for first in range(0, len(part), step):
@@ -146,7 +146,7 @@ class _Search:
         for start in range(0, len(self.counts), ROWS):
             rows = slice(start, start + ROWS)
             lists = self.columns[rows], self.scores[rows].float(), self.counts[rows]
-            found.append(closest(*lists, self.k, self.margin[rows], COARSE[self.least.dtype]))
+            found.append(closest(*lists, self.k, self.margin[rows], self.coarse))
         shortest, overflowed = zip(*found, strict=True)
         return torch.cat(shortest), torch.cat(overflowed)
 

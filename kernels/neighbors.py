@@ -133,9 +133,7 @@ def _search(
         owners = torch.arange(start, start + len(listed), device=x.device).repeat_interleave(listed.shape[1])
         products = pair_similarity(x, y, owners, listed.flatten()).view(listed.shape)
         values[start : start + rows], indices[start : start + rows] = _best(products.float(), listed, k)
-    last = values[
-        :, -1
-    ].abs()  # float32 holds few digits of numbers below 2**-126, and none beyond the largest
+    last = values[:, -1].abs()  # where that is tiny or infinite, float32 tells too few numbers apart
     overflowed |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
     *finite, repeated = torch.stack([*finite, overflowed.any()]).tolist()
     _require_finite(*finite)

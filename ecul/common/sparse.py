@@ -20,10 +20,15 @@ def _beta_allowed() -> Iterator[None]:
 
 
 def coalesced(
-    rows: torch.Tensor, cols: torch.Tensor, values: torch.Tensor, shape: tuple[int, ...]
+    rows: torch.Tensor,
+    cols: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, ...],
+    in_order: bool = False,
 ) -> torch.Tensor:
-    """A COO matrix of these entries; those of one place are added up."""
-    matrix = torch.sparse_coo_tensor(torch.stack([rows, cols]), values, shape, check_invariants=False)
+    """A COO matrix of these entries; those of one place are added up. in_order: they are so, none twice."""
+    place = torch.stack([rows, cols])
+    matrix = torch.sparse_coo_tensor(place, values, shape, check_invariants=False, is_coalesced=in_order)
     return matrix.coalesce()
 
 
@@ -49,13 +54,8 @@ def product(
     first = (indptr[named] - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
     place = first + torch.arange(len(first), device=first.device)
     owner = torch.arange(len(named), device=first.device).repeat_interleave(sizes)
-    right = torch.sparse_coo_tensor(
-        torch.stack([owner, indices[place]]),
-        values[place],
-        (len(named), len(indptr) - 1),
-        check_invariants=False,
-        is_coalesced=True,
-    )
+    shape = len(named), len(indptr) - 1
+    right = coalesced(owner, indices[place], values[place], shape, in_order=True)
     return torch.sparse.mm(coalesced(rows, cols, weights, (height, len(named))), right).coalesce()
 
 

@@ -252,7 +252,7 @@ def test_rows_too_close_for_bfloat16_are_told_apart_in_float32(monkeypatch, prec
     x = F.normalize(unit(2, 64, 27).repeat(400, 1) + 0.04 * unit(800, 64, 28))
     x = torch.round(x * 2**26) / 2**26
     itself = torch.arange(800)
-    assert _shortlist_cpu._shortlist(x, x, 9, itself, True, torch.bfloat16)[1].all()
+    assert _shortlist_cpu._Search(x, x, 9, itself, True, torch.bfloat16).run()[1].all()
     assert _shortlist_cpu.shortlist(x, x, 9, True, True)[1].any() == (precision == "medium")
     assert_as_reference(x, x, 9, True)
 
