@@ -53,6 +53,18 @@ def world(size, dim, identities, noise, cameras=6, seed=0):
     return F.normalize(features, dim=1), taken_by, kind
 
 
+def steps(features, cameras, modalities, step):
+    """Every step of `emcc` by itself, through step(name, work): what each of them returns."""
+    k1, k2, k3 = SIZES.values()
+    ranks = step("neighbours", lambda: clustering.rank_neighbors(features, k1))
+    encodings = step("encodings", lambda: clustering.reciprocal_encodings(features, ranks, k1))
+    options = {"cameras": cameras, "modalities": modalities, "k2": k2, "k3": k3}
+    extended = step("extension", lambda: clustering.extend_encodings(*encodings, ranks, **options))
+    graph = step("neighbour graph", lambda: clustering.neighbor_graph(*extended, eps=DBSCAN["eps"]))
+    labels = step("DBSCAN", lambda: clustering.dbscan(*graph, min_samples=DBSCAN["min_samples"]))
+    return ranks, encodings, extended, graph, labels
+
+
 def _compared(kind, size, dim, identities, device, n, beside):
     arguments = (size, dim, identities, NOISE[kind])
     ours = apart(_ours, *arguments, device, n)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.cluster import DBSCAN as TheirDBSCAN
 
-from benchmarks.clustering import DBSCAN, SIZES, apart, peak_memory, reset_peak_memory, seconds, world
+from benchmarks.clustering import DBSCAN, SIZES, apart, peak_memory, reset_peak_memory, seconds, steps, world
 from benchmarks.table import table_row
 from ecul import clustering
 from ecul.common.exact import unit_rows
@@ -35,30 +35,24 @@ def rows(device, quick):
 
 
 def _measured(size):
-    features, cameras, modalities = world(size, DIM, size // 40, NOISE)
+    features, *codes = world(size, DIM, size // 40, NOISE)
     clustering.emcc(features[:100])  # imports and kernels loaded
-    k1, k2, k3 = SIZES.values()
     spent = {}
     reset_peak_memory("cpu")
 
-    def step(name, work, *arguments, **options):
-        spent[name], result = seconds(lambda: work(*arguments, **options), "cpu")
+    def step(name, work):
+        spent[name], result = seconds(work, "cpu")
         return result
 
-    ranks = step("neighbours", clustering.rank_neighbors, features, k1)
-    encodings = step("encodings", clustering.reciprocal_encodings, features, ranks, k1)
-    codes = (cameras, modalities)
-    extended = step("extension", clustering.extend_encodings, *encodings, ranks, *codes, k2=k2, k3=k3)
-    graph = step("graph", clustering.neighbor_graph, *extended, eps=DBSCAN["eps"])
-    labels = step("DBSCAN", clustering.dbscan, *graph, min_samples=DBSCAN["min_samples"]).numpy()
-    peak = peak_memory("cpu")
+    *found, extended, graph, labels = steps(features, *codes, step)
+    peak, labels = peak_memory("cpu"), labels.numpy()
     return {
         "seconds": spent,
         "peak": peak,
         "non_zeros": len(extended[1]) / size,
         "clusters": labels.max() + 1,
         "outliers": (labels < 0).sum(),
-        "equal": _compared(features, codes, ranks, encodings, extended, graph, labels),
+        "equal": _compared(features, codes, *found, extended, graph, labels),
     }
 
 
@@ -100,12 +94,9 @@ def _encoding(points, ranks, i):
     def mutual(j, k):
         return {int(other) for other in ranks[j, :k] if j in ranks[other, :k]}
 
-    members = mutual(i, k1)
-    for j in tuple(members):
-        theirs = mutual(j, half)
-        if len(theirs & mutual(i, k1)) > 2 / 3 * len(theirs):
-            members |= theirs
-    members = sorted(members)
+    own = mutual(i, k1)
+    theirs = [mutual(j, half) for j in own]
+    members = sorted(own.union(*(near for near in theirs if len(near & own) > 2 / 3 * len(near))))
     weights = np.exp(2 * points[members] @ points[i] - 2)
     return dict(zip(members, weights / weights.sum(), strict=True))
 
@@ -129,8 +120,8 @@ def _extension(encodings, near, cameras, modalities):
 def _within(extended, i):
     """The points whose extended rows are within eps of that of i."""
     indptr, columns, values = extended
-    own = np.zeros(len(indptr) - 1)
-    own[list(_row(extended, i))] = list(_row(extended, i).values())
+    own, row = np.zeros(len(indptr) - 1), _row(extended, i)
+    own[list(row)] = list(row.values())
     found = []
     for start in range(0, len(own), 50_000):
         edges = indptr[start : start + 50_001]
