@@ -144,8 +144,8 @@ def evaluate(args: argparse.Namespace) -> None:
     FORMAT, DEVICE,
 )  # fmt: skip
 def compare(args: argparse.Namespace) -> None:
-    from ecul.report.compare import compare
     from ecul.report.pictures import prepare_picture
+    from ecul.tools.compare import compare
 
     if args.output:
         prepare_picture(args.output)
@@ -181,7 +181,7 @@ def report(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def extract(args: argparse.Namespace) -> None:
     from ecul.common.files import prepare_output
-    from ecul.search import extract_folder, save_features
+    from ecul.tools.search import extract_folder, save_features
 
     prepare_output(args.output, ".safetensors")
     options = {"skip_unreadable": _skips(args), "batch_size": args.batch_size}
@@ -207,8 +207,8 @@ def extract(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def search(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_ranking, prepare_picture
-    from ecul.search import search
-    from ecul.threshold import Threshold
+    from ecul.tools.search import search
+    from ecul.tools.threshold import Threshold
 
     if args.output:
         prepare_picture(args.output)
@@ -252,7 +252,7 @@ def import_(args: argparse.Namespace) -> None:
     arg("--no-flip", **FLAG, help="without the mirror image: half the work"), DEVICE,
 )  # fmt: skip
 def export(args: argparse.Namespace) -> None:
-    from ecul.export import export
+    from ecul.tools.export import export
 
     export(_model(args.model, args), args.output, args.modality, flip=not args.no_flip)
     print(f"pixels (N, 3, H, W) from 0 to 255 in, unit features out: {args.output}")
@@ -268,7 +268,7 @@ def export(args: argparse.Namespace) -> None:
 def tune(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_tuning, prepare_picture
     from ecul.run.saved import find_run
-    from ecul.tuning import tune_config
+    from ecul.tools.tuning import tune_config
 
     if args.output:
         prepare_picture(args.output)
@@ -289,7 +289,7 @@ def tune(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def threshold(args: argparse.Namespace) -> None:
     from ecul.run.saved import find_run
-    from ecul.threshold import measure_threshold
+    from ecul.tools.threshold import measure_threshold
 
     run = find_run(args.model)
     dataset = _opened(args, run)

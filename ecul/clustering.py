@@ -100,7 +100,7 @@ def emcc(
     neighbours rank by their float32 values. The same labels come on every device. [R] The averaging in the
     extension is a reconstruction, see `extend_encodings`.
 
-    Choosing eps and k1: `ecul.tuning.tune` (`ecul tune`) tells clusters, outliers and a label-free score for
+    Choosing eps and k1: `ecul tune` shows clusters, outliers and a label-free score for
     each eps, from one product. Take the top of the score: below it people fall into outliers, above it they
     merge.
 

@@ -136,7 +136,7 @@ def _accepted(images: Any, modality: str, size: tuple[int, int]) -> torch.Tensor
     if isinstance(images, str | os.PathLike):
         raise TypeError(
             f"images: got the one path {os.fspath(images)!r}; give a list of paths, or read a folder, whose "
-            "names you will want, with ecul.search.extract_folder"
+            "names you will want, with ecul.tools.search.extract_folder"
         )
     if isinstance(images, torch.Tensor):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:

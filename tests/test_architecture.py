@@ -15,13 +15,12 @@ ROOT = Path(ecul.__file__).resolve().parent
 LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own layer and those before it
     {"kernels"},
     {"common"},
-    {"data", "synthetic"},
+    {"data"},
     {"config", "features", "encodings", "clustering", "matching", "memory", "losses", "sampling", "augment"}
-    | {"model", "streams"}
-    | {"trainset", "labels", "batches", "stages", "optim", "export", "importers", "estimator"},
-    {"evaluation", "run", "search", "tuning", "threshold"},
+    | {"model", "streams", "trainset", "labels", "batches", "stages", "optim", "estimator"},
+    {"evaluation", "run"},
     {"training"},
-    {"report", "cli", "shell", "__main__"},
+    {"tools", "report", "synthetic", "importers", "cli", "shell", "__main__"},
 )
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 

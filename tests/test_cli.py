@@ -20,7 +20,7 @@ import ecul
 from ecul import MODALITIES, TwoStreamResNet, evaluation, export, extract, importers, kernels, report
 from ecul.cli import main, parser
 from ecul.features import embed_pixels
-from ecul.search import extract_folder, save_features, search
+from ecul.tools.search import extract_folder, save_features, search
 
 COMMANDS = {
     "train",

@@ -13,7 +13,7 @@ from ecul import TwoStreamResNet, evaluate, train
 from ecul.cli import main
 from ecul.common.tables import render_table
 from ecul.report import pictures
-from ecul.report.compare import _differing, compare
+from ecul.tools.compare import _differing, compare
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_the_command_prints_every_form_and_draws(runs, world, capsys, tmp_path):
 
 def test_the_curves_are_means_over_runs_with_their_deviation(runs, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr("ecul.report.compare.draw_overlaid", lambda path, panels: drawn.append(dict(panels)))
+    monkeypatch.setattr("ecul.tools.compare.draw_overlaid", lambda path, panels: drawn.append(dict(panels)))
     compare([runs / name for name in "abc"], device="cpu").draw(tmp_path / "x.png")
     assert list(drawn[0]) == [
         "label-free score",

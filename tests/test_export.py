@@ -8,7 +8,7 @@ import torch
 
 from ecul import TwoStreamResNet, extract
 from ecul.augment import normalize
-from ecul.export import export
+from ecul.tools.export import export
 
 
 @pytest.fixture(scope="module", params=[10, 18], ids=["plain", "non-local"])

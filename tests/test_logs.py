@@ -8,7 +8,7 @@ import torch
 
 from ecul import MODALITIES, TwoStreamResNet, evaluate, extract
 from ecul.common import logs
-from ecul.tuning import tune
+from ecul.tools.tuning import tune
 
 
 def steps(**options):

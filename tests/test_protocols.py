@@ -10,7 +10,7 @@ from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, train
 from ecul.cli import main
 from ecul.data.layouts import LAYOUTS
 from ecul.evaluation import average
-from ecul.threshold import measure_threshold
+from ecul.tools.threshold import measure_threshold
 
 TINY = Config.preset(
     "demo", epochs_intra=1, epochs_cross=1, tsmem_switch=1, iterations=2, identities=2, instances=2, width=8,

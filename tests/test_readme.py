@@ -177,7 +177,8 @@ import ecul, ecul.kernels, torch
 assert ecul.__file__.startswith(sys.argv[1]) and ecul.kernels.__file__.startswith(sys.argv[1])
 for name in ecul.__all__:
     getattr(ecul, name)
-from ecul import export, importers, report, search
+from ecul import importers, report
+from ecul.tools import export, search
 from ecul.report import page, pictures
 print(ecul.emcc(torch.eye(5)).tolist())
 try:

@@ -47,7 +47,7 @@ from ecul.report.pictures import (
 )
 from ecul.report.summary import cluster_margins, counted, verdict
 from ecul.report.views import activation, match_rows
-from ecul.search import FolderFeatures, Ranking
+from ecul.tools.search import FolderFeatures, Ranking
 from ecul.training import extract_exchanged
 from ecul.trainset import TrainImages
 

@@ -11,7 +11,7 @@ from ecul.clustering import rank_neighbors, reciprocal_encodings
 from ecul.data.decode import read_image
 from ecul.evaluation.rerank import k_reciprocal_distances, modality_distances
 from ecul.features import extract_files, warn_if_other
-from ecul.search import extract_folder, search
+from ecul.tools.search import extract_folder, search
 
 
 class Colours(torch.nn.Module):

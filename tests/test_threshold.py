@@ -18,8 +18,8 @@ from ecul.augment import normalize
 from ecul.cli import main
 from ecul.features import FolderFeatures
 from ecul.report.pictures import RIGHT, draw_ranking
-from ecul.search import Ranking
-from ecul.threshold import Pairs, Threshold, estimate_threshold, measure_threshold
+from ecul.tools.search import Ranking
+from ecul.tools.threshold import Pairs, Threshold, estimate_threshold, measure_threshold
 
 SIZE = (32, 16)
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ecul import TwoStreamResNet, emcc
 from ecul.cli import main
 from ecul.run.scores import separation
-from ecul.tuning import EPS, Settings, Tuning, tune
+from ecul.tools.tuning import EPS, Settings, Tuning, tune
 
 
 def people(count, images, spread, seed=0):

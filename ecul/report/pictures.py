@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from ecul.common.files import prepare_output, write_file
 from ecul.data.decode import read_image
-from ecul.search import Ranking
+from ecul.tools.search import Ranking
 
 log = logging.getLogger("ecul")
 RIGHT, WRONG, NEUTRAL, INK = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"
@@ -286,7 +286,7 @@ def draw_overlaid(path: str | Path, panels: Sequence[tuple[str, Sequence[tuple[s
 
 
 def draw_tuning(path: str | Path, tables: dict[str, list[dict]]) -> None:
-    """Write the curves of `ecul.tuning` as a PNG: a row a clustering, a line for each k1 over eps."""
+    """Write the curves of `ecul.tools.tuning` as a PNG: a row a clustering, a line for each k1 over eps."""
     kinds = ("clusters", "outliers", "score")
     with _picture(path, 12, 2.9 * len(tables), layout="constrained") as figure:
         axes = figure.subplots(len(tables), len(kinds), squeeze=False)

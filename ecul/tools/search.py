@@ -18,7 +18,7 @@ from ecul.data.images import check_modality
 from ecul.evaluation.rerank import RERANKINGS
 from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
-from ecul.threshold import Threshold
+from ecul.tools.threshold import Threshold
 
 __all__ = ["FolderFeatures", "Ranking", "extract_folder", "save_features", "search"]
 
