@@ -64,7 +64,7 @@ READING = (
     arg("-o", "--output", required=True, help="the run directory"),
     arg("--preset", choices=DATASETS, help="whose settings (default: those of the data set, else sysu's)"),
     arg("--resume", **FLAG, help=RESUME),
-    arg("--config", metavar="FILE", help="settings to start from: a run's config.json, or TOML of fields"),
+    arg("--config", metavar="FILE", help="settings to start from: a run's config.json, or fields of it"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
     arg("--log", action="append", choices=("csv", "tensorboard"), default=[], help=LOGS),
     arg("--trials", type=numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),

@@ -50,10 +50,6 @@ DATASETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# What earlier versions did that had not these fields: saved settings that lack them are of a run of theirs.
-FORMER = {"matching": "bilateral", "exchanged_stem": "visible", "backbone": None, "stem_stride": 2}
-FORMER |= {"compile": False, "checkpointing": False, "keep": "last"}
-
 
 class Rule(NamedTuple):
     """What a value must do, in words and as a test; the names to choose from, where there are any."""
@@ -188,7 +184,6 @@ class Config:
     precision: str = _held("auto", _one_of("auto", "fp32", "bf16"))
     compile: bool = _held(False, FLAG)
     checkpointing: bool = _held(False, FLAG)  # recompute activations in backward: less memory, more time
-    keep: str = _held("last", _one_of("last", "score"))
     batch_extract: int = _held(256, _at_least(1))
 
     def __post_init__(self) -> None:
@@ -251,29 +246,17 @@ class Config:
 
 
 def read_fields(path: str | os.PathLike) -> dict[str, Any]:
-    """The fields that a file gives: a run's `config.json`, without what it says of the model, or TOML.
+    """The fields of Config in a JSON file, for example the `config.json` of a run.
 
-    All of the fields but newer ones are what an earlier version saved: the newer ones are as it worked.
-
-    Errors: FileNotFoundError; ValueError for a file that cannot be read as such, or on Python 3.10 for TOML.
+    Errors: FileNotFoundError; ValueError for a file that is no JSON object.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of settings {path}")
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            import tomllib  # since Python 3.11
-
-            fields = tomllib.loads(text)
-        else:
-            fields = json.loads(text)
-    except ImportError as e:
-        raise ValueError(f"{path}: Python 3.10 cannot read TOML; give JSON") from e
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read as JSON or, if it ends in .toml, as TOML: {e}") from e
+        raise ValueError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(fields, dict):
         raise ValueError(f"{path} should hold fields of Config by name, not {type(fields).__name__}")
-    fields = {name: value for name, value in fields.items() if name != "model"}
-    lacking = {f.name for f in dataclasses.fields(Config)} - set(fields)
-    return FORMER | fields if lacking <= set(FORMER) else fields
+    return {name: value for name, value in fields.items() if name != "model"}

@@ -35,7 +35,7 @@ from ecul.run.checkpoint import holds_run, load_run, run_directory, save_run
 from ecul.run.hooks import as_hook, wants_to_stop
 from ecul.run.log import LEGEND, describe, label_scores, monitors, remaining
 from ecul.stages import Term, make_terms
-from ecul.trainset import TrainImages, dataset_fingerprint, load_images, remember_images
+from ecul.trainset import TrainImages, dataset_fingerprint, load_images
 
 log = logging.getLogger("ecul")
 
@@ -62,9 +62,6 @@ class State:
     optimizer: torch.optim.Optimizer
     history: list = field(default_factory=list)
     labels: torch.Tensor | None = None  # of the last epoch, (N,), for the stability score
-    best: dict | None = None  # weights of the best score so far, when these are kept
-    best_epoch: int | None = None  # the epochs behind them
-    kept: int | None = None  # the epochs behind the weights, once the best were put back
 
 
 @logging_to_stderr()
@@ -83,15 +80,14 @@ def train(
 
     dataset: a `Dataset` (`open_dataset`, `Dataset.from_arrays`, `Dataset.from_folders`); its identities, if
     any, are read by the monitors of the log alone. config: a `Config`, by default `Config()`. output: the
-    run directory, None for none; resume: go on with the run that is there, and further than it was to go
-    where config has more epochs. device: by default the GPU when there is one. on_epoch(row) or
+    run directory, None for none; resume: go on with the run that is there (`ecul.run.checkpoint.load_run`
+    says what may change). device: by default the GPU when there is one. on_epoch(row) or
     on_epoch(row, model): called after each epoch with its dict, and with the model where it takes two; by
     `raise StopIteration` it ends the run here, as if these had been all epochs. model: a backbone of one's
     own, any module with `num_features` that maps (N, 3, H, W) to (N, num_features), or one with `embed` like
     `TwoStreamResNet`. validate: every so many epochs evaluate the test images of a data set opened with
     `validation`, or of one's own; the log has the figures, and nothing is selected by them. Under torchrun
-    the processes share one run. Returns a `Run`: the last epoch's weights, or those of the best label-free
-    score with `keep="score"`.
+    the processes share one run. Returns a `Run` with the last epoch's weights.
 
     Errors, before any work: an incomplete data set, an output directory that cannot be used or holds another
     run, weights of another architecture, more processes than two clusters have images in a batch. Later: an
@@ -129,7 +125,6 @@ def train(
                 save_run(directory, state, config, data, source)
 
         images = load_images(dataset, config.size, place)
-        remember_images(model, images, goes_on)
         done = len(state.history) >= config.epochs
         if done and directory is not None and not (directory / "model.safetensors").exists():
             save()
@@ -144,9 +139,6 @@ def train(
             if distributed.first_says(distributed.rank() == 0 and wants_to_stop(hook, row, model), place):
                 log.info("stopped after %d of %d epochs, as on_epoch asked for", epoch + 1, config.epochs)
                 break
-        if config.keep == "score" and config.epochs and state.kept is None:
-            _put_best_back(state, images, config)
-            save()
         if state.history and all(row.get("skipped") for row in state.history):
             log.warning("every epoch was skipped: this model has learned nothing")
         distributed.wait()
@@ -169,7 +161,6 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
     row |= {"seconds_extract": extracted, "seconds_labels": clock.seconds() - extracted}
     row |= _score_labels(features, labels, state.labels, images)
     state.labels = labels.own
-    _keep_best(state, row, config)
     if not labels.enough:
         scattered = any(2 * int((side < 0).sum()) > len(side) for side in labels.sides.values())
         advice = "raise eps or lower min_samples" if scattered else "lower eps or k1, or start from weights"
@@ -290,21 +281,6 @@ def _score_labels(
     return labels.counts() | label_scores(features, labels, previous) | monitors(labels, images.identities)
 
 
-def _keep_best(state: State, row: dict, config: Config) -> None:
-    """Remember the weights that this epoch started from, when their score is the best and it is wanted."""
-    done, known = len(state.history), state.best_epoch or 0
-    if config.keep != "score" or done < _first_rated(config):
-        return
-    if known < _first_rated(config) or row["score"] > state.history[known]["score"]:
-        state.best = {k: v.clone() for k, v in state.model.state_dict().items()}
-        state.best_epoch = done
-
-
-def _first_rated(config: Config) -> int:
-    """After how many epochs weights can be the best: scores of two stages do not compare."""
-    return 1 + (config.epochs_intra if config.epochs_cross else 0)
-
-
 def _guarded_epoch(
     state: State, images: TrainImages, config: Config, epoch: int, directory: Path | None
 ) -> dict:
@@ -316,7 +292,7 @@ def _guarded_epoch(
         _require_finite(epoch, row, state.model, directory)
         raise error
     except torch.OutOfMemoryError as error:
-        advice = "set checkpointing=True, or fewer identities or instances (a smaller batch, other negatives)"
+        advice = "set checkpointing=True and resume, or train anew with fewer identities or instances"
         raise RuntimeError(
             f"epoch {epoch + 1}: the device's memory is too small for this recipe; {advice}"
         ) from error
@@ -346,24 +322,6 @@ def _require_finite(epoch: int, row: dict, model: torch.nn.Module, directory: Pa
             f"epoch {epoch + 1} diverged: {shorten(bad, 4)} not finite; {kept}. "
             "Lower lr, or set precision='fp32'"
         )
-
-
-def _put_best_back(state: State, images: TrainImages, config: Config) -> None:
-    """Rate the last weights too, then put the best ones back."""
-    features = extract_all(state.model, images, config)
-    labels = assign_labels(features, images, config, stage=1)
-    row = _score_labels(features, labels, state.labels, images)
-    state.labels = labels.own
-    _keep_best(state, row, config)
-    kept, done = state.best_epoch or 0, len(state.history)
-    if kept < _first_rated(config):  # stopped before any could be the best: the last
-        state.best, kept = None, done
-    state.kept = kept
-    if distributed.rank() == 0:
-        score = [*state.history, row][kept]["score"]
-        log.info("the weights after %d of %d epochs are kept: score %.3f", kept, done, score)
-    if state.best is not None:
-        state.model.load_state_dict(state.best)
 
 
 def _check(dataset: Dataset, config: Config) -> None:

@@ -9,7 +9,6 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -88,36 +87,6 @@ def load_images(dataset: Dataset, size: tuple[int, int], device: torch.device) -
     cameras = torch.from_numpy(np.concatenate([side.camids for side in sides])).to(device)
     pids = [side.pids for side in sides if side.pids is not None]
     return TrainImages((visible, infrared), cameras, np.concatenate(pids) if len(pids) == 2 else None)
-
-
-def image_fingerprints(pixels: torch.Tensor) -> np.ndarray:
-    """(N,) uint64: a hash of every fourth row and column of images, uint8 (N, 3, H, W); alike for equal ones.
-
-    A model keeps those of its training images, so that `evaluate` can say which test images it has seen.
-    """
-    found = np.empty(len(pixels), np.uint64)
-    for start in range(0, len(pixels), 4096):
-        part = pixels[start : start + 4096, :, ::4, ::4].cpu().numpy()
-        digests = [hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in part]
-        found[start : start + len(part)] = np.frombuffer(b"".join(digests), np.uint64)
-    return found
-
-
-def remember_images(model: Any, images: TrainImages, goes_on: bool) -> None:
-    """Let the model know the images that it is trained on, beside those that it was trained on before; warn
-    where a run that goes on had others."""
-    prints = np.concatenate([image_fingerprints(side) for side in images.pixels])
-    known = getattr(model, "trained_on", None)
-    if goes_on and known is not None and (changed := int((~np.isin(prints, known)).sum())):
-        told = "%d of %d images are not as this run had them: they changed, or are decoded otherwise"
-        log.warning(told, changed, len(prints))
-    model.trained_on = np.union1d(prints, prints[:0] if known is None else known)
-
-
-def count_trained_on(model: Any, pixels: torch.Tensor) -> int:
-    """How many of these images, uint8 (N, 3, H, W), the model was trained on; 0 where it does not know."""
-    known = getattr(model, "trained_on", None)
-    return 0 if known is None else int(np.isin(image_fingerprints(pixels), known).sum())
 
 
 def dataset_fingerprint(dataset: Dataset) -> dict:

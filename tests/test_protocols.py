@@ -6,11 +6,10 @@ from dataclasses import replace
 import layouts
 import pytest
 
-from ecul import Config, Dataset, TwoStreamResNet, evaluate, open_dataset, train
+from ecul import Config, Dataset, evaluate, open_dataset, train
 from ecul.cli import main
 from ecul.data.layouts import LAYOUTS
 from ecul.evaluation import average
-from ecul.tools.threshold import measure_threshold
 
 TINY = Config.preset(
     "demo", epochs_intra=1, epochs_cross=1, tsmem_switch=1, iterations=2, identities=2, instances=2, width=8,
@@ -71,9 +70,8 @@ def test_ones_own_folders(cameras, tmp_path):
     trained(Dataset.from_folders(visible=tmp_path / "day", infrared=tmp_path / "night", cameras=cameras))
 
 
-def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys, caplog):
-    """Trials share people: another trial's test images are refused, or named where they cannot be refused."""
-    caplog.set_level("INFO", logger="ecul")
+def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys):
+    """Trials share people: another trial's test images are refused."""
     root, runs = str(layouts.regdb(tmp_path / "data")), tmp_path / "runs"
     fields = [f"{k}={json.dumps(v)}" for k, v in TINY.to_dict().items() if k != "method"]
     command = ["train", "regdb", root, "-o", str(runs), "--option", "subset=true", "--trials", "1-2"]
@@ -107,18 +105,10 @@ def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys, c
     assert main([*ask[:-1], str(runs), str(runs / "trial-1")]) == 2
     assert "names a model twice" in capsys.readouterr().err
     own = ["regdb", root, "--option", "subset=true", "--model", str(runs / "trial-2")]
-    assert main(["threshold", *own]) == 0 and "the model was trained on" not in caplog.text
+    assert main(["threshold", *own]) == 0
     for command in ("threshold", "tune"):
         assert main([command, *own, "--option", "trial=1"]) == 2
         assert "trial-2 was trained on trial 2" in capsys.readouterr().err
-    other = open_dataset("regdb", root, trial=1, subset=True)
-    measure_threshold(TwoStreamResNet.from_pretrained(runs / "trial-2"), other, TINY)
-    assert "the model was trained on 4 of the 6 visible images to test on" in caplog.text
-    mixed = evaluate(TwoStreamResNet.from_pretrained(runs / "trial-2"), other, progress=False)
-    trained_on = open_dataset("regdb", root, trial=2, subset=True)
-    seen = len({*other.test_visible.names} & {*trained_on.visible.names})
-    assert seen and f"the model was trained on {seen} of the 6 visible test images" in mixed.table()
-    assert f"the model was trained on {seen} of the 6 infrared test images" in mixed.rows[0]["caution"]
 
 
 def test_a_set_with_counts_of_its_own_is_named_beside_its_figures(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from tiny import tiny
 
 from ecul import Config, Dataset, TwoStreamResNet, train
 from ecul.optim import build_model, build_optimizer
-from ecul.report import report
 from ecul.run.checkpoint import load_run, read_about, read_log
 from ecul.run.saved import find_run
 from ecul.training import State
@@ -21,7 +19,7 @@ from ecul.trainset import dataset_fingerprint
 
 RNG = np.random.default_rng(0)
 DATASET = Dataset.from_arrays(*(RNG.integers(0, 256, (12, 32, 16, 3), dtype=np.uint8) for _ in range(2)))
-CONFIG = tiny(keep="score", identities=2, min_samples=1, eps=0.3, eps_joint=0.3, iterations=1)
+CONFIG = tiny(identities=2, min_samples=1, eps=0.3, eps_joint=0.3, iterations=1)
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +52,9 @@ def rewrite(file, change):
 
 def test_a_whole_run_goes_on(whole, run):
     state = resume(run)
-    assert state.history == whole.history and state.kept and state.best
+    assert state.history == whole.history
     assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in state.model.state_dict().items())
     assert read_about(run)["config"] == CONFIG and read_log(run) == whole.history
-    rewrite(run / "resume.safetensors", lambda _, metadata: metadata.pop("history"))  # as earlier versions
-    assert resume(run).history == whole.history
 
 
 def test_a_flipped_bit_of_the_state_is_found(run):
@@ -85,7 +81,6 @@ def test_an_optimiser_that_lost_a_parameter_is_found(run):
     [
         ("model.bottleneck.weight", None, "missing bottleneck.weight"),
         ("model.bottleneck.weight", torch.full((64,), torch.nan), "holds NaN or infinite numbers"),
-        ("best.bottleneck.weight", torch.zeros(3), r"bottleneck.weight is \(3,\)"),
         ("optimizer.3.step", torch.zeros(2), "3.step is"),
         ("optimizer.3.exp_avg", torch.zeros(2), "3.exp_avg is"),
         ("optimizer.1.exp_avg", torch.zeros(8, dtype=torch.uint8), "1.exp_avg is torch.uint8"),
@@ -116,8 +111,6 @@ def test_damaged_tensors_of_a_run_are_named(run, name, value, message):
         ("epoch", "two", "its epoch should be a whole number"),
         ("epoch", "9" * 5000, "its epoch should be a whole number"),
         ("epoch", "3", "it tells of epoch 3, resume.json of 2 epochs"),
-        ("kept", "-1", "its kept should be a whole number"),
-        ("kept", "3", "weights of epoch 3 cannot be kept after epoch 2"),
         ("history", "0", "its history is not that of resume.safetensors"),
     ],
 )
@@ -128,16 +121,6 @@ def test_damaged_metadata_of_a_run_are_named(run, name, value, message):
 
     rewrite(run / "resume.safetensors", change)
     with pytest.raises(ValueError, match=f"is damaged: {message}"):
-        resume(run)
-
-
-def test_weights_are_kept_at_the_end_alone(run):
-    def change(_, metadata):
-        metadata.pop("history")
-        metadata.update(epoch="1", kept="1", best="1")
-
-    rewrite(run / "resume.safetensors", change)
-    with pytest.raises(ValueError, match="has ended with the weights of its best score"):
         resume(run)
 
 
@@ -204,63 +187,8 @@ def test_a_damaged_log_is_named_with_its_line(run, line):
 
 
 def test_other_settings_are_told_before_anything_is_loaded(run):
-    with pytest.raises(ValueError, match="lr: 0.001 then, 0.5 now"):
-        resume(run, Config.from_dict({**CONFIG.to_dict(), "lr": 0.5}))
-
-
-def as_saved_before(run, **fields):
-    """Rewrite the run's settings as a version did that knew neither exchanged views nor other backbones."""
-    about = json.loads((run / "resume.json").read_text())
-    about["config"] |= fields
-    for name in ("exchanged_stem", "backbone", "stem_stride"):
-        del about["config"][name]
-    (run / "resume.json").write_text(json.dumps(about))
-    return about["config"]
-
-
-@pytest.mark.parametrize("method", ["mbccm", "united"])
-def test_a_run_of_an_earlier_version_goes_on_as_that_one_worked(run, method):
-    former = as_saved_before(run, method=method, matching="bilateral", weight_consistency=0.5)
-    config = read_about(run)["config"]
-    assert Config.from_dict(former).exchanged_stem == "infrared"  # but a run's, fields have today's defaults
-    assert config.exchanged_stem == "visible" and config == CONFIG.replace(**former, exchanged_stem="visible")
-    assert resume(run, config).history and read_about(run)["config"] == config
-    with pytest.raises(ValueError, match="cannot be continued with other.*exchanged_stem: 'visible'"):
-        resume(run, config.replace(exchanged_stem="infrared"))
-
-
-def test_the_former_tsmem_is_not_continued_as_the_one_of_now(run):
-    as_saved_before(run, update_rule="tsmem")
-    config = read_about(run)["config"]
-    assert resume(run, config).history  # nothing is left to do
-    with pytest.raises(ValueError, match="earlier version, whose TSMem .* train it anew"):
-        resume(run, config.replace(epochs_cross=config.epochs_cross + 1))
-
-
-def test_images_that_changed_between_two_epochs_are_told(tmp_path, caplog):
-    train(DATASET, CONFIG.replace(keep="last"), output=tmp_path)
-    longer = CONFIG.replace(keep="last", epochs_cross=2)
-    arrays = [images.source.pixels.copy() for images in DATASET.splits().values()]
-    arrays[0][3] = 255 - arrays[0][3]
-    again = shutil.copytree(tmp_path, tmp_path / "again")
-    train(DATASET, longer, output=again, resume=True)
-    assert "images are not as this run had them" not in caplog.text
-    train(Dataset.from_arrays(*arrays), longer, output=tmp_path, resume=True)
-    assert "1 of 24 images are not as this run had them" in caplog.text
-
-
-def test_a_model_remembers_what_it_was_trained_on_in_every_run(tmp_path):
-    """A model that is trained on other images knows both; a report of others says so."""
-    first = train(DATASET, CONFIG)
-    known = {*first.model.trained_on.tolist()}
-    other = Dataset.from_arrays(*(RNG.integers(0, 256, (12, 32, 16, 3), dtype=np.uint8) for _ in range(2)))
-    train(other, CONFIG, output=tmp_path, model=first.model)
-    loaded = TwoStreamResNet.from_pretrained(tmp_path)
-    assert known < {*loaded.trained_on.tolist()} and len(loaded.trained_on) == 48
-    text = report(tmp_path, replace(other, test_visible=DATASET.visible, test_infrared=DATASET.infrared))
-    assert "the model was trained on 24 of 24 test images" in text.read_text()
-    third = Dataset.from_arrays(*(255 - images.source.pixels for images in other.splits().values()))
-    assert "24 of 24 training images are not as the model" in report(tmp_path, third).read_text()
+    with pytest.raises(ValueError, match="temp: 0.05 then, 0.5 now"):
+        resume(run, Config.from_dict({**CONFIG.to_dict(), "temp": 0.5}))
 
 
 def test_a_finished_run_that_lost_its_model_has_it_again(run):
@@ -284,31 +212,6 @@ def test_a_new_run_writes_over_no_run_and_no_model(run, tmp_path):
     build_model(CONFIG, torch.device("cpu")).save_pretrained(tmp_path / "imported")
     with pytest.raises(ValueError, match="holds a model that no run wrote"):
         train(DATASET, CONFIG, output=tmp_path / "imported")
-
-
-def test_a_run_that_was_lengthened_keeps_no_weights_of_its_first_stage_as_the_best_of_the_second(tmp_path):
-    """Where the best is one of stage 1, and a second stage is added that ends before any of its is rated."""
-    config = CONFIG.replace(epochs_intra=2, epochs_cross=0)
-
-    def interrupt(row):
-        if row["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(DATASET, config, output=tmp_path, on_epoch=interrupt)
-    longer = config.replace(epochs_cross=2)
-    assert resume(tmp_path, longer).best_epoch == 1  # of what were its epochs then
-    after = []
-
-    def stop(row, model):
-        after.append({name: value.clone() for name, value in model.state_dict().items()})
-        raise StopIteration
-
-    run = train(DATASET, longer, output=tmp_path, resume=True, on_epoch=stop)
-    assert len(run.history) == 3
-    with safe_open(tmp_path / "model.safetensors", "pt") as f:
-        assert f.metadata()["epoch"] == "3"
-    assert all(torch.equal(value, run.model.state_dict()[name]) for name, value in after[0].items())
 
 
 def test_a_run_is_found_without_its_log_and_keeps_its_pixels_where_they_are(run):

@@ -33,7 +33,7 @@ def test_what_a_method_leaves_out_stays_out_on_every_world(world):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"keep": "score"}, {"method": "ecul"}, {"method": "mbccm"}, {"update_rule": "tsmem", **BOTH}],
+    [{}, {"method": "ecul"}, {"method": "mbccm"}, {"update_rule": "tsmem", **BOTH}],
 )
 def test_a_shared_first_stage_gives_the_weights_of_a_whole_run(fields, world, tmp_path):
     config = tiny(epochs_intra=2, epochs_cross=2, k_select=2, eps_joint=0.5, **fields)

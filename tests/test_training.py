@@ -1,6 +1,5 @@
 """The main job: it learns, repeats itself, survives a kill, and comes through every collapse."""
 
-import copy
 import json
 import logging
 import math
@@ -12,7 +11,6 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
 from ecul import (
     MODALITIES,
@@ -26,13 +24,10 @@ from ecul import (
     synthesize,
     train,
 )
-from ecul.labels import assign_labels
 from ecul.model import Backbone
 from ecul.optim import build_model, build_optimizer
-from ecul.run import checkpoint
 from ecul.run.checkpoint import run_directory
-from ecul.run.log import label_scores
-from ecul.training import State, extract_all, run_epoch, train_batches
+from ecul.training import State, run_epoch, train_batches
 from ecul.trainset import load_images
 
 TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}
@@ -162,8 +157,8 @@ def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dat
     train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
     with pytest.raises(ValueError, match="holds a run; resume it"):
         train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
-    with pytest.raises(ValueError, match="lr: 0.001 then, 0.002 now"):
-        train(dataset, tiny(epochs_cross=0, lr=2e-3), output=tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="temp: 0.05 then, 0.1 now"):
+        train(dataset, tiny(epochs_cross=0, temp=0.1), output=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(("processes", "instances"), [(3, 1), (4, 1), (9, 4)])
@@ -230,31 +225,6 @@ def test_weights_of_another_architecture_are_refused(dataset, tmp_path):
         train(dataset, tiny(weights=str(tmp_path / "w.pth")))
 
 
-def test_keeping_the_best_score_ends_with_the_weights_it_rates(dataset, tmp_path):
-    config, after = tiny(keep="score", epochs_cross=3), []
-    model = build_model(config, torch.device("cpu"))
-    run = train(
-        dataset, config, model=model, output=tmp_path / "best",
-        on_epoch=lambda row: after.append(copy.deepcopy(model.state_dict())),
-    )  # fmt: skip
-    kept = [all(torch.equal(v, run.model.state_dict()[k]) for k, v in weights.items()) for weights in after]
-    assert sum(kept) == 1
-    last = copy.deepcopy(model)
-    last.load_state_dict(after[-1])
-    images = load_images(dataset, config.size, torch.device("cpu"))
-    features = extract_all(last.eval(), images, config)
-    labels = assign_labels(features, images, config, 1)
-    rated = [row["score"] for row in run.history] + [label_scores(features, labels, None)["score"]]
-    of_stage_2 = rated[config.epochs_intra + 1 :]  # row e rates the weights after e epochs
-    assert kept.index(True) == config.epochs_intra + of_stage_2.index(max(of_stage_2))
-    assert same(TwoStreamResNet.from_pretrained(tmp_path / "best"), run.model)
-    with safe_open(tmp_path / "best" / "model.safetensors", "pt") as f:
-        assert int(f.metadata()["epoch"]) == 1 + kept.index(True)
-    assert same(train(dataset, config, output=tmp_path / "best", resume=True).model, run.model)
-    with safe_open(tmp_path / "best" / "model.safetensors", "pt") as f:  # not rated a second time
-        assert int(f.metadata()["epoch"]) == 1 + kept.index(True)
-
-
 class Pooled(torch.nn.Module):
     num_features = 8
 
@@ -307,24 +277,6 @@ def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
         train(dataset, tiny(), model=pooled)
     with pytest.raises(TypeError, match="num_features"):
         train(dataset, tiny(), model=torch.nn.Identity())
-
-
-def test_a_finish_that_was_killed_is_made_again(dataset, tmp_path, monkeypatch):
-    config = tiny(keep="score", epochs_cross=3)
-    whole = train(dataset, config, output=tmp_path / "whole")
-    calls, write = [], checkpoint.write_tensors
-
-    def killed(path, *rest):
-        calls.append(path.name)
-        if calls.count("resume.safetensors") > config.epochs:
-            raise KeyboardInterrupt
-        write(path, *rest)
-
-    monkeypatch.setattr(checkpoint, "write_tensors", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(dataset, config, output=tmp_path / "run")
-    monkeypatch.setattr(checkpoint, "write_tensors", write)
-    assert same(train(dataset, config, output=tmp_path / "run", resume=True).model, whole.model)
 
 
 @pytest.mark.parametrize("name", ["resume.json", "resume.safetensors"])

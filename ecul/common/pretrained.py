@@ -1,13 +1,11 @@
 """Networks in a directory: safetensors with complete metadata, and back."""
 
-import base64
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -40,13 +38,9 @@ class Saved(NamedTuple):
 
 
 class Pretrained(nn.Module):
-    """A network saved as `model.safetensors` and `config.json`, with the `settings` that build it again.
-
-    trained_on: (N,) uint64, the fingerprints of the images that it was trained on, None where not known.
-    """
+    """A network saved as `model.safetensors` and `config.json`, with the `settings` that build it again."""
 
     settings: dict
-    trained_on: np.ndarray | None = None
 
     def described(self) -> str:
         """What network this is, for an error message."""
@@ -66,8 +60,6 @@ class Pretrained(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         own = {"architecture": type(self).__name__, "version": __version__, "mean": MEAN, "std": STD}
-        if self.trained_on is not None:
-            own["trained_on"] = base64.b64encode(self.trained_on.astype("<u8").tobytes()).decode()
         write_tensors(
             directory / "model.safetensors", self.state_dict(), {**own, **self.settings, **(metadata or {})}
         )
@@ -129,12 +121,6 @@ class Pretrained(nn.Module):
     def _filled(self: Network, saved: "Saved") -> Network:
         """This network with these weights, ready to embed."""
         self.load(saved.state, saved.file)
-        if "trained_on" in saved.metadata:
-            try:
-                told = base64.b64decode(saved.metadata["trained_on"], validate=True)
-                self.trained_on = np.frombuffer(told, "<u8")
-            except ValueError as e:
-                raise ValueError(f"{saved.file} is damaged: its trained_on ({e})") from e
         return self.eval()
 
     def load(self, state: Mapping[str, Tensor], path: str | os.PathLike, own: tuple[str, ...] = ()) -> None:

@@ -26,7 +26,6 @@ from ecul.evaluation.galleries import draw_official, draw_random, group_rows, re
 from ecul.evaluation.metrics import eval_llcm, eval_regdb, eval_sysu, score_queries, summarise
 from ecul.evaluation.rerank import RERANKINGS
 from ecul.features import extract, require_model
-from ecul.trainset import count_trained_on
 
 __all__ = ["Results", "average", "eval_llcm", "eval_regdb", "eval_sysu", "evaluate"]
 
@@ -70,7 +69,7 @@ class Results:
 
     The deviation is that of the trials themselves (`numpy.std`, not divided by n - 1). A row's `caution`, the
     first thing that the table says after the protocol, is empty or tells what keeps its figures from being
-    compared: test images of another number than published, or images that the model was trained on.
+    compared: test images of another number than published.
     """
 
     rows: list[dict]
@@ -146,7 +145,7 @@ def evaluate(
         raise ValueError(f"rerank: expected {', '.join(RERANKINGS)}, True or False, not {rerank!r}")
     reranking = f"{name} ({RERANKINGS[name].settings})" if name else "no re-ranking"
     cautions = _foreign(dataset)
-    vectors = _unit_rows(model, dataset, features, batch_size, flip, progress, cautions)
+    vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
     shared = {"caution": "; ".join(cautions), "reranking": reranking}
     rows = []
     for names, images, drawn in plan:
@@ -259,12 +258,8 @@ def _unit_rows(
     batch_size: int,
     flip: bool,
     progress: bool,
-    cautions: list[str],
 ) -> dict[str, torch.Tensor]:
-    """Unit rows of the test images by modality, from the model or from the features that were given.
-
-    `cautions` gets a line for each modality of which the model was trained on some test images.
-    """
+    """Unit rows of the test images by modality, from the model or from the features that were given."""
     if (model is None) == (features is None):
         raise ValueError("give either a model or features={'visible': ..., 'infrared': ...}")
     if features is not None and sorted(features) != ["infrared", "visible"]:
@@ -274,10 +269,7 @@ def _unit_rows(
         images = getattr(dataset, f"test_{m}")
         if features is None:
             require_model(model)
-            pixels = images.load(model.input_size, progress)
-            vectors[m] = extract(model, pixels, m, batch_size=batch_size, flip=flip, progress=progress)
-            if seen := count_trained_on(model, pixels):
-                cautions.append(f"the model was trained on {seen} of the {len(images)} {m} test images")
+            vectors[m] = extract(model, images, m, batch_size=batch_size, flip=flip, progress=progress)
             continue
         given = torch.as_tensor(features[m]).detach().float().cpu()
         if given.ndim != 2 or len(given) != len(images) or not torch.isfinite(given).all():

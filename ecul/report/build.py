@@ -26,7 +26,7 @@ from ecul.report.views import match_rows, view_sections
 from ecul.run.saved import SavedRun, read_run
 from ecul.streams import load_model
 from ecul.training import extract_exchanged
-from ecul.trainset import TrainImages, count_trained_on
+from ecul.trainset import TrainImages
 
 log = logging.getLogger("ecul")
 CURVES = (
@@ -85,7 +85,6 @@ def report(
             results, told = _accuracy(dataset, features)
             sections = [*told, *sections]
             happened += results
-        happened += _cautions(model, trained, tested)
         kind = "training" if tested is trained else "test"
         sections.append(_ranked_section(folder, tested, dataset.protocol, queries, top, kind))
         labels = _labels(trained, saved, model)
@@ -104,19 +103,6 @@ def report(
     page = render_page(f"{config.method} on {saved.dataset['dataset']}", subtitle, sections)
     write_file(folder / "index.html", page.encode("utf-8", "replace"))
     return folder / "index.html"
-
-
-def _cautions(model: Any, trained: Embedded, tested: Embedded) -> list[tuple[str, str]]:
-    """What keeps the pictures from being those of this run: other training images, known test images."""
-    if getattr(model, "trained_on", None) is None:
-        return []
-    known = [sum(count_trained_on(model, side) for side in table.pixels) for table in (trained, tested)]
-    told, count = [], len(trained.features)
-    if known[0] < count:
-        told.append(f"{count - known[0]} of {count} training images are not as the model was trained on them")
-    if tested is not trained and known[1]:
-        told.append(f"the model was trained on {known[1]} of {len(tested.features)} test images")
-    return [("caution", text) for text in told]
 
 
 def _accuracy(dataset: Dataset, features: dict) -> tuple[list[tuple], list[Section]]:

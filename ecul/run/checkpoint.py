@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 
 from ecul.common.files import write_file, write_json
@@ -25,7 +24,7 @@ from ecul.common.names import clipped, shorten
 from ecul.common.pretrained import Pretrained
 from ecul.common.records import COUNT, Schema, parse_json, read_json, whole_number
 from ecul.common.weights import load_weights, read_tensors, require_fit, write_tensors
-from ecul.config import FORMER, Config
+from ecul.config import Config
 
 ROW: Schema = {"epoch": COUNT, "stage": {1, 2}, "score": float, "skipped?": bool, ...: float}
 ABOUT: Schema = {
@@ -35,6 +34,9 @@ ABOUT: Schema = {
     "root?": str | None,
     "options?": dict,
 }
+
+# The rate of the epochs to come, and where and how they are computed.
+MAY_CHANGE = ("lr", "lr_gamma", "weights", "precision", "compile", "checkpointing", "batch_extract")
 
 
 @contextmanager
@@ -105,12 +107,11 @@ def holds_run(directory: Path) -> bool:
 def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Mapping) -> None:
     """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
 
-    state: `model`, `optimizer`, `history` (a dict an epoch), `labels` and `best` (dicts of tensors, or None)
-    and `kept`, the epochs behind the weights when these are not the last, else None. data: the data set's
-    fingerprint. source: where it lies and how it was opened, for `ecul report`.
+    state: `model`, `optimizer`, `history` (a dict an epoch) and `labels` (a tensor or None). data: the
+    data set's fingerprint. source: where it lies and how it was opened, for `ecul report`.
     """
     model, history = state.model, state.history
-    metadata = {"method": config.method, "dataset": data["dataset"], "epoch": state.kept or len(history)}
+    metadata = {"method": config.method, "dataset": data["dataset"], "epoch": len(history)}
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
     if isinstance(model, Pretrained):
         model.save_pretrained(output, metadata, config.to_dict())
@@ -121,64 +122,46 @@ def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Ma
     write_json(output / "resume.json", saved)
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors.update({} if state.labels is None else {"labels.own": state.labels})
-    if (known := getattr(model, "trained_on", None)) is not None:
-        tensors["images.trained_on"] = torch.tensor(known.view(np.int64))
-    tensors.update({f"best.{k}": v for k, v in (state.best or {}).items()})
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
-    metadata = {"epoch": len(history), "kept": state.kept or 0, "history": _checksum(history)}
-    metadata |= {"best": state.best_epoch or 0}
+    metadata = {"epoch": len(history), "history": _checksum(history)}
     write_tensors(output / "resume.safetensors", tensors, metadata)
 
 
 def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     """Put the state of `save_run` back to the last finished epoch.
 
-    The configuration may differ in what comes after that epoch: a run can be lengthened. Errors: ValueError
-    naming what differs when the configuration or the data set is another one, or the file that is damaged.
+    What may change on resume: the fields in MAY_CHANGE, and the schedule of the epochs to come
+    (`epochs_intra`, `epochs_cross`, `tsmem_switch`, `lr_milestones`), so that a run can be lengthened.
+    Everything else must stay. Errors: ValueError that names what differs in the configuration or the data
+    set, or the file that is damaged.
     """
     about, file = read_about(output), output / "resume.safetensors"
     tensors, metadata = read_tensors(file)
-    history, kept, best_epoch = _continued(about["history"], metadata, file)
+    history = _continued(about["history"], metadata, file)
     epoch, before = len(history), about["config"]
     now, then = {**config.to_dict(), **data}, {**before.to_dict(), **about["dataset"]}
-    past = [{**_past(c, epoch), **d} for c, d in ((before, about["dataset"]), (config, data))]
+    past = [{**_settled(c, epoch), **d} for c, d in ((before, about["dataset"]), (config, data))]
     differs = [k for k in {**past[0], **past[1]} if past[0].get(k) != past[1].get(k)]
     if differs:
         told = [f"{k}: {then.get(k)!r} then, {now.get(k)!r} now" for k in differs]
         listed = shorten(told, len(told), "; ")
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
-    if before.update_rule == "tsmem" and "exchanged_stem" not in about["fields"] and epoch < config.epochs:
-        raise ValueError(
-            f"{output} holds a run of an earlier version, whose TSMem moved the memories in another way: it "
-            "cannot be continued; train it anew in another directory"
-        )
-    if kept and config.keep != "score":
-        raise ValueError(f"{file} is damaged: it tells of a best score, and none was to be kept")
-    if kept and epoch < config.epochs:
-        raise ValueError(
-            f"{output} has ended with the weights of its best score, and those of its last epoch are gone: "
-            'it cannot go on. With keep="last" a run can be lengthened'
-        )
-    kinds = ("model.", "labels.", "images.", "best.", "optimizer.")
+    kinds = ("model.", "labels.", "optimizer.")
     part = {
         kind: {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)} for kind in kinds
     }
-    labels, best = _labels(part["labels."], data, file), part["best."] if best_epoch else None
-    for weights in filter(None, (part["model."], best)):
-        require_fit(state.model.state_dict(), weights, file)
+    labels = _labels(part["labels."], data, file)
+    require_fit(state.model.state_dict(), part["model."], file)
     moments = _moments(part["optimizer."], state.optimizer, file)
     load_weights(state.model, part["model."], file)
-    if "trained_on" in part["images."]:
-        state.model.trained_on = part["images."]["trained_on"].numpy().view(np.uint64)
-    state.labels, state.history, state.kept = labels, history, kept
-    state.best, state.best_epoch = best, best_epoch
+    state.labels, state.history = labels, history
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
 
 
-def _past(config: Config, epochs: int) -> dict[str, Any]:
-    """The settings as far as the first epochs depend on them: what comes later may be changed."""
-    values = config.to_dict()
+def _settled(config: Config, epochs: int) -> dict[str, Any]:
+    """The settings that must stay after so many finished epochs: the rule is in `load_run`."""
+    values = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE}
     values |= {name: min(values[name], epochs) for name in ("epochs_intra", "tsmem_switch")}
     values["epochs_cross"] = min(config.epochs, epochs) - values["epochs_intra"]
     values["lr_milestones"] = [milestone for milestone in config.lr_milestones if milestone < epochs]
@@ -193,11 +176,11 @@ def read_about(output: Path) -> dict[str, Any]:
     file = output / "resume.json"
     about = read_json(file, ABOUT)
     try:
-        config = Config.from_dict(FORMER | about["config"])
+        config = Config.from_dict(about["config"])
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file} is damaged: its config is none of this version ({clipped(e)})") from e
     _require_sequence(about["history"], file)
-    return {"root": None, "options": {}, **about, "config": config, "fields": about["config"]}
+    return {"root": None, "options": {}, **about, "config": config}
 
 
 def read_log(output: Path) -> list[dict]:
@@ -221,39 +204,29 @@ def _checksum(history: list[dict]) -> str:
     return hashlib.blake2b(json.dumps(history, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _continued(
-    history: list[dict], metadata: Mapping[str, str], file: Path
-) -> tuple[list[dict], int | None, int | None]:
-    """The rows up to the epoch of resume.safetensors, and the epochs behind the weights that were kept, and
-    behind the best so far."""
-    epoch, kept, best = (
-        whole_number(metadata.get(name, 0), f"{file} is damaged: its {name}")
-        for name in ("epoch", "kept", "best")
-    )
+def _continued(history: list[dict], metadata: Mapping[str, str], file: Path) -> list[dict]:
+    """The rows up to the epoch of resume.safetensors."""
+    epoch = whole_number(metadata.get("epoch", 0), f"{file} is damaged: its epoch")
     if "epoch" not in metadata or epoch > len(history):
         told = f"epoch {epoch}" if "epoch" in metadata else "no epoch"
         raise ValueError(f"{file} is damaged: it tells of {told}, resume.json of {len(history)} epochs")
-    if max(kept, best) > epoch:
-        told = f"weights of epoch {max(kept, best)} cannot be kept after epoch {epoch}"
-        raise ValueError(f"{file} is damaged: {told}")
     history = history[:epoch]
-    if metadata.get("history", _checksum(history)) != _checksum(history):
+    if metadata.get("history") != _checksum(history):
         raise ValueError(
             f"{file.with_name('resume.json')} is damaged: its history is not that of {file.name}"
         )
-    return history, kept or None, best or None
+    return history
 
 
 def _labels(tensors: Mapping[str, torch.Tensor], data: Mapping, file: Path) -> torch.Tensor | None:
-    """The last epoch's labels of all images; earlier versions wrote them by modality."""
-    found = [tensors[k] for k in ("own", "visible", "infrared") if k in tensors]
-    if not found:
+    """The last epoch's labels of all images."""
+    found = tensors.get("own")
+    if found is None:
         return None
     count = data["visible_images"] + data["infrared_images"]
-    whole = all(part.dtype == torch.int64 and part.ndim == 1 for part in found)
-    if not whole or sum(map(len, found)) != count or int(torch.cat(found).amin()) < -1:
+    if found.dtype != torch.int64 or found.shape != (count,) or int(found.amin()) < -1:
         raise ValueError(f"{file} is damaged: its labels are not those of {count} images")
-    return torch.cat(found)
+    return found
 
 
 def _moments(

@@ -19,8 +19,7 @@ def label_scores(features: torch.Tensor, labels: Labels, previous: torch.Tensor 
 
     stability: adjusted Rand index with the previous epoch's own labels (N,); separation: simplified
     silhouette; both the mean of the modalities; mutual: share of mutual nearest neighbours across modalities.
-    `score` is the one that `keep="score"` selects by: separation. It compares epochs of one stage, and does
-    not see what stage 2 adds.
+    `score` is the separation. It compares epochs of one stage, and does not see what stage 2 adds.
     """
     border = labels.num_visible
     sides = features.tensor_split([border]), labels.sides.values(), labels.centers

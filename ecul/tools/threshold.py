@@ -24,7 +24,6 @@ from ecul.data.dataset import Dataset
 from ecul.data.images import check_modality
 from ecul.features import extract, require_model
 from ecul.labels import cluster
-from ecul.trainset import count_trained_on
 
 log = logging.getLogger("ecul")
 FILE = "threshold.json"  # beside the model
@@ -126,8 +125,8 @@ class Threshold:
 
 
 def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold:
-    """`estimate_threshold` of a data set's images: those to test on where there are any, which no model has
-    seen; by identities where they are known, else by the joint clusters that `config` makes.
+    """`estimate_threshold` of a data set's test images, or of all where it has none; by identities where they
+    are known, else by the joint clusters that `config` makes.
 
     model: what `extract` takes. Errors: those of `extract`.
     """
@@ -136,11 +135,7 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
     images = {m: getattr(dataset, f"test_{m}" if held_out else m) for m in MODALITIES}
     features = {}
     for m, side in images.items():
-        pixels = side.load(model.input_size)
-        features[m] = extract(model, pixels, m)
-        if held_out and (seen := count_trained_on(model, pixels)):
-            told = (seen, len(side), m)
-            log.warning("the model was trained on %d of the %d %s images to test on: it knows them", *told)
+        features[m] = extract(model, side, m)
     if all(side.pids is not None for side in images.values()):
         return estimate_threshold(features, {m: images[m].pids for m in MODALITIES}, "identities")
     counts = [len(side) for side in images.values()]

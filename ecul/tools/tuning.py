@@ -53,7 +53,7 @@ def tune(
 
         separation(features, emcc(features, cameras, modalities, k1=k1, eps=eps, ...))     # of each row
 
-    The arguments are those of `emcc`, in torch. The score, the separation of the clusters (`keep="score"`),
+    The arguments are those of `emcc`, in torch. The score, the separation of the clusters,
     is the simplified silhouette in which an outlier counts 0. Too small an eps leaves outliers, too large a
     one merges people; between them the score has its hill. Where its top is flat, or its clusters are far
     from the number of people that one expects, the features cannot tell: look at the clusters.

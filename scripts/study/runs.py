@@ -92,9 +92,6 @@ def train_shared(dataset, config: Config, epochs: int, folder: Path):
 
     The randomness of an epoch follows from the seed and the epoch, so the weights are those of a whole run.
     """
-    if config.keep == "score":  # a first stage would put its own best weights back
-        run = train(dataset, config)
-        return run.model, run.history
     default = Config()
     first = config.replace(
         **{name: getattr(default, name) for name in CROSS}, epochs_intra=epochs, epochs_cross=0
