@@ -31,7 +31,8 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ecul' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"ecul.{_HOMES[name]}"), name)
+    globals()[name] = found = getattr(importlib.import_module(f"ecul.{_HOMES[name]}"), name)
+    return found
 
 
 def __dir__() -> list[str]:
