@@ -1,35 +1,53 @@
-"""Argument checks shared by the kernels: shapes, dtypes and devices; `check_csr` alone reads values."""
+"""Argument checks of the kernels: types, shapes, dtypes and devices. Only `check_csr` reads values."""
 
+import numpy as np
 import torch
+from torch import Tensor
 
 Dtypes = tuple[torch.dtype, ...]
 INTEGERS: Dtypes = (torch.int64, torch.int32)
 FLOATS: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_matrix(
-    name: str, tensor: torch.Tensor, columns: int | None = None, dtypes: Dtypes = FLOATS
-) -> None:
-    """Rows of `columns` features, in one of `dtypes`."""
+def check_matrix(name: str, tensor: Tensor, columns: int | None = None, dtypes: Dtypes = FLOATS) -> None:
+    """Require a matrix with `columns` features in a row, in one of `dtypes`."""
     _check_tensor(name, tensor, 2, dtypes)
     if columns is not None and tensor.shape[1] != columns:
         raise ValueError(f"{name} must have {columns} columns, as the other rows have; got {tensor.shape[1]}")
 
 
 def check_vector(
-    name: str, tensor: torch.Tensor, length: int | None = None, dtypes: Dtypes = (torch.int64,)
+    name: str, tensor: Tensor, length: int | None = None, dtypes: Dtypes = (torch.int64,)
 ) -> None:
-    """One entry for each of `length` rows, in one of `dtypes`."""
+    """Require a vector with `length` entries, in one of `dtypes`."""
     _check_tensor(name, tensor, 1, dtypes)
     if length is not None and tensor.shape[0] != length:
         raise ValueError(f"{name} must have one entry a row, {length}; got {tensor.shape[0]}")
 
 
-def check_csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor | None = None) -> None:
-    """A sparse (N, N) matrix in CSR form: arrays of (N + 1,), of (nnz,), and values (nnz,) where given.
+def check_number(name: str, value: object, integer: bool = False) -> None:
+    """Require a Python or NumPy number. A tensor is none, even with one element."""
+    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(
+            f"{name} must be {'an integer' if integer else 'a number'}; got {type(value).__name__}"
+        )
 
-    What is written in C++ trusts them, and reads beyond their ends where they are wrong. Values are not
-    negative, and those of a row sum to 1 at most.
+
+def check_device(device: torch.device, **tensors: Tensor) -> None:
+    """Require all tensors on this device."""
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the other tensors on {device}: move it there first"
+            )
+
+
+def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
+    """Require a sparse (N, N) matrix in CSR form: offsets (N + 1,), columns (nnz,), values (nnz,) if given.
+
+    Values must not be negative, and a row of them sums to 1 at most. C++ code reads these arrays without
+    checks, so wrong ones would make it read beyond their ends.
     """
     check_vector("indptr", indptr, dtypes=INTEGERS)
     check_vector("indices", indices, dtypes=INTEGERS)
@@ -52,15 +70,11 @@ def check_csr(indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor 
         )
 
 
-def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """On the same device as the tensors before it."""
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, the other tensors on {device}: move it there first")
-
-
 def _check_tensor(name: str, tensor: object, dimensions: int, dtypes: Dtypes) -> None:
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch tensor; got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise ValueError(f"{name} must be a dense tensor with data; got {tensor.layout} on {tensor.device}")
     if tensor.dim() != dimensions:
         raise ValueError(f"{name} must have {dimensions} dimension(s); got shape {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._triton import Config, TensorDescriptor, has_tma, jit, tl, triton
+from ._triton import Launch, TensorDescriptor, has_tma, jit, tl, triton
 
 # A product per pair is needed, a sorted list per tile is not: selecting in every tile costs more than its
 # product. Instead, for rows rounded to float16 (on a CPU: to bfloat16 where it has the instructions),
@@ -117,7 +117,7 @@ def _candidates_kernel(
             _append(s, bounds, lists, scores, counts, column, N, x_order + m * BLOCK, ROOM, BLOCK, 0)
 
 
-PRODUCT = Config({"BLOCK": 128, "BLOCK_D": 64, "TALL": 8}, warps=8, stages=3, shared=131072)
+LAUNCH = Launch({"BLOCK": 128, "BLOCK_D": 64, "TALL": 8}, warps=8, stages=3, shared=131072)
 PART = 8  # the first bound comes from one column in so many
 MAXIMA = 8  # and from so many times k maxima a row at a time
 ROOM = 256  # columns that a list holds at least
@@ -136,7 +136,7 @@ def _round(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     A power of two brings the entries into float16's range: it rescales all products alike.
     """
     (count, D), device = matrix.shape, matrix.device
-    block, block_d = PRODUCT.blocks["BLOCK"], PRODUCT.blocks["BLOCK_D"]
+    block, block_d = LAUNCH.blocks["BLOCK"], LAUNCH.blocks["BLOCK_D"]
     shape = (triton.cdiv(count, block) * block, triton.cdiv(D, block_d) * block_d)
     rounded = torch.zeros(shape, dtype=torch.float16, device=device)
     sizes, errors = torch.empty(2, count, dtype=torch.float32, device=device)
@@ -213,7 +213,7 @@ def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symm
     y_rounded, y_order, *y_norms = _round(y)
     x_rounded, x_order, *x_norms = (y_rounded, y_order, *y_norms) if symmetric else _round(x)
     margin = largest_error(x_norms, y_norms, D, 2.0**-22)
-    block, block_d = PRODUCT.blocks["BLOCK"], PRODUCT.blocks["BLOCK_D"]
+    block, block_d = LAUNCH.blocks["BLOCK"], LAUNCH.blocks["BLOCK_D"]
     tiles = x_rounded.shape[0] // block, y_rounded.shape[0] // block
     shapes = (M, N, x_order, y_order)
     options = {"D": x_rounded.shape[1], "EXCLUDE": exclude_self, "TMA": has_tma()}
@@ -227,7 +227,7 @@ def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symm
     for first in range(0, part, step):
         some = min(step, part - first)
         maxima = margin.new_empty((M, some * block // width))
-        PRODUCT.launch(
+        LAUNCH.start(
             _maxima_kernel, (tiles[0] * some,),
             *rows, maxima, tiles[0], some, first, *shapes, W=width, **options,
         )  # fmt: skip
@@ -239,7 +239,7 @@ def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symm
     counts = x.new_zeros(M, dtype=torch.int32)
     kept = (bounds(best, k, margin), lists, scores, counts)
     options |= {"ROOM": room, "SYMMETRIC": symmetric}
-    PRODUCT.launch(_candidates_kernel, (tiles[0] * tiles[1],), *rows, *kept, *tiles, *shapes, **options)
+    LAUNCH.start(_candidates_kernel, (tiles[0] * tiles[1],), *rows, *kept, *tiles, *shapes, **options)
     parts = [slice(start, start + CLOSEST) for start in range(0, M, CLOSEST)]
     found = [closest(lists[rows], scores[rows], counts[rows], k, margin[rows]) for rows in parts]
     columns, overflowed = zip(*found, strict=True)

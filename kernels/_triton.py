@@ -48,7 +48,7 @@ def has_tma() -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
-class Config(NamedTuple):
+class Launch(NamedTuple):
     """One fixed way to launch a kernel: block sizes, warps, pipeline stages.
 
     `shared` states the bytes of shared memory that a program takes at most, and no register is ever spilled:
@@ -60,7 +60,7 @@ class Config(NamedTuple):
     stages: int
     shared: int
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """Start `kernel` over `grid`, on the stream and device of its tensors; `constants` may be options."""
         stages = min(self.stages, 2) if torch.version.hip else self.stages
         kernel[grid](*args, **constants, **self.blocks, num_warps=self.warps, num_stages=stages)

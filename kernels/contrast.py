@@ -5,41 +5,50 @@ Source: arXiv 2412.19134 (ECUL) and arXiv 2305.12673 (MBCCM). One function serve
 """
 
 import torch
+from torch import Tensor
 
-from ._checks import check_device, check_matrix, check_vector
-from ._triton import Config, jit, tl, use_triton
+from ._checks import check_device, check_matrix, check_number, check_vector
+from ._triton import Launch, jit, tl, use_triton
+
+HOTTEST = 1e6  # above this temperature float32 gives every slot the same weight
 
 
 def memory_contrast(
-    x: torch.Tensor,
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
+    x: Tensor, bank: Tensor, bank_labels: Tensor, labels: Tensor, temperature: float
+) -> Tensor:
     """Negative log of the softmax mass that each sample gives to the slots of its own label.
 
     `s = x @ bank.T / temperature; loss = s.logsumexp(1) - s[:, own].logsumexp(1)`, where `own` are the slots
     with `bank_labels == label`: positives are summed, every slot is in the denominator. Scores, sums and the
-    loss are float32 whatever the dtype of `x`; the products are of the bank in that dtype, on a GPU under
-    autocast of both in autocast's.
+    loss are float32. The bank is multiplied in the dtype of `x`. Under autocast on a GPU, both are multiplied
+    in the dtype of autocast.
 
     Args:
         x: (B, D) float32, bfloat16 or float16; unit rows.
         bank: (C, D) float32, bfloat16 or float16, C >= 1; unit rows. It takes no gradient.
         bank_labels: (C,) int64, the label of every slot.
         labels: (B,) int64, the label of every sample; -1 (any negative) means loss 0 and no gradient.
-        temperature: divides the cosine similarities, > 0.
+        temperature: divides the cosine similarities; above 0, at most 1e6.
 
     Returns:
-        (B,) float32, one loss a sample, differentiable in `x` alone, and once.
+        (B,) float32, the loss of each sample. It has a first derivative, in `x` alone.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; on CPU tensors also a
-            sample whose label no slot carries, and features that are NaN or infinite. CUDA tensors are not
-            waited for: a device-side assertion reports such a label, broken features make the loss NaN.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; on CPU tensors
+            also a label that no slot carries, and features that are NaN or infinite. On CUDA the host does
+            not wait: a device-side assertion reports such a label, and such features make the loss NaN.
     """
-    _check(x, bank, bank_labels, labels, temperature)
+    check_matrix("x", x)
+    check_matrix("bank", bank, columns=x.shape[1])
+    check_vector("bank_labels", bank_labels, length=bank.shape[0])
+    check_vector("labels", labels, length=x.shape[0])
+    check_device(x.device, bank=bank, bank_labels=bank_labels, labels=labels)
+    if bank.shape[0] == 0:
+        raise ValueError("bank has no rows: there is nothing to contrast with")
+    check_number("temperature", temperature)
+    if not 0 < temperature <= HOTTEST:
+        raise ValueError(f"temperature must be above 0 and at most {HOTTEST}; got {temperature}")
+    temperature = float(temperature)
     if use_triton(x):
         with_gradient = x.requires_grad and torch.is_grad_enabled()
         if torch.is_autocast_enabled(x.device.type):
@@ -53,12 +62,8 @@ def memory_contrast(
 
 
 def memory_contrast_reference(
-    x: torch.Tensor,
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
+    x: Tensor, bank: Tensor, bank_labels: Tensor, labels: Tensor, temperature: float
+) -> Tensor:
     """`memory_contrast` in plain torch, differentiable by autograd: the specification and the CPU path."""
     with torch.autocast(x.device.type, enabled=False):
         scores = x.float() @ bank.detach().float().T / temperature
@@ -67,23 +72,8 @@ def memory_contrast_reference(
     return scores.logsumexp(1) - scores.masked_fill(~own, -torch.inf).logsumexp(1)
 
 
-def _check(
-    x: torch.Tensor, bank: torch.Tensor, bank_labels: torch.Tensor, labels: torch.Tensor, temperature: float
-) -> None:
-    check_matrix("x", x)
-    check_matrix("bank", bank, columns=x.shape[1])
-    check_vector("bank_labels", bank_labels, length=bank.shape[0])
-    check_vector("labels", labels, length=x.shape[0])
-    for name, tensor in (("bank", bank), ("bank_labels", bank_labels), ("labels", labels)):
-        check_device(name, tensor, x.device)
-    if bank.shape[0] == 0:
-        raise ValueError("bank has no rows: there is nothing to contrast with")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0; got {temperature}")
-
-
-def _check_finite(loss: torch.Tensor, labels: torch.Tensor) -> None:
-    """A label without a slot gives an infinite loss, a broken feature a NaN: one look at (B,) finds both."""
+def _check_finite(loss: Tensor, labels: Tensor) -> None:
+    """An infinite loss means a label without a slot, and NaN means features that are not finite."""
     wrong = ~loss.detach().isfinite()
     if not wrong.any():
         return
@@ -157,12 +147,12 @@ def _log_sum(tops, sums):
     return highest + tl.log(tl.sum(tl.where(sums == 0.0, 0.0, sums * tl.exp(tops - highest)), 0))
 
 
-WEIGHTS = Config({"BLOCK": 1024}, warps=4, stages=2, shared=4096)
+LAUNCH = Launch({"BLOCK": 1024}, warps=4, stages=2, shared=4096)
 MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
 SCORES = 2**26  # held at a time, in float32; rows of more slots than this come one by one
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` summed and returned in float32."""
     if a.dtype != torch.float32 and a.is_cuda and MIXED:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -170,13 +160,8 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(
-    x: torch.Tensor,
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, bank: Tensor, bank_labels: Tensor, labels: Tensor, temperature: float, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (B,), and its gradient as factors (B,) and rows (B, D), (0, D) if not wanted; all float32."""
     (B, D), C = x.shape, bank.shape[0]
     bank = bank.to(x.dtype)
@@ -189,7 +174,7 @@ def _launch(
             strip = slice(start, min(start + rows, B))
             scores = _product(x[strip], bank.T)
             weights = scores if x.dtype == torch.float32 else torch.empty_like(scores, dtype=x.dtype)
-            WEIGHTS.launch(
+            LAUNCH.start(
                 _weights_kernel, (strip.stop - start,),
                 scores, weights, bank_labels, labels[strip], loss[strip], factors[strip], C, 1 / temperature,
                 WEIGHTS=with_gradient, debug=True, sanitize_overflow=False,

@@ -3,19 +3,16 @@
 Step 7 of EMCC (arXiv 2412.19134): d_ij = 1 - s / (2 - s), s = sum_l min(v_il, v_jl).
 """
 
-from collections.abc import Callable
-
 import torch
+from torch import Tensor
 
-from ._checks import check_csr, check_device, check_vector
+from ._checks import check_csr, check_device, check_number, check_vector
 from ._overlaps import in_units, least_overlap, pairs_on_device
 from ._overlaps_cpu import pairs_on_host
 from ._triton import use_triton
 
 
-def jaccard_neighbors(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def jaccard_neighbors(indptr: Tensor, indices: Tensor, values: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """All pairs of rows with Jaccard distance d <= eps, as a graph.
 
     `s = torch.minimum(v[:, None], v[None]).sum(-1); (1 - s / (2 - s) <= eps).to_sparse_csr()` for the dense
@@ -36,25 +33,24 @@ def jaccard_neighbors(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range.
     """
+    check_number("eps", eps)
     if not 0 < eps <= 1:
         raise ValueError(f"eps must lie in (0, 1]; got {eps}")
     check_vector("indptr", indptr)
     check_vector("indices", indices)
     check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
-    check_device("indices", indices, indptr.device)
-    check_device("values", values, indptr.device)
-    search = _operator if torch.compiler.is_compiling() else _search
-    return search(indptr, indices, values, eps)
+    check_device(indptr.device, indices=indices, values=values)
+    return _jaccard_neighbors(indptr, indices, values.detach(), float(eps))
 
 
 def jaccard_neighbors_reference(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    indptr: Tensor, indices: Tensor, values: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """`jaccard_neighbors` in sparse products on the host: the specification and the CPU path."""
-    return graph_of(_pairs(pairs_on_host, indptr, indices, values, eps), len(indptr) - 1)
+    return graph_of(jaccard_pairs(indptr, indices, values, eps, find=pairs_on_host), len(indptr) - 1)
 
 
-def graph_of(pairs: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def graph_of(pairs: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j: (2, pairs)."""
     i, j = pairs
     itself = torch.arange(size, device=i.device)
@@ -64,46 +60,30 @@ def graph_of(pairs: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def jaccard_pairs(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float, turn: int, turns: int
-) -> torch.Tensor:
+    indptr: Tensor, indices: Tensor, values: Tensor, eps: float, turn: int = 0, turns: int = 1, find=None
+) -> Tensor:
     """One part of the pairs (i, j) within eps, i < j, (2, pairs) int64; `turns` parts are all of them.
 
-    Arguments as for `jaccard_neighbors`; strips of rows take turns, for the first rows have most partners.
+    Arguments as for `jaccard_neighbors`. Processes take strips of rows in turn, because early strips contain
+    more pairs i < j. find: `pairs_on_device` or `pairs_on_host`; None chooses by the tensors.
     """
     check_csr(indptr, indices, values)
-    if not use_triton(values):
-        return _pairs(pairs_on_host, indptr, indices, values, eps, turn, turns)
-    with torch.cuda.device_of(values):
-        return _pairs(pairs_on_device, indptr, indices, values, eps, turn, turns)
-
-
-def _pairs(
-    find: Callable[..., torch.Tensor],
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    eps: float,
-    turn: int = 0,
-    turns: int = 1,
-) -> torch.Tensor:
     size = len(indptr) - 1
     if eps == 1:
         return torch.triu_indices(size, size, 1, device=indptr.device)[:, turn::turns]
     if len(indices) == 0:
         return indices.new_empty(2, 0)
-    return find(indptr, indices, in_units(values), least_overlap(eps), turn, turns)
+    find = find or (pairs_on_device if use_triton(values) else pairs_on_host)
+    with torch.cuda.device_of(values):
+        return find(indptr, indices, in_units(values), least_overlap(eps), turn, turns)
 
 
-def _search(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return graph_of(jaccard_pairs(indptr, indices, values, eps, 0, 1), len(indptr) - 1)
+@torch.library.custom_op("ecul::jaccard_neighbors", mutates_args=())
+def _jaccard_neighbors(indptr: Tensor, indices: Tensor, values: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return graph_of(jaccard_pairs(indptr, indices, values, eps), len(indptr) - 1)
 
 
-_operator = torch.library.custom_op("ecul::jaccard_neighbors", _search, mutates_args=())
-
-
-@_operator.register_fake
+@_jaccard_neighbors.register_fake
 def _(indptr, indices, values, eps):
     pairs = torch.library.get_ctx().new_dynamic_size()
     return torch.empty_like(indptr), indices.new_empty(pairs)

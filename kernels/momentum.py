@@ -1,4 +1,4 @@
-"""The memory update of a batch: rows of a bank move towards the embeddings that carry their label.
+"""The memory update of a batch: rows of a bank move towards the samples that carry their label.
 
 Source: arXiv 2305.12673 (MBCCM: `sequential`) and arXiv 2412.19134 (ECUL's two-stage memory; the rules
 `instance` and `mean` are a reconstruction of it).
@@ -6,8 +6,9 @@ Source: arXiv 2305.12673 (MBCCM: `sequential`) and arXiv 2412.19134 (ECUL's two-
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ._checks import check_device, check_matrix, check_vector
+from ._checks import check_device, check_matrix, check_number, check_vector
 from ._triton import jit, rows_contiguous, tl, triton, use_triton
 
 RULES = ("sequential", "instance", "mean", "hard")
@@ -15,13 +16,13 @@ RULES = ("sequential", "instance", "mean", "hard")
 
 @torch.no_grad()
 def momentum_update_(
-    bank: torch.Tensor,
-    x: torch.Tensor,
-    labels: torch.Tensor,
+    bank: Tensor,
+    x: Tensor,
+    labels: Tensor,
     momentum: float,
     rule: str,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Move row `y` of `bank`, in place, towards the samples with label `y`; other rows stay as they are.
 
     `bank[y] = normalize(momentum * bank[y] + (1 - momentum) * f)`, where `f` is
@@ -47,94 +48,57 @@ def momentum_update_(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; on CPU tensors
-            also a label beyond the bank (on CUDA the kernel asserts it, without a wait on the host).
+            also a label beyond the bank. On CUDA the kernel asserts this, because the host does not wait.
     """
-    _check(bank, x, labels, momentum, rule)
+    check_matrix("bank", bank)
+    check_matrix("x", x, columns=bank.shape[1])
+    check_vector("labels", labels, length=x.shape[0])
+    check_device(bank.device, x=x, labels=labels)
+    check_number("momentum", momentum)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
     priority = _draw(labels, generator) if rule == "instance" else None
-    _momentum_update_(bank, x.detach(), labels, momentum, rule, priority)
+    _momentum_update_(bank, x.detach(), labels, float(momentum), rule, priority)
     return bank
 
 
 @torch.no_grad()
 def momentum_update_reference(
-    bank: torch.Tensor,
-    x: torch.Tensor,
-    labels: torch.Tensor,
-    momentum: float,
-    rule: str,
-    priority: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`momentum_update_` in plain torch: the specification and the CPU path.
+    bank: Tensor, x: Tensor, labels: Tensor, momentum: float, rule: str, priority: Tensor | None = None
+) -> Tensor:
+    """`momentum_update_` as a plain loop over the labels: the specification and the CPU path.
 
-    `priority`, (B,) float32, replaces the generator: `instance` takes the sample with its label's smallest.
-    Samples sorted by label, a round takes the r-th sample of every label that has one: the loop runs over
-    the largest multiplicity, not over the samples.
+    `priority`, (B,) float32, stands for the generator of `instance`: the sample of a label with the smallest
+    number is drawn. The other rules do not read it.
     """
-    kept = (labels >= 0).nonzero()[:, 0]
-    x = x[kept].float()
-    ids, group, counts = torch.unique(labels[kept], return_inverse=True, return_counts=True)
-    rows = bank[ids].float()
-    if rule == "hard":
-        priority = (x * rows[group]).sum(1)
-    elif priority is not None:
-        priority = priority[kept]
-    else:
-        priority = torch.zeros_like(x[:, 0])
-    order = priority.argsort(stable=True)
-    order = order[group[order].argsort(stable=True)]
-    first = counts.cumsum(0) - counts
-    if rule in ("hard", "instance"):
-        rows = F.normalize(momentum * rows + (1 - momentum) * x[order[first]], eps=1e-12)
-    else:
-        rows = _by_rounds(rows, x, order, first, counts, momentum, rule)
-    bank[ids] = rows.to(bank.dtype)
+    for label in labels[labels >= 0].unique().tolist():
+        own = (labels == label).nonzero()[:, 0]
+        row, samples = bank[label].float(), x[own].float()
+        if rule == "instance":
+            samples = samples[priority[own].argmin()][None]
+        elif rule == "mean":
+            samples = samples.mean(0, keepdim=True)
+        elif rule == "hard":
+            samples = samples[(samples * row).sum(1).argmin()][None]
+        for sample in samples:
+            row = F.normalize(momentum * row + (1 - momentum) * sample, dim=0, eps=1e-12)
+        bank[label] = row
     return bank
 
 
-def _by_rounds(
-    rows: torch.Tensor,
-    x: torch.Tensor,
-    order: torch.Tensor,
-    first: torch.Tensor,
-    counts: torch.Tensor,
-    momentum: float,
-    rule: str,
-) -> torch.Tensor:
-    total = torch.zeros_like(rows)
-    for r in range(int(counts.max()) if len(counts) else 0):
-        live = (counts > r).nonzero()[:, 0]
-        sample = x[order[first[live] + r]]
-        if rule == "sequential":
-            rows[live] = F.normalize(momentum * rows[live] + (1 - momentum) * sample, eps=1e-12)
-        else:
-            total[live] += sample
-    if rule == "mean":
-        rows = F.normalize(momentum * rows + (1 - momentum) * total / counts[:, None], eps=1e-12)
-    return rows
-
-
-def _draw(labels: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """An independent uniform number a sample: the sample with its label's smallest is a uniform draw."""
+def _draw(labels: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A uniform number for each sample. The sample with its label's smallest number is a uniform draw."""
     device = labels.device if generator is None else generator.device
     drawn = torch.rand(labels.shape[0], dtype=torch.float32, device=device, generator=generator)
     return drawn.to(labels.device, non_blocking=True)
 
 
-def _check(bank: torch.Tensor, x: torch.Tensor, labels: torch.Tensor, momentum: float, rule: str) -> None:
-    check_matrix("bank", bank)
-    check_matrix("x", x, columns=bank.shape[1])
-    check_vector("labels", labels, length=x.shape[0])
-    check_device("x", x, bank.device)
-    check_device("labels", labels, bank.device)
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
-
-
-# The kernel: one launch, a program per batch slot. It works only if its slot is the first of its label; then
-# the label's row is its alone: it keeps the row in registers and walks the batch in order, the next sample on
-# its way while this one is at work. No atomics, and so the same bits in every run.
+# The kernel: one launch, one program for each sample of the batch. A program works only if its sample is the
+# first of its label. It alone then writes the row of that label: it keeps the row in registers and goes
+# through the batch in order, and loads the next sample while it uses the present one. There are no atomics,
+# so the bits are the same in every run.
 
 
 @jit
@@ -195,17 +159,12 @@ def _update_kernel(
         tl.store(place, row.to(bank.dtype.element_ty), mask=live)
 
 
-SLOTS = 256  # of the batch that a program looks at at a time
-WIDEST = 16384  # features a program can keep in registers; wider rows take the reference
+SLOTS = 256  # labels of the batch that a program reads at a time
+WIDEST = 16384  # features that a program can keep in registers; wider rows take the reference
 
 
 def _launch(
-    bank: torch.Tensor,
-    x: torch.Tensor,
-    labels: torch.Tensor,
-    momentum: float,
-    rule: str,
-    priority: torch.Tensor | None,
+    bank: Tensor, x: Tensor, labels: Tensor, momentum: float, rule: str, priority: Tensor | None
 ) -> None:
     x, labels = rows_contiguous(x), labels.contiguous()
     (C, D), B = bank.shape, x.shape[0]
@@ -221,12 +180,7 @@ def _launch(
 
 @torch.library.custom_op("ecul::momentum_update_", mutates_args=("bank",))
 def _momentum_update_(
-    bank: torch.Tensor,
-    x: torch.Tensor,
-    labels: torch.Tensor,
-    momentum: float,
-    rule: str,
-    priority: torch.Tensor | None,
+    bank: Tensor, x: Tensor, labels: Tensor, momentum: float, rule: str, priority: Tensor | None
 ) -> None:
     if not labels.is_cuda and labels.numel() and int(labels.max()) >= bank.shape[0]:
         raise ValueError(f"labels must be below the {bank.shape[0]} rows of bank; got {int(labels.max())}")

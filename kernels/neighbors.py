@@ -1,17 +1,16 @@
 """The k most similar rows, without ever storing the matrix of similarities: the neighbourhoods of EMCC."""
 
 import torch
+from torch import Tensor
 
-from ._checks import check_device, check_matrix
+from ._checks import check_device, check_matrix, check_number
 from ._shortlist import shortlist
 from ._shortlist_cpu import shortlist as shortlist_on_cpu
 from ._triton import REFERENCE, rows_contiguous, use_triton
 from .pairs import pair_similarity
 
 
-def topk_similarity(
-    x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
     """For every row of `x` the `k` rows of `y` with the largest inner product, best first.
 
     `(x.double() @ y.double().T).float().topk(k)`, where equal similarities rank the lower index first: values
@@ -32,58 +31,12 @@ def topk_similarity(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, k out of range, features
             that are NaN or infinite.
     """
-    _check(x, y, k, exclude_self)
-    return _topk_similarity(x.detach(), y.detach(), k, exclude_self)
-
-
-@torch.no_grad()
-def topk_similarity_reference(
-    x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`topk_similarity` in plain torch, a strip of rows at a time: the specification."""
-    itself = torch.arange(x.shape[0], device=x.device) if exclude_self else None
-    return _by_strips(x, y, k, itself)
-
-
-def _by_strips(
-    x: torch.Tensor, y: torch.Tensor, k: int, itself: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best for every row of `x`; `itself`, where given, names the row of `y` to leave out for each."""
-    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    for start in range(0, x.shape[0], 512):
-        strip = slice(start, start + 512)
-        wide = x[strip].double()
-        with torch.autocast(x.device.type, enabled=False):
-            scores = torch.cat([(wide @ part.double().T).float() for part in y.split(8192)], 1)
-        if itself is not None:
-            scores.scatter_(1, itself[strip, None], -torch.inf)
-        values[strip], indices[strip] = _topk(scores, k)
-    return values, indices
-
-
-def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`scores.topk(k)` with the lower index first among equals, which `torch.topk` leaves open."""
-    values, indices = scores.topk(min(k + 1, scores.shape[1]))
-    cut = (values[:, k - 1 : k] == values[:, k:]).any(1).nonzero()[:, 0]  # a tie across the k-th place
-    indices = indices[:, :k].sort().values
-    indices[cut] = _lowest(scores[cut], values[cut, k - 1 : k], k)
-    values, order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True)
-    return values, indices.gather(1, order)
-
-
-def _lowest(scores: torch.Tensor, bound: torch.Tensor, k: int) -> torch.Tensor:
-    """Each row's columns above `bound` and the lowest of those at it: k a row, in ascending order."""
-    above, equal = scores > bound, scores == bound
-    room = k - above.sum(1, keepdim=True)
-    chosen = above | (equal & (equal.cumsum(1) <= room))
-    return chosen.nonzero()[:, 1].view(-1, k)
-
-
-def _check(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool) -> None:
     check_matrix("x", x)
     check_matrix("y", y, columns=x.shape[1], dtypes=(x.dtype,))
-    check_device("y", y, x.device)
+    check_device(x.device, y=y)
+    check_number("k", k, integer=True)
+    if not isinstance(exclude_self, bool):
+        raise TypeError(f"exclude_self must be True or False; got {type(exclude_self).__name__}")
     if exclude_self and x.shape[0] != y.shape[0]:
         raise ValueError(
             f"exclude_self needs as many rows in y as in x, row i being the same point; "
@@ -91,31 +44,60 @@ def _check(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool) -> None
         )
     if x.shape[1] == 0:
         raise ValueError("x and y must have features; got rows of none")
-    most = y.shape[0] - bool(exclude_self)
+    most = y.shape[0] - exclude_self
     if not 1 <= k <= most:
         raise ValueError(f"k must be from 1 to {most}, the rows of y to choose from; got {k}")
+    return _topk_similarity(x.detach(), y.detach(), int(k), exclude_self)
 
 
-def _finite(matrix: torch.Tensor) -> torch.Tensor:
+@torch.no_grad()
+def topk_similarity_reference(
+    x: Tensor, y: Tensor, k: int, exclude_self: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`topk_similarity` in plain torch, a strip of rows at a time: the specification."""
+    itself = torch.arange(x.shape[0], device=x.device) if exclude_self else None
+    return _by_strips(x, y, k, itself)
+
+
+def _by_strips(x: Tensor, y: Tensor, k: int, itself: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The k best for every row of `x`. `itself` names, for each row of `x`, the row of `y` to leave out."""
+    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
+    for start in range(0, x.shape[0], 512):
+        strip = slice(start, start + 512)
+        wide = x[strip].double()
+        best = values[strip, :0], indices[strip, :0]
+        for first in range(0, y.shape[0], 8192):
+            part = y[first : first + 8192].double()
+            with torch.autocast(x.device.type, enabled=False):
+                scores = (wide @ part.T).float()
+            columns = torch.arange(first, first + len(part), device=x.device).expand(scores.shape)
+            if itself is not None:
+                scores.masked_fill_(columns == itself[strip, None], -torch.inf)
+            scores, columns = torch.cat([best[0], scores], 1), torch.cat([best[1], columns], 1)
+            best = _best(scores, columns, min(k, scores.shape[1]))
+        values[strip], indices[strip] = best
+    return values, indices
+
+
+def _finite(matrix: Tensor) -> Tensor:
     """Whether every feature is finite, without a wait."""
     if matrix.numel() == 0:
         return torch.ones((), dtype=torch.bool, device=matrix.device)
     return torch.stack(torch.aminmax(matrix)).isfinite().all()
 
 
-def _require_finite(x: torch.Tensor | bool, y: torch.Tensor | bool) -> None:
+def _require_finite(x: Tensor | bool, y: Tensor | bool) -> None:
     for name, finite in (("x", x), ("y", y)):
         if not finite:
             raise ValueError(f"{name} holds NaN or infinite features")
 
 
-STRIP = 2**21  # listed pairs whose products are held at a time
+LISTED = 2**21  # entries of short lists whose exact products are held at a time
 
 
-def _search(
-    x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of short lists; a GPU is waited for once: is all finite, which lists were too short?"""
+def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
+    """The k best of short lists. One GPU sync checks that inputs are finite and which lists overflowed."""
     values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     symmetric = x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
@@ -127,13 +109,13 @@ def _search(
     x, y = rows_contiguous(x), rows_contiguous(y)
     find = shortlist if use_triton(x) else shortlist_on_cpu
     lists, overflowed = find(x, y, k, exclude_self, symmetric)
-    rows = max(1, STRIP // lists.shape[1])
+    rows = max(1, LISTED // lists.shape[1])
     for start in range(0, len(lists), rows):
         listed = lists[start : start + rows].long()
         owners = torch.arange(start, start + len(listed), device=x.device).repeat_interleave(listed.shape[1])
         products = pair_similarity(x, y, owners, listed.flatten()).view(listed.shape)
         values[start : start + rows], indices[start : start + rows] = _best(products.float(), listed, k)
-    last = values[:, -1].abs()  # where that is tiny or infinite, float32 tells too few numbers apart
+    last = values[:, -1].abs()  # float32 cannot rank products that are tiny or infinite
     overflowed |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
     *finite, repeated = torch.stack([*finite, overflowed.any()]).tolist()
     _require_finite(*finite)
@@ -143,7 +125,7 @@ def _search(
     return values, indices
 
 
-def _best(values: torch.Tensor, columns: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _best(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row, (M, few) float32, and their columns, the lower first among equals.
 
     A key is the value, in bits that sort as integers do, above the complement of its column.
@@ -156,9 +138,7 @@ def _best(values: torch.Tensor, columns: torch.Tensor, k: int) -> tuple[torch.Te
 
 
 @torch.library.custom_op("ecul::topk_similarity", mutates_args=())
-def _topk_similarity(
-    x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
     if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
             return _search(x, y, k, exclude_self)

@@ -3,16 +3,15 @@
 import warnings
 
 import torch
+from torch import Tensor
 
 from ._checks import check_device, check_matrix, check_vector
-from ._triton import Config, jit, rows_contiguous, tl, triton, use_triton
+from ._triton import Launch, jit, rows_contiguous, tl, triton, use_triton
 
-STRIP, BLOCK = 8192, 4096  # rows of x and of y that the reference widens to float64 at a time
+X_ROWS, Y_ROWS = 8192, 4096  # rows of x and of y that the reference converts to float64 at a time
 
 
-def pair_similarity(
-    x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
+def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The inner product of each listed row of `x` with its row of `y`, summed in float64.
 
     `(x[rows].double() * y[columns].double()).sum(1)`. Products are exact, and so are their sums, in whatever
@@ -34,15 +33,12 @@ def pair_similarity(
     check_matrix("y", y, columns=x.shape[1], dtypes=(x.dtype,))
     check_vector("rows", rows)
     check_vector("columns", columns, length=len(rows))
-    for name, tensor in (("y", y), ("rows", rows), ("columns", columns)):
-        check_device(name, tensor, x.device)
+    check_device(x.device, y=y, rows=rows, columns=columns)
     return _pair_similarity(x.detach(), y.detach(), rows, columns)
 
 
 @torch.no_grad()
-def pair_similarity_reference(
-    x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
+def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`pair_similarity` in sampled products, a block of rows and columns at a time: the CPU path."""
     if x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride():  # each pair once
         size, live = max(1, len(x)), columns >= 0
@@ -53,33 +49,28 @@ def pair_similarity_reference(
     return _by_blocks(x, y, rows, columns)
 
 
-def _by_blocks(x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
-    blocks = -(-y.shape[0] // BLOCK)
-    key = torch.where(columns < 0, -1, rows // STRIP * blocks + columns // BLOCK)
+    blocks = -(-y.shape[0] // Y_ROWS)
+    key = torch.where(columns < 0, -1, rows // X_ROWS * blocks + columns // Y_ROWS)
     key, order = key.sort(stable=True)
-    sizes = key[key >= 0].bincount(minlength=-(-x.shape[0] // STRIP) * blocks).tolist()
-    ends = torch.tensor(sizes).cumsum(0) + int((key < 0).sum())
-    held, wide = -1, x.new_empty((min(STRIP, x.shape[0]), x.shape[1]), dtype=torch.float64)
-    narrow = x.new_empty((min(BLOCK, y.shape[0]), x.shape[1]), dtype=torch.float64)
-    for number, (size, end) in enumerate(zip(sizes, ends.tolist(), strict=True)):
-        if size == 0:
+    keys, sizes = key.unique_consecutive(return_counts=True)
+    held, x_wide = -1, x.new_empty((min(X_ROWS, x.shape[0]), x.shape[1]), dtype=torch.float64)
+    y_wide = x.new_empty((min(Y_ROWS, y.shape[0]), x.shape[1]), dtype=torch.float64)
+    for number, part in zip(keys.tolist(), order.split(sizes.tolist()), strict=True):
+        if number < 0:
             continue
-        strip, block = number // blocks, number % blocks
-        x_part = x[strip * STRIP : (strip + 1) * STRIP]
-        y_part = y[block * BLOCK : (block + 1) * BLOCK]
-        if held != strip:
-            held = strip
-            wide[: len(x_part)] = x_part
-        narrow[: len(y_part)] = y_part
-        part = order[end - size : end]
-        counts = (rows[part] - strip * STRIP).bincount(minlength=len(x_part))
-        sampled = wide[: len(x_part)], narrow[: len(y_part)]
-        out[part] = _sampled(*sampled, counts, columns[part] - block * BLOCK)
+        x_first, y_first = number // blocks * X_ROWS, number % blocks * Y_ROWS
+        x_part, y_part = x[x_first : x_first + X_ROWS], y[y_first : y_first + Y_ROWS]
+        if held != x_first:
+            held, wide = x_first, x_wide[: len(x_part)].copy_(x_part)
+        counts = (rows[part] - x_first).bincount(minlength=len(x_part))
+        narrow = y_wide[: len(y_part)].copy_(y_part)
+        out[part] = _sampled(wide, narrow, counts, columns[part] - y_first)
     return out
 
 
-def _sampled(x: torch.Tensor, y: torch.Tensor, counts: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _sampled(x: Tensor, y: Tensor, counts: Tensor, columns: Tensor) -> Tensor:
     """The products of each row of `x` with the next `counts` of the listed rows of `y`, float64."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # CSR is said to be in beta
@@ -112,23 +103,21 @@ def _pairs_kernel(
     tl.store(out + pair, tl.where(listed, tl.sum(products, 1), -float("inf")), mask=pair < P)
 
 
-PAIRS = Config({"BLOCK": 16, "BLOCK_D": 128}, warps=4, stages=2, shared=2048)
+LAUNCH = Launch({"BLOCK": 16, "BLOCK_D": 128}, warps=4, stages=2, shared=2048)
 
 
-def _launch(x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _launch(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     x, y, rows, columns = rows_contiguous(x), rows_contiguous(y), rows.contiguous(), columns.contiguous()
     out = torch.empty(rows.shape, dtype=torch.float64, device=x.device)
     if len(rows):
-        grid = (triton.cdiv(len(rows), PAIRS.blocks["BLOCK"]),)
+        grid = (triton.cdiv(len(rows), LAUNCH.blocks["BLOCK"]),)
         sizes = len(rows), x.shape[1], x.stride(0), y.stride(0)
-        PAIRS.launch(_pairs_kernel, grid, x, y, rows, columns, out, *sizes)
+        LAUNCH.start(_pairs_kernel, grid, x, y, rows, columns, out, *sizes)
     return out
 
 
 @torch.library.custom_op("ecul::pair_similarity", mutates_args=())
-def _pair_similarity(
-    x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
+def _pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if use_triton(x):
         with torch.cuda.device_of(x):
             return _launch(x, y, rows, columns)

@@ -128,6 +128,7 @@ def test_the_smallest_overlap_within_eps_is_where_the_distance_crosses_it():
         ({"eps": 0.0}, "eps must lie in"),
         ({"eps": 1.1}, "eps must lie in"),
         ({"eps": float("nan")}, "eps must lie in"),
+        ({"eps": torch.ones(2)}, "eps must be a number; got Tensor"),
         ({"indptr": torch.tensor([0, 2, 1, 3])}, "indptr must rise from 0"),
         ({"indptr": torch.tensor([1, 2, 2, 3])}, "indptr must rise from 0"),
         ({"indptr": torch.tensor([0, 1, 2])}, "indptr must rise from 0"),

@@ -150,6 +150,25 @@ def test_gives_the_same_bits_twice(rule, device):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_only_instance_reads_the_priority(rule, device):
+    """The last sample has the smallest number. A rule that read it would start with that sample."""
+    bank, x, _ = world(2, 6, 4, device=device)
+    labels = torch.arange(6, device=device) % 2
+    want = rules_applied(bank, x, labels, 0.3, rule, chosen={0: 4, 1: 5})
+    priority = torch.arange(6, 0, -1, dtype=torch.float32, device=device)
+    momentum._momentum_update_(bank, x, labels, 0.3, rule, priority)
+    torch.testing.assert_close(bank.double(), want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("norm", [0.0, 1e5])
+def test_float16_samples_of_any_norm_move_a_row_as_in_float32(norm, rule, device):
+    bank, x, labels = world(6, 30, 2048, torch.float16, device)
+    x = (x.float() * norm).half()
+    assert_follows_the_rule(bank, x, labels, 0.3, rule, 2e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_any_memory_layout(rule, device):
     bank, x, labels = world(6, 30, 20, device=device)
     want = momentum_update_(bank.clone(), x, labels, 0.2, rule, torch.Generator().manual_seed(1))
@@ -178,11 +197,13 @@ def test_mixed_dtypes_and_a_batch_that_wants_a_gradient(device):
         ({"labels": torch.zeros(7)}, TypeError, "labels must be int64; got float32"),
         ({"labels": torch.full((7,), 5)}, ValueError, "labels must be below the 5 rows of bank; got 5"),
         ({"momentum": 1.5}, ValueError, "momentum must be from 0 to 1; got 1.5"),
+        ({"momentum": torch.full((2,), 0.1)}, TypeError, "momentum must be a number; got Tensor"),
         (
-            {"rule": "median"},
+            {"x": torch.zeros(7, 4).to_sparse()},
             ValueError,
-            "rule must be one of sequential, instance, mean, hard",
+            "x must be a dense tensor with data; got torch.sp",
         ),
+        ({"rule": "median"}, ValueError, "rule must be one of sequential, instance, mean, hard"),
     ],
 )
 def test_refuses(change, error, message):

@@ -21,7 +21,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def long_blocks_of_pairs(few, monkeypatch):
     """In the interpreter the programs of `pairs`, which has tests of its own, would take most of the time."""
-    monkeypatch.setattr(pairs, "PAIRS", pairs.PAIRS._replace(blocks={"BLOCK": few(4096, 16), "BLOCK_D": 128}))
+    monkeypatch.setattr(
+        pairs, "LAUNCH", pairs.LAUNCH._replace(blocks={"BLOCK": few(4096, 16), "BLOCK_D": 128})
+    )
 
 
 def sorted_pairs(x, y, k, exclude_self=False):
@@ -206,7 +208,7 @@ def test_many_rows_and_few_columns():
 
 @pytest.mark.parametrize(
     "module, name, size, rows",
-    [(neighbors, "STRIP", 60 * 128, 140), (_shortlist, "CLOSEST", 60, 140), (_shortlist, "MAXIMA", 1, 1100)]
+    [(neighbors, "LISTED", 60 * 128, 140), (_shortlist, "CLOSEST", 60, 140), (_shortlist, "MAXIMA", 1, 1100)]
     + [
         pytest.param(module, name, size, 1100, marks=pytest.mark.host)
         for module, name, size in [
@@ -214,8 +216,8 @@ def test_many_rows_and_few_columns():
             (_shortlist_cpu, "PRODUCTS", 2**13),
             (_shortlist_cpu, "PRODUCTS", 2**15),
             (_shortlist_cpu, "EVEN", 16),
-            (pairs, "STRIP", 60),
-            (pairs, "BLOCK", 70),
+            (pairs, "X_ROWS", 60),
+            (pairs, "Y_ROWS", 70),
         ]
     ],
 )
@@ -326,6 +328,10 @@ def test_neighbours_take_no_gradient(device):
         ({"x": torch.zeros(5, 0), "y": torch.zeros(5, 0)}, ValueError, "x and y must have features"),
         ({"k": 6}, ValueError, "k must be from 1 to 5, the rows of y to choose from; got 6"),
         ({"k": 0}, ValueError, "k must be from 1 to 5"),
+        ({"k": torch.tensor([1, 2])}, TypeError, "k must be an integer; got Tensor"),
+        ({"k": 2.0}, TypeError, "k must be an integer; got float"),
+        ({"exclude_self": torch.tensor([True, True])}, TypeError, "exclude_self must be True or False"),
+        ({"y": torch.zeros(5, 3, device="meta")}, ValueError, "y must be a dense tensor with data"),
         ({"k": 5, "exclude_self": True}, ValueError, "k must be from 1 to 4"),
         ({"y": torch.zeros(6, 3), "exclude_self": True}, ValueError, "exclude_self needs as many rows"),
         ({"x": torch.full((5, 3), torch.nan)}, ValueError, "x holds NaN or infinite"),
