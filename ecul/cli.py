@@ -20,6 +20,7 @@ MODEL = "a run directory, a directory of save_pretrained, or a model.safetensors
 NAMES = "sysu, regdb, llcm, market, or folders (of one's own: root/visible and root/infrared)"
 OPTIONS = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
 TRAINED_ON = "pixels of the images that it was trained with, which no file says (default: 288 144)"
+POOLING = "how the model pools (default: as the file says, where it does); AGW's base: avg, all else: gem"
 FIELDS = "a field of Config, for instance iterations=100 or size=[256,128]; may be repeated"
 RESUME = "go on with the run in the directory, by its own settings but for those given here"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
@@ -231,13 +232,14 @@ def search(args: argparse.Namespace) -> None:
     arg("file", help="a .pth, .tar or .safetensors file; code in it is never run"),
     arg("-o", "--output", required=True, help="the directory to write the model into"),
     arg("--size", **PIXELS, default=(288, 144), help=TRAINED_ON),
+    arg("--pooling", choices=("gem", "avg"), default="file", help=POOLING),
 )
 def import_(args: argparse.Namespace) -> None:
     from ecul.importers import import_checkpoint
 
     if (Path(args.output) / "resume.json").exists():
         raise ValueError(f"output: {args.output} holds a run of train; choose another directory")
-    model, unused = import_checkpoint(args.file, args.size)
+    model, unused = import_checkpoint(args.file, args.size, args.pooling)
     for reason, names in unused.items():
         print(f"left out, {reason}: {shorten(names, 1)}")
     model.save_pretrained(args.output, {"imported_from": Path(args.file).name})

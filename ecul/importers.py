@@ -8,10 +8,10 @@ One layout covers AGW and everything that grew from it (ADCA, PGM, MBCCM and the
     NL_2.0 ... NL_3.2                      non-local blocks, where there are any
     bottleneck                             the neck; classifier and discriminator serve training alone
 
-with or without `module.` in front, alone in the file or under "net" (AGW), "state_dict" (ADCA, PGM, MBCCM)
-or "model". AGW: https://arxiv.org/abs/2001.04193, ADCA: https://arxiv.org/abs/2208.01711
+AGW: https://arxiv.org/abs/2001.04193, ADCA: https://arxiv.org/abs/2208.01711
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from ecul.common.foreign import read_foreign
 from ecul.common.names import shorten
 from ecul.common.pretrained import WIDTH, Saved
-from ecul.common.weights import read_weights, require_tensors
 from ecul.model import BLOCKS, TwoStreamResNet
 
-CONTAINERS = ("net", "state_dict", "model")
+log = logging.getLogger("ecul")
+HOMES = ("visible_module.visible", "thermal_module.thermal", "base_resnet.base")
 USED = {  # theirs -> ours
     r"visible_module\.visible\.((?:conv1|bn1)\..+)": r"visible.\1",
     r"thermal_module\.thermal\.((?:conv1|bn1)\..+)": r"infrared.\1",
@@ -41,26 +42,42 @@ NON_LOCAL = re.compile(r"NL_([23])\.(\d+)\.(.+)")
 
 
 def import_checkpoint(
-    path: str | os.PathLike, input_size: tuple[int, int] = (288, 144)
+    path: str | os.PathLike, input_size: tuple[int, int] = (288, 144), pooling: str = "gem"
 ) -> tuple[TwoStreamResNet, dict[str, list[str]]]:
     """The model of a published checkpoint, and what of the file was left out.
 
         model, unused = import_checkpoint("model_best.pth.tar")
         model.save_pretrained("imported")
 
-    path: a `.pth` or `.tar` that `torch.save` wrote, read with weights only (plain NumPy figures beside the
-    weights are let in, code never is), or a `.safetensors`. input_size: (H, W) in pixels that it was trained
-    with, which the file does not say. Depth, width and non-local blocks follow from the shapes. Returns a
+    path: a `.pth` or `.tar` that `torch.save` wrote, read with weights only (code in it never runs), or a
+    `.safetensors`; `read_foreign` unwraps it. input_size: (H, W) in pixels of the training images, which the
+    file does not say. pooling: "gem" or "avg" (AGW's `--method base`), or "file": non-local blocks and GeM's
+    own weights say GeM. Depth, width and non-local blocks follow from the shapes. Returns a
     `TwoStreamResNet` in eval mode whose `embed` gives the published test feature, (N, num_features) unit
     rows, and a dict from a reason to the names that were left out for it.
-    Errors: FileNotFoundError; ValueError for an input_size below 16 pixels, for a file that is no checkpoint,
-    or whose names or shapes do not all fit, with the list of them.
+    Errors: FileNotFoundError; ValueError for an input_size below 16 pixels, for pooling="file" where the file
+    does not say it, for a file that is no checkpoint, or whose names or shapes do not all fit, with the list.
     Source: the key names of the published repositories.
     """
     path = Path(path)
     if min(input_size) < 16:
         raise ValueError(f"input_size must be (height, width) of at least 16 pixels, got {tuple(input_size)}")
-    state = _open(path)
+    state = read_foreign(path, [*(f"{home}.conv1.weight" for home in HOMES), "visible.conv1.weight"])
+    if "visible.conv1.weight" in state:
+        raise ValueError(f"{path} is a model of this library already; use its directory as it is")
+    renamed, unused = _rename(state, path)
+    settings = {**_settings(renamed, path), "input_size": (input_size[0], input_size[1])}
+    settings["gem"] = _uses_gem(pooling, settings["non_local"], state, path)
+    with torch.device("meta"):
+        places = sorted(TwoStreamResNet(**settings).non_local)
+    placed = {_place(name, value, places, path): value for name, value in renamed.items()}
+    return TwoStreamResNet._build(Saved(path, placed, {}, settings)), unused
+
+
+def _rename(
+    state: dict[str, torch.Tensor], path: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """The weights that are used, under our names, and the names of the others by the reason."""
     renamed: dict[str, torch.Tensor] = {}
     unused: dict[str, list[str]] = {}
     unknown = []
@@ -71,51 +88,27 @@ def import_checkpoint(
             unused.setdefault(reason, []).append(name)
         else:
             unknown.append(name)
-    if "visible.conv1.weight" in state:
-        raise ValueError(f"{path} is a model of this library already; use its directory as it is")
     if unknown:
         raise ValueError(
             f"{path}: {len(unknown)} of {len(state)} names belong to no known layout, "
             f"so nothing was imported: {shorten(unknown)}. Known are visible_module.visible.*, "
             "thermal_module.thermal.*, base_resnet.base.*, NL_*, bottleneck.* and what only training uses"
         )
-    settings = {**_settings(renamed, path), "input_size": (input_size[0], input_size[1])}
-    with torch.device("meta"):
-        places = sorted(TwoStreamResNet(**settings).non_local)
-    placed = _place_non_local(renamed, places, path)
-    return TwoStreamResNet._build(Saved(path, placed, {}, settings)), unused
+    return renamed, unused
 
 
-class _Figure:
-    """In the place of NumPy's numbers and arrays (accuracies beside the weights), of which none is needed.
-
-    NumPy's own makers would trust what the file says of their insides.
-    """
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-NUMPY = [
-    f"numpy.{home}.multiarray.{maker}" for home in ("core", "_core") for maker in ("_reconstruct", "scalar")
-]
-FIGURES: list[Any] = [(_Figure, name) for name in ("numpy.ndarray", "numpy.dtype", *NUMPY)]
-
-
-def _open(path: Path) -> dict[str, torch.Tensor]:
-    """The dict of tensors in a file, out of whatever it is wrapped in."""
-    with torch.serialization.safe_globals(FIGURES):
-        content = read_weights(path)
-    for name in CONTAINERS:
-        if isinstance(content.get(name), dict):
-            content = content[name]
-    require_tensors(content, path)
-    while all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
-    return content
+def _uses_gem(pooling: str, non_local: bool, state: dict[str, torch.Tensor], path: Path) -> bool:
+    """Whether the model pools by GeM: AGW turns it on together with its non-local blocks."""
+    if pooling not in ("gem", "avg", "file"):
+        raise ValueError(f"pooling must be gem, avg or file, got {pooling!r}")
+    told = non_local or any(name.startswith("gem.") for name in state)
+    if pooling == "file" and not told:
+        raise ValueError(
+            f"{path} does not say how the model pools; give --pooling gem, or --pooling avg for AGW's base"
+        )
+    if pooling == "avg" and told:
+        log.warning("%s: avg is taken as you say; its non-local blocks or GeM weights speak of GeM", path)
+    return pooling != "avg"
 
 
 def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
@@ -132,30 +125,20 @@ def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
             f"{path}: no ResNet with {counts} blocks in its four layers is known; depths are "
             f"{', '.join(map(str, BLOCKS))}, and the visible stem must be there, {WIDTH[-1]} channels at most"
         )
-    return {
-        "depth": depths[0],
-        "width": len(stem),
-        "non_local": any(NON_LOCAL.fullmatch(name) for name in state),
-    }
+    non_local = any(NON_LOCAL.fullmatch(name) for name in state)
+    return {"depth": depths[0], "width": len(stem), "non_local": non_local}
 
 
-def _place_non_local(
-    state: dict[str, torch.Tensor], places: list[str], path: Path
-) -> dict[str, torch.Tensor]:
-    """`NL_2.1.g.0.weight` -> `non_local.2_3.g.weight`: a layer's n-th block, by where it stands."""
-    placed = {}
-    for name, value in state.items():
-        if match := NON_LOCAL.fullmatch(name):
-            stage, number, rest = match[1], int(match[2]), match[3].replace("g.0.", "g.")
-            here = [place for place in places if place.startswith(f"{stage}_")]
-            if number >= len(here):
-                raise ValueError(
-                    f"{path}: {name} is one non-local block too many; layer{stage} has {len(here)}"
-                )
-            if rest == "theta.weight" and len(value) != 1:
-                raise ValueError(
-                    f"{path}: {name} has {len(value)} inner channels; only blocks with one are known"
-                )
-            name = f"non_local.{here[number]}.{rest}"
-        placed[name] = value
-    return placed
+def _place(name: str, value: torch.Tensor, places: list[str], path: Path) -> str:
+    """`NL_2.1.g.0.weight` -> `non_local.2_3.g.weight`: the layer's n-th block."""
+    match = NON_LOCAL.fullmatch(name)
+    if match is None:
+        return name
+    stage, number, rest = match[1], int(match[2]), match[3].replace("g.0.", "g.")
+    here = [place for place in places if place.startswith(f"{stage}_")]
+    if number >= len(here):
+        raise ValueError(f"{path}: {name} is one non-local block too many; layer{stage} has {len(here)}")
+    inner = value.shape[0] if value.ndim else 0
+    if rest == "theta.weight" and inner != 1:
+        raise ValueError(f"{path}: {name} has {inner} inner channels; only blocks with one are known")
+    return f"non_local.{here[number]}.{rest}"

@@ -3,9 +3,11 @@
 ResNet: https://arxiv.org/abs/1512.03385, two-stream and BNNeck as in ECUL: https://arxiv.org/abs/2412.19134
 """
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ecul import MODALITIES
+from ecul.common.foreign import load_foreign
 from ecul.common.pretrained import SIDE, WIDTH, Pretrained
-from ecul.common.weights import read_weights, require_tensors
 from ecul.data.images import check_modality
-from ecul.features import evaluating
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -95,6 +96,13 @@ class Stem(nn.Module):
         return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
 
 
+def __getattr__(name: str) -> Any:
+    """`Backbone`, from the file that imports this one."""
+    if name != "Backbone":
+        raise AttributeError(f"module 'ecul.model' has no attribute {name!r}")
+    return importlib.import_module("ecul.streams").Backbone
+
+
 def make_neck(features: int) -> nn.BatchNorm1d:
     """BNNeck of two streams: a weight that starts near 1, a bias that stays 0."""
     neck = nn.BatchNorm1d(features, dtype=torch.float32)
@@ -109,76 +117,6 @@ def neck_rows(neck: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
         return F.normalize(neck(x.float()), dim=1)
 
 
-def output_size(network: nn.Module, size: tuple[int, int]) -> int:
-    """The D of the rows (N, D) that a network gives of images of this size, from one batch of it.
-
-    Errors: ValueError for a network that cannot take such images, or gives something else.
-    """
-    parameter = next(network.parameters(), torch.empty(0))
-    images = torch.zeros(2, 3, *size, device=parameter.device)
-    with evaluating(network), torch.no_grad():
-        try:
-            rows = network(images)
-        except (RuntimeError, ValueError, TypeError, AssertionError) as e:
-            raise ValueError(f"model: {type(network).__name__} takes no images of {size} pixels: {e}") from e
-    if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != 2:
-        got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
-        raise ValueError(
-            f"model: {type(network).__name__} should give rows (2, num_features) of two images, got {got}; "
-            "it needs its pooling, and no classifier (timm: num_classes=0)"
-        )
-    return rows.shape[1]
-
-
-class Backbone(Pretrained):
-    """Somebody's own network in the place of `TwoStreamResNet`, one for both modalities.
-
-        embed(x, modality) = F.normalize(network(x), dim=1)
-
-    network: any module with `num_features` that maps (N, 3, H, W) to (N, num_features); input_size: (H, W),
-    which `extract` resizes to. `train(..., model=network)` makes one; afterwards
-    `Backbone.from_pretrained(run, network)` is what `extract`, `export` and `report` take as a model.
-    Errors: TypeError for a network without `num_features`; ValueError, before any work, where one batch gives
-    rows of another size.
-    """
-
-    def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
-        super().__init__()
-        if not hasattr(network, "num_features"):
-            raise TypeError(
-                f"model must have `num_features`, its embedding's size; {type(network).__name__} has not"
-            )
-        if (given := output_size(network, input_size)) != network.num_features:
-            raise ValueError(
-                f"model: its rows have {given} features where num_features says {network.num_features}; "
-                "build it without its classifier (timm: num_classes=0)"
-            )
-        self.network, self.num_features, self.input_size = network, network.num_features, tuple(input_size)
-        self.settings = {"network": type(network).__name__, "input_size": list(input_size)}
-
-    def forward(self, visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
-        """Unit embeddings of both modalities, visible rows first."""
-        return self.embed(torch.cat([visible, infrared]), "both")
-
-    def embed(self, x: torch.Tensor, modality: str) -> torch.Tensor:
-        """Unit embeddings (N, num_features) float32; the modality makes no difference to this network."""
-        return F.normalize(self.network(x).float(), dim=1)
-
-    def described(self) -> str:
-        """What it is, for an error message."""
-        return f"this {self.settings['network']}"
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, network: nn.Module) -> "Backbone":
-        """`network` with the weights that `train` wrote into a run directory, ready for `extract`.
-
-        network: a fresh module of the class that was trained. Errors: FileNotFoundError; ValueError for
-        another kind of model, or with the list of what does not fit.
-        """
-        saved = cls._read(path, {"input_size": (SIDE, SIDE)})
-        return cls(network, saved.about["input_size"])._filled(saved)
-
-
 class TwoStreamResNet(Pretrained):
     """Unit embeddings of visible and infrared images.
 
@@ -186,13 +124,13 @@ class TwoStreamResNet(Pretrained):
         features = model.embed(images, "infrared")   # one modality: (N, num_features)
 
     Inputs are normalised float images (N, 3, H, W) (`ecul.augment.normalize`); both modalities pass the
-    shared layers in one batch, so that batch-norm statistics are joint. Last stride 1, GeM pooling (p = 3,
-    eps 1e-12), BNNeck with its bias frozen at 0; the embedding is the L2-normalised output of the neck.
+    shared layers in one batch, so batch-norm statistics are joint. The last stride is 1. After the pooling
+    comes a BNNeck with its bias frozen at 0; the embedding is its L2-normalised output.
 
     depth: 10 or 18 (small machines), 34, 50 (as published), 101; width: channels of the first stage, 64 as
     published; non_local: two non-local blocks in layer2 and three in layer3; input_size: (H, W) in pixels,
-    which `extract` resizes to; stem_stride: 2 as published, 1 keeps the detail of small images. Errors:
-    ValueError for another depth.
+    to which `extract` resizes; stem_stride: 2 as published, 1 keeps the detail of small images; gem: pool
+    by GeM as published (p = 3, eps 1e-12), or by the average. Errors: ValueError for another depth.
     Source: ECUL and MBCCM, implementation details; their published code.
     """
 
@@ -203,6 +141,7 @@ class TwoStreamResNet(Pretrained):
         non_local: bool = False,
         input_size: tuple[int, int] = (288, 144),
         stem_stride: int = 2,
+        gem: bool = True,
     ) -> None:
         super().__init__()
         if depth not in BLOCKS:
@@ -213,6 +152,7 @@ class TwoStreamResNet(Pretrained):
             "non_local": non_local,
             "input_size": list(input_size),
             "stem_stride": stem_stride,
+            "gem": gem,
         }
         self.input_size = tuple(input_size)
         self.checkpointing = False  # recompute each block in backward instead of storing its activations
@@ -256,21 +196,21 @@ class TwoStreamResNet(Pretrained):
                 x = _checkpointed(block, x) if recompute else block(x)
                 if f"{stage}_{i}" in self.non_local:
                     x = self.non_local[f"{stage}_{i}"](x)
-        pooled = (x.float().pow(3).mean(dim=(2, 3)) + 1e-12).pow(1 / 3)
+        x = x.float()
+        gem = self.settings["gem"]
+        pooled = (x.pow(3).mean((2, 3)) + 1e-12).pow(1 / 3) if gem else x.mean((2, 3))
         return neck_rows(self.bottleneck, pooled)
 
     def load_backbone(self, path: str | Path) -> None:
-        """Start from a torchvision ResNet state dict in a local file; both stems start equal.
+        """Start from a torchvision ResNet's weights in a local file, or from a trained model like this one.
 
-        path: `.safetensors`, or a `.pth` read with weights only. The classifier `fc.*` is left out. Every
-        other key must fit: a missing, unknown or wrongly shaped one is a ValueError that lists them.
+        path: as in `read_foreign`. Both stems get the weights of the plain one; the classifier `fc.*` is left
+        out. Errors: ValueError that lists every key that is missing, unknown or of another shape.
         """
-        state = read_weights(path)
-        require_tensors(state, path)
-        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-        stem = {k: state.pop(k) for k in list(state) if k.startswith(("conv1.", "bn1."))}
-        state.update({f"{m}.{k}": v for m in MODALITIES for k, v in stem.items()})
-        self.load(state, path, own=("bottleneck.", "non_local."))
+        shared = [name for name in self.state_dict() if name.startswith("layer")]
+        stem = self.visible.state_dict()
+        homes = {name: (name,) for name in shared} | {k: tuple(f"{m}.{k}" for m in MODALITIES) for k in stem}
+        load_foreign(self, path, homes, ("fc.",))
 
     def described(self) -> str:
         """What it is, for an error message."""
@@ -280,7 +220,7 @@ class TwoStreamResNet(Pretrained):
     def from_pretrained(cls, path: str | Path) -> "TwoStreamResNet":
         """The model saved in a directory (a run directory, too) or in a `model.safetensors` file."""
         schema = {"depth": set(BLOCKS), "width": WIDTH, "non_local": bool, "input_size": (SIDE, SIDE)}
-        return cls._build(cls._read(path, schema, {"stem_stride": {1, 2}}))  # the last not in old files
+        return cls._build(cls._read(path, schema, {"stem_stride": {1, 2}, "gem": bool}))
 
 
 def _checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ecul.common import distributed
 from ecul.config import Config
 from ecul.features import require_model
-from ecul.model import Backbone, TwoStreamResNet
-from ecul.streams import TwoStream
+from ecul.model import TwoStreamResNet
+from ecul.streams import Backbone, TwoStream
 
 log = logging.getLogger("ecul")
 

@@ -1,23 +1,24 @@
-"""Any backbone in two streams: its first layer for each modality, everything after it shared.
+"""Any backbone as a model of two modalities: one stream for both, or a stem for each and the rest shared.
 
 Two streams and BNNeck as in ECUL: https://arxiv.org/abs/2412.19134
 """
 
 import copy
 import importlib
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from ecul.common.foreign import load_foreign
 from ecul.common.names import printable
 from ecul.common.pretrained import SIDE, Pretrained
-from ecul.common.weights import read_weights, require_tensors
 from ecul.data.images import check_modality
-from ecul.model import TwoStreamResNet, make_neck, neck_rows, output_size
+from ecul.model import TwoStreamResNet, make_neck, neck_rows
 
 LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
     # the function that builds a network by its name, its arguments, and those that tell it the images' size
@@ -27,7 +28,10 @@ LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict
 
 
 class PerModality(nn.Module):
-    """A layer that each modality has for itself. stream: whose rows come, or how many are visible ones."""
+    """A layer that each modality has for itself.
+
+    stream: the modality of all rows, or the number of visible rows, which come first.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -41,40 +45,35 @@ class PerModality(nn.Module):
         return torch.cat([layer(part) for layer, part in parts if len(part)])
 
 
-class TwoStream(Pretrained):
-    """A network of timm, of torchvision or of one's own as a model of two modalities.
+class Backbone(Pretrained):
+    """Somebody's own network in the place of `TwoStreamResNet`, one stream for both modalities.
 
-        model = TwoStream("timm:convnext_tiny", (288, 144))       # from the shell: --set backbone=timm:...
-        model = TwoStream("torchvision:resnet18", (288, 144))
-        model = TwoStream(network, (288, 144))                    # with the weights that it has
+        embed(x, modality) = F.normalize(network(x), dim=1)
 
-    The stem, which each modality has for itself, is the layer that the images enter, with the normalisation
-    beside it: a ResNet's conv1 and bn1, the patches of a ConvNeXt or a ViT; both start equal. All after it is
-    shared, both modalities in one batch, and ends in a BNNeck as in `TwoStreamResNet`. The classifier of a
-    torchvision model is taken away; timm's have none with `num_classes=0`. input_size: (H, W); where a
-    network must know it, as ViTs do, it is told (torchvision's take squares alone).
-
-    A model by name is saved with it and loaded by `load_model`, so by every command. One's own network is
-    loaded by `TwoStream.from_pretrained(path, network)`. Errors: ValueError, before any work, for an unknown
-    name or a network that gives no rows (N, num_features) of these images; ImportError without its package.
+    network: a module with `num_features` that maps (N, 3, H, W) to (N, num_features), in training too. It is
+    not copied: training changes its weights. input_size: (H, W), to which `extract` resizes.
+    `train(..., model=network)` makes a `Backbone`; afterwards `Backbone.from_pretrained(run, network)` is a
+    model for `extract`, `export` and `report`. Errors: TypeError for a network without `num_features`;
+    ValueError, before any work, where a batch gives other rows, in training or in evaluation.
     """
 
-    def __init__(self, network: str | nn.Module, input_size: tuple[int, int]) -> None:
+    def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
+        if not hasattr(network, "num_features"):
+            raise TypeError(
+                f"model must have num_features, its rows' size; {type(network).__name__} has none"
+            )
+        self._wrap(network, input_size, type(network).__name__)
+        if self.num_features != network.num_features:
+            raise ValueError(
+                f"model: its rows have {self.num_features} features where num_features says "
+                f"{network.num_features}; build it without its classifier (timm: num_classes=0)"
+            )
+
+    def _wrap(self, network: nn.Module, input_size: tuple[int, int], name: str) -> None:
         super().__init__()
-        self.input_size = (input_size[0], input_size[1])
-        named = isinstance(network, str)
-        self.network = _build(network, self.input_size) if isinstance(network, str) else network
-        self.settings = {"network": network if named else type(network).__name__, "input_size": [*input_size]}
-        self.classifier = _classifiers(self.network)
-        layers = _layers(self.network, self.input_size)
-        if named and isinstance(layers[-1][1], nn.Linear) and str(network).startswith("torchvision:"):
-            self.classifier += (layers[-1][0],)
-            self.network.set_submodule(layers[-1][0], nn.Identity())
-        self.num_features = output_size(self.network, self.input_size)
-        self.stems = tuple(_stem(layers))
-        for name in self.stems:
-            self.network.set_submodule(name, PerModality(self.network.get_submodule(name)))
-        self.bottleneck = make_neck(self.num_features)
+        self.num_features = output_size(network, input_size)
+        self.network, self.input_size = network, (input_size[0], input_size[1])
+        self.settings = {"network": name, "input_size": [*input_size]}
 
     def forward(self, visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
         """Unit embeddings (A + B, num_features) float32 of (A, 3, H, W) and (B, 3, H, W), visible first."""
@@ -86,6 +85,65 @@ class TwoStream(Pretrained):
         return self._rows(x, modality)
 
     def _rows(self, x: torch.Tensor, stream: str | int) -> torch.Tensor:
+        return F.normalize(self.network(x).float(), dim=1)
+
+    def described(self) -> str:
+        """The network's name, for an error message."""
+        return f"this {self.settings['network']}"
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, network: nn.Module | None = None) -> "Backbone":
+        """The model saved in a run or another directory, in eval mode.
+
+        network: a fresh module of the class that was trained; not needed for one of timm or torchvision by
+        name. Errors: FileNotFoundError; ValueError for another kind of model, a missing network, or with the
+        list of what does not fit.
+        """
+        saved = cls._read(path, {"input_size": (SIDE, SIDE)})
+        name = saved.metadata.get("network", "")
+        if network is None and ":" not in name:
+            raise ValueError(
+                f"{saved.file} holds one's own {printable(name)}: "
+                f"{cls.__name__}.from_pretrained(path, network) loads it"
+            )
+        return cls(name if network is None else network, tuple(saved.about["input_size"]))._filled(saved)
+
+
+class TwoStream(Backbone):
+    """A network of timm, of torchvision or of one's own as a model of two modalities.
+
+        model = TwoStream("timm:convnext_tiny", (288, 144))       # from the shell: --set backbone=timm:...
+        model = TwoStream("torchvision:resnet18", (288, 144))
+        model = TwoStream(network, (288, 144))                    # a copy, with the weights that it has
+
+    Each modality has its own stem: the layer that the images enter and the normalisation beside it (a
+    ResNet's conv1 and bn1, the patches of a ConvNeXt or a ViT). Both stems start equal. Everything after the
+    stem is shared, with both modalities in one batch, and ends in a BNNeck as in `TwoStreamResNet`.
+    torchvision's classifier is removed; timm builds none with `num_classes=0`. input_size: (H, W). Networks
+    that must know it, such as ViTs, are told (torchvision's take squares alone).
+
+    A model by name is saved with the name, so `load_model` and every command load it. One's own network is
+    loaded by `TwoStream.from_pretrained(path, network)`. Errors: ValueError, before any work, for an unknown
+    name or a network that does not give rows (N, num_features), in training or in evaluation; ImportError
+    without its package.
+    """
+
+    def __init__(self, network: str | nn.Module, input_size: tuple[int, int]) -> None:
+        name = network if isinstance(network, str) else type(network).__name__
+        built = _build(network, input_size) if isinstance(network, str) else copy.deepcopy(network)
+        layers = _layers(built, input_size)
+        ends = getattr(built, "default_cfg", {}).get("classifier") or ()  # where timm has a classifier
+        classifier = (ends,) if isinstance(ends, str) else tuple(ends)
+        if name.startswith("torchvision:") and isinstance(layers[-1][1], nn.Linear):
+            classifier += (layers[-1][0],)
+            built.set_submodule(layers[-1][0], nn.Identity())
+        self._wrap(built, input_size, name)
+        self.classifier, self.stems = tuple(f"{end}." for end in classifier), tuple(_stem(layers))
+        for stem in self.stems:
+            built.set_submodule(stem, PerModality(built.get_submodule(stem)))
+        self.bottleneck = make_neck(self.num_features)
+
+    def _rows(self, x: torch.Tensor, stream: str | int) -> torch.Tensor:
         for name in self.stems:
             stem = self.network.get_submodule(name)
             if stem.stream != stream:
@@ -93,47 +151,61 @@ class TwoStream(Pretrained):
         return neck_rows(self.bottleneck, self.network(x))
 
     def load_backbone(self, path: str | Path) -> None:
-        """Start from the network's own state dict in a local file; both stems start equal.
+        """Start from the plain network's weights in a local file, or from a trained model like this one.
 
-        path: `.safetensors`, or a `.pth` read with weights only; the classifier is left out. Errors:
-        ValueError that lists every other key that is missing, unknown or of another shape.
+        path: as in `read_foreign`. Both stems get the weights of the plain one, and the classifier is left
+        out. timm's own filter resamples position tables to this input_size. Errors: ValueError that lists
+        every key that is missing, unknown or of another shape.
         """
-        state = read_weights(path)
-        require_tensors(state, path)
-        renamed = {}
-        for name, value in state.items():
+        plain = copy.deepcopy(self.network)
+        for name in self.stems:
+            plain.set_submodule(name, plain.get_submodule(name).visible)  # type: ignore[arg-type]
+        homes = {}
+        for name in plain.state_dict():
             layer, _, leaf = name.rpartition(".")
-            if not any(f"{name}.".startswith(f"{end}.") for end in self.classifier):
-                kinds = (".visible", ".infrared") if layer in self.stems else ("",)
-                renamed.update(
-                    {f"network.{layer}{kind}.{leaf}" if layer else f"network.{leaf}": value for kind in kinds}
-                )
-        self.load(renamed, path, own=("bottleneck.",))
-
-    def described(self) -> str:
-        """What it is, for an error message."""
-        return f"this {self.settings['network']}"
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, network: nn.Module | None = None) -> "TwoStream":
-        """The model saved in a run or another directory; network: a fresh one where it was one's own.
-
-        Errors: FileNotFoundError; ValueError for another kind of model, or one that only its owner can build.
-        """
-        saved = cls._read(path, {"input_size": (SIDE, SIDE)})
-        name = saved.metadata.get("network", "")
-        if network is None and ":" not in name:
-            raise ValueError(
-                f"{saved.file} holds one's own {printable(name)}: "
-                "TwoStream.from_pretrained(path, network) loads it"
-            )
-        return cls(name if network is None else network, tuple(saved.about["input_size"]))._filled(saved)
+            kinds = (".visible.", ".infrared.") if layer in self.stems else ("." * bool(layer),)
+            homes[name] = tuple(f"network.{layer}{kind}{leaf}" for kind in kinds)
+        resample = getattr(sys.modules[type(plain).__module__], "checkpoint_filter_fn", None)
+        fit = dict if resample is None else lambda state: resample(state, plain)
+        load_foreign(self, path, homes, self.classifier, fit)
 
 
-def load_model(path: str | Path) -> TwoStreamResNet | TwoStream:
+def load_model(path: str | Path) -> TwoStreamResNet | Backbone:
     """The model saved at this path, a `TwoStream` or a `TwoStreamResNet`, in eval mode."""
     kind = TwoStream if TwoStream.holds(path) else TwoStreamResNet
     return kind.from_pretrained(path)
+
+
+def output_size(network: nn.Module, size: tuple[int, int]) -> int:
+    """The D of the rows (N, D) that a network gives of images of this size, in evaluation and in training.
+
+    A copy is tried, so the network's statistics and torch's random state stay as they are. Errors: ValueError
+    for a network that cannot take such images, or gives something else in one of the modes.
+    """
+    name = type(network).__name__
+    if any(isinstance(module, PerModality) for module in network.modules()):
+        raise ValueError(f"model: {name} has a stem for each modality already; give the plain network")
+    tried, device = copy.deepcopy(network), next(network.parameters(), torch.empty(0)).device
+    images, sizes = torch.zeros(2, 3, *size, device=device), []
+    for mode in ("evaluation", "training"):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            try:
+                rows = tried.train(mode == "training")(images)
+            except Exception as e:  # somebody's code can raise anything
+                raise ValueError(f"model: {name} takes no images of {size} pixels in {mode}: {e}") from e
+        got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
+        if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != 2:
+            raise ValueError(
+                f"model: {name} should give rows (2, num_features) of two images, got {got} in {mode}; "
+                "it needs its pooling, and no classifier (timm: num_classes=0)"
+            )
+        sizes.append(rows.shape[1])
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"model: {name} gives rows of {sizes[0]} features in evaluation and of {sizes[1]} in training; "
+            "both must be the features, without the classifier"
+        )
+    return sizes[0]
 
 
 def _build(name: str, size: tuple[int, int]) -> nn.Module:
@@ -155,33 +227,15 @@ def _build(name: str, size: tuple[int, int]) -> nn.Module:
         raise ValueError(f"backbone {name!r} cannot be built: {e}") from e
 
 
-def _classifiers(network: nn.Module) -> tuple[str, ...]:
-    """Where timm says that a network's classifier is, or was before `num_classes=0`."""
-    named = getattr(network, "default_cfg", {}).get("classifier") or ()
-    return (named,) if isinstance(named, str) else tuple(named)
-
-
 def _layers(network: nn.Module, size: tuple[int, int]) -> list[tuple[str, nn.Module]]:
     """The innermost layers that have weights, and their names, in the order in which images pass them."""
     passed: dict[str, nn.Module] = {}
-    innermost = ((name, m) for name, m in network.named_modules() if not any(m.children()))
-    leaves = [(name, m) for name, m in innermost if any(True for _ in m.parameters())]
-    with _watched(leaves, passed):
-        output_size(network, size)
+    watched = copy.deepcopy(network)
+    for name, layer in watched.named_modules():
+        if not any(layer.children()) and any(True for _ in layer.parameters()):
+            layer.register_forward_hook(lambda m, *_, name=name: passed.setdefault(name, m) and None)
+    output_size(watched, size)
     return list(passed.items())
-
-
-@contextmanager
-def _watched(leaves: list[tuple[str, nn.Module]], passed: dict[str, nn.Module]) -> Iterator[None]:
-    handles = [
-        m.register_forward_hook(lambda module, *_, name=name: passed.setdefault(name, module) and None)
-        for name, m in leaves
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stem(layers: list[tuple[str, nn.Module]]) -> Iterator[str]:

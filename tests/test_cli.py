@@ -246,7 +246,10 @@ def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
         state[f"base_resnet.base.{name}" if name.startswith("layer") else name] = value
     torch.save({"net": state | {"classifier.weight": torch.zeros(2, 2)}}, tmp_path / "agw.pth")
     out = tmp_path / "imported"
-    assert main(["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16"]) == 0
+    assert main(["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16"]) == 2
+    assert "give --pooling gem, or --pooling avg for AGW's base" in capsys.readouterr().err
+    command = ["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16", "--pooling", "gem"]
+    assert main(command) == 0
     assert "left out, what only training uses: classifier.weight\n" in capsys.readouterr().out
     pixels = torch.zeros(2, 3, 32, 16, dtype=torch.uint8)
     both = [

@@ -9,10 +9,10 @@ from ecul import TwoStreamResNet
 from ecul.importers import import_checkpoint
 
 
-def trained(depth=18, width=8, non_local=False):
+def trained(depth=18, width=8, non_local=False, gem=True):
     """A model whose every weight and statistic has moved from its start."""
     torch.manual_seed(3)
-    model = TwoStreamResNet(depth, width, non_local, (32, 16))
+    model = TwoStreamResNet(depth, width, non_local, (32, 16), gem=gem)
     for p in model.parameters():
         p.data += 0.05 * torch.randn_like(p)
     model.train()(torch.randn(4, 3, 32, 16), torch.randn(4, 3, 32, 16))
@@ -59,12 +59,12 @@ def layouts(model):
         "ADCA": {"state_dict": published(model, "module.") | {"module." + k: v for k, v in head.items()}},
         "PGM": {"state_dict": published(model), "epoch": 9, "best_mAP": np.float32(0.5)},
         "MBCCM": {"state_dict": wrapped, "epoch": 79, "best_mAP": 0.48},
-        "MBCCM net": {"net": wrapped},
+        "compiled": {"model_state_dict": {"module._orig_mod." + k: v for k, v in published(model).items()}},
         "bare": published(model),
     }
 
 
-@pytest.mark.parametrize("name", ["AGW", "ADCA", "PGM", "MBCCM", "MBCCM net", "bare"])
+@pytest.mark.parametrize("name", ["AGW", "ADCA", "PGM", "MBCCM", "compiled", "bare"])
 def test_each_layout_gives_the_same_embeddings(name, tmp_path):
     model = trained()
     torch.save(layouts(model)[name], tmp_path / "model.pth")
@@ -77,7 +77,7 @@ def test_each_layout_gives_the_same_embeddings(name, tmp_path):
     assert ("classifier.weight" in names) == (name in ("AGW", "ADCA"))
     assert ("disnet.ad_layer1.weight" in names) == name.startswith("MBCCM")
     total = layouts(model)[name]
-    total = next((total[k] for k in ("net", "state_dict") if k in total), total)
+    total = next((total[k] for k in ("net", "state_dict", "model_state_dict") if k in total), total)
     assert len(names) + len(model.state_dict()) == len(total)
 
 
@@ -89,16 +89,35 @@ def test_non_local_blocks_and_bottlenecks_find_their_places(tmp_path):
     assert model.non_local["3_5"].W[1].weight.abs().sum() > 0
 
 
-def test_safetensors_and_a_saved_import(tmp_path):
-    model = trained(34)
-    save_file(published(model), tmp_path / "model.safetensors")
-    imported, _ = import_checkpoint(tmp_path / "model.safetensors", (32, 16))
+@pytest.mark.parametrize(("pooling", "gem"), [("avg", False), ("gem", True)])
+def test_a_model_pools_as_it_was_trained(pooling, gem, tmp_path):
+    model = trained(gem=gem)
+    save_file(published(model), tmp_path / "base.safetensors")
+    imported, _ = import_checkpoint(tmp_path / "base.safetensors", (32, 16), pooling)
     imported.save_pretrained(tmp_path / "mine")
     assert same_embeddings(model, TwoStreamResNet.from_pretrained(tmp_path / "mine"))
 
 
+def test_the_pooling_is_told_by_the_file_or_asked_for(tmp_path, caplog):
+    states = {"gem.p": published(trained()) | {"gem.p": torch.ones(1)}, "NL": published(trained(50, 8, True))}
+    for state in states.values():
+        torch.save(state, tmp_path / "gem.pth")
+        assert import_checkpoint(tmp_path / "gem.pth", (32, 16), "file")[0].settings["gem"]
+    torch.save(published(trained()), tmp_path / "base.pth")
+    with pytest.raises(ValueError, match="base.pth does not say how the model pools; give --pooling gem, or"):
+        import_checkpoint(tmp_path / "base.pth", (32, 16), "file")
+    with pytest.raises(ValueError, match="pooling must be gem, avg or file, got 'max'"):
+        import_checkpoint(tmp_path / "base.pth", (32, 16), "max")
+    assert not caplog.records
+    import_checkpoint(tmp_path / "gem.pth", (32, 16), "avg")
+    assert "avg is taken as you say" in caplog.text
+
+
 def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
     state = published(trained())
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="at least 16 pixels, got"):
+        import_checkpoint(tmp_path / "m.pth", (4, 4))
     cases = {
         "attn_pool.weight belong|attn_pool": state | {"attn_pool.weight": torch.zeros(1)},
         "missing bottleneck.weight": {k: v for k, v in state.items() if k != "bottleneck.weight"},
@@ -107,6 +126,7 @@ def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
         "visible stem": {k: v for k, v in state.items() if "visible" not in k},
         "epoch are no tensors": {"epoch": 3},
         "expected a dict of weights": [torch.zeros(1)],
+        "is a model of this library already": trained().state_dict(),
     }
     for message, content in cases.items():
         torch.save(content, tmp_path / "odd.pth")
@@ -122,12 +142,6 @@ def test_a_checkpoint_that_was_cut_is_named(tmp_path):
         (tmp_path / "cut.pth").write_bytes(whole[:part])
         with pytest.raises(ValueError, match="cut.pth cannot be read as weights alone: it is damaged"):
             import_checkpoint(tmp_path / "cut.pth")
-
-
-def test_an_input_size_that_no_image_has_is_refused(tmp_path):
-    torch.save(published(trained()), tmp_path / "m.pth")
-    with pytest.raises(ValueError, match="at least 16 pixels, got"):
-        import_checkpoint(tmp_path / "m.pth", (4, 4))
 
 
 def test_non_local_blocks_of_another_kind_are_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The two-stream network: shapes, joint statistics, weights in and out, errors."""
+"""The two-stream ResNet: torchvision's names and shapes, joint statistics, weights in and out, errors."""
 
 import subprocess
 import sys
@@ -18,49 +18,80 @@ def images(count, size=(32, 16), seed=0):
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
+def torchvision_names(model):
+    """The model's weights under the names that torchvision's ResNet has."""
+    state = {k.removeprefix("visible."): v.clone() for k, v in model.state_dict().items()}
+    return {k: v for k, v in state.items() if not k.startswith(("infrared.", "bottleneck."))}
+
+
+def published_shapes(blocks, bottleneck):
+    """Names and shapes of torchvision's ResNet without its classifier, from the paper's table."""
+    shapes = {"conv1.weight": (64, 3, 7, 7)}
+
+    def norm(name, channels):
+        shapes.update({f"{name}.{k}": (channels,) for k in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    norm("bn1", 64)
+    inputs, expansion = 64, 4 if bottleneck else 1
+    for stage, count in enumerate(blocks, 1):
+        width = 64 * 2 ** (stage - 1)
+        for i in range(count):
+            sides = ((1, inputs, width), (3, width, width), (1, width, 4 * width))
+            sides = sides if bottleneck else ((3, inputs, width), (3, width, width))
+            for j, (kernel, before, after) in enumerate(sides, 1):
+                shapes[f"layer{stage}.{i}.conv{j}.weight"] = (after, before, kernel, kernel)
+                norm(f"layer{stage}.{i}.bn{j}", after)
+            if i == 0 and inputs != expansion * width:
+                shapes[f"layer{stage}.0.downsample.0.weight"] = (expansion * width, inputs, 1, 1)
+                norm(f"layer{stage}.0.downsample.1", expansion * width)
+            inputs = expansion * width
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("depth", "blocks", "keys"),
+    [(18, (2, 2, 2, 2), 120), (34, (3, 4, 6, 3), 216), (50, (3, 4, 6, 3), 318), (101, (3, 4, 23, 3), 624)],
+)
+def test_names_and_shapes_are_torchvisions(depth, blocks, keys):
+    with torch.device("meta"):
+        model = TwoStreamResNet(depth)
+    expected = published_shapes(blocks, depth >= 50)
+    found = {name: tuple(value.shape) for name, value in torchvision_names(model).items()}
+    assert found == expected and len(expected) == keys
+    assert model.num_features == (2048 if depth >= 50 else 512)
+
+
 def test_forward_gives_unit_rows_visible_first():
     model = TwoStreamResNet(**SMALL)
     visible, infrared = images(3), images(2, seed=1)
     both = model(visible, infrared)
-    assert both.shape == (5, model.num_features) and torch.allclose(
-        both.norm(dim=1), torch.ones(5), atol=1e-5
-    )
+    assert both.shape == (5, model.num_features) and torch.allclose(both.norm(dim=1), torch.ones(5))
+    assert model(visible, infrared[:0]).shape == (3, model.num_features)
     model.eval()
     separate = torch.cat([model.embed(visible, "visible"), model.embed(infrared, "infrared")])
     assert torch.allclose(model(visible, infrared), separate, atol=1e-5)
 
 
-@pytest.mark.parametrize(("depth", "features"), [(10, 64), (18, 64), (34, 64), (50, 256), (101, 256)])
-def test_depths(depth, features):
-    model = TwoStreamResNet(depth, width=8)
-    assert model.num_features == features
-    assert model.eval().embed(images(2), "visible").shape == (2, features)
-
-
-def test_published_size_keeps_an_18_by_9_map():
-    model = TwoStreamResNet(50, width=8).eval()
+@pytest.mark.parametrize(("stride", "size"), [(2, (18, 9)), (1, (36, 18))])
+def test_the_last_map_at_the_published_size(stride, size):
+    model = TwoStreamResNet(50, width=8, stem_stride=stride).eval()
     shapes = []
-    model.layer4[-1].register_forward_hook(
-        lambda module, inputs, output: shapes.append(tuple(output.shape[2:]))
-    )
+    model.layer4[-1].register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape[2:])))
     model.embed(images(1, (288, 144)), "visible")
-    assert shapes == [(18, 9)]
+    assert shapes == [size]
 
 
-def test_pooling_is_gem_and_the_neck_has_no_shift():
-    model = TwoStreamResNet(**SMALL)
+@pytest.mark.parametrize("gem", [True, False])
+def test_pooling_and_a_neck_without_shift(gem, tmp_path):
+    TwoStreamResNet(**SMALL, gem=gem).save_pretrained(tmp_path)
+    model = TwoStreamResNet.from_pretrained(tmp_path)
     assert not model.bottleneck.bias.requires_grad and not model.bottleneck.bias.any()
     maps = []
-    model.layer4[-1].register_forward_hook(lambda module, inputs, output: maps.append(output))
-    model.eval()
+    model.layer4[-1].register_forward_hook(lambda _, __, output: maps.append(output))
     embedded = model.embed(images(2), "visible")
-    pooled = (maps[0].pow(3).mean((2, 3)) + 1e-12).pow(1 / 3)
+    pooled = (maps[0].pow(3).mean((2, 3)) + 1e-12).pow(1 / 3) if gem else maps[0].mean((2, 3))
     assert torch.allclose(embedded, F.normalize(model.bottleneck(pooled), dim=1), atol=1e-6)
-
-
-def test_one_empty_modality_still_trains():
-    model = TwoStreamResNet(**SMALL)
-    assert model(images(3), images(0)).shape == (3, model.num_features)
 
 
 def test_stems_start_equal_and_are_their_own():
@@ -78,53 +109,87 @@ def test_non_local_blocks_start_as_the_identity():
     assert torch.allclose(model.embed(images(2), "visible"), plain.embed(images(2), "visible"), atol=1e-5)
 
 
-def torchvision_names(model):
-    """The model's weights under the names that torchvision's ResNet has."""
-    state = {k.removeprefix("visible."): v.clone() for k, v in model.state_dict().items()}
-    return {k: v for k, v in state.items() if not k.startswith(("infrared.", "bottleneck."))}
+def before(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_backbone_from_a_torchvision_file(tmp_path, suffix):
+def moco(plain):
+    query, key = (
+        before("module.encoder_q.", plain),
+        before("module.encoder_k.", {k: 0 * v for k, v in plain.items()}),
+    )
+    return {
+        "epoch": 3,
+        "state_dict": {**query, **key, "module.queue": torch.zeros(2, 3)},
+        "optimizer": {"state": {}},
+    }
+
+
+WRAPPED = {  # from torchvision's names to the content of a file, and what is said of it
+    "plain": (lambda plain: plain, ""),
+    "state_dict": (lambda plain: {"state_dict": plain, "best": torch.ones(1)}, "are in 'state_dict'"),
+    "model": (lambda plain: {"model": before("module.", plain)}, "are in 'model' behind 'module.'"),
+    "own name": (lambda plain: {"weights_ema": plain, "epoch": 1}, "are in 'weights_ema'"),
+    "compiled": (lambda plain: before("module._orig_mod.", plain), "are behind 'module._orig_mod.'"),
+    "nested": (lambda plain: {"model": {"state_dict": plain}}, "are in 'state_dict' in 'model'"),
+    "head": (lambda plain: before("backbone.", plain) | {"head.weight": torch.ones(2)}, "out: head.weight"),
+    "MoCo": (moco, "in 'state_dict' behind 'module.encoder_q.'; left out: module.encoder_k.conv1.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_weights_come_out_of_whatever_wraps_them(name, tmp_path, caplog):
+    caplog.set_level("INFO", "ecul")
     source, model = TwoStreamResNet(18, width=8), TwoStreamResNet(18, width=8)
-    state = torchvision_names(source) | {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}
-    file = tmp_path / f"resnet{suffix}"
-    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
-    model.load_backbone(file)
-    assert torch.equal(model.layer3[1].conv2.weight, source.layer3[1].conv2.weight)
+    plain = torchvision_names(source)
+    wrap, told = WRAPPED[name]
+    torch.save(
+        wrap(plain | {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}), tmp_path / "w.pth"
+    )
+    model.load_backbone(tmp_path / "w.pth")
+    assert all(torch.equal(value, plain[key]) for key, value in torchvision_names(model).items())
     assert torch.equal(model.infrared.conv1.weight, source.visible.conv1.weight)
+    assert told in caplog.text and bool(caplog.text) == bool(told)
+
+
+def test_a_trained_model_is_a_start_with_all_its_weights(tmp_path, caplog):
+    caplog.set_level("INFO", "ecul")
+    source, model = TwoStreamResNet(**SMALL), TwoStreamResNet(**SMALL)
+    source(images(8), images(8, seed=1)).sum().backward()
+    torch.nn.init.normal_(source.infrared.conv1.weight)
+    source.save_pretrained(tmp_path)
+    torch.save({"model": before("module.", source.state_dict())}, tmp_path / "ddp.pth")
+    for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "ddp.pth"):
+        model = TwoStreamResNet(**SMALL)
+        model.load_backbone(path)
+        assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+    assert caplog.text.count("a trained model; all its weights are taken, its neck too") == 3
 
 
 def test_backbone_names_what_does_not_fit(tmp_path):
-    state = torchvision_names(TwoStreamResNet(18, width=8))
+    model, state = TwoStreamResNet(18, width=8), torchvision_names(TwoStreamResNet(18, width=8))
     del state["layer1.0.conv1.weight"]
-    state["layer9.weight"] = torch.zeros(1)
-    save_file(state, tmp_path / "odd.safetensors")
+    save_file({**state, "layer9.weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
     with pytest.raises(ValueError, match="missing layer1.0.conv1.weight; unknown layer9.weight"):
-        TwoStreamResNet(18, width=8).load_backbone(tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match="expected"):
-        save_file(torchvision_names(TwoStreamResNet(18, width=16)), tmp_path / "wide.safetensors")
-        TwoStreamResNet(18, width=8).load_backbone(tmp_path / "wide.safetensors")
+        model.load_backbone(tmp_path / "odd.safetensors")
+    save_file(torchvision_names(TwoStreamResNet(18, width=16)), tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"conv1.weight is \(16, 3, 7, 7\), expected \(8, 3, 7, 7\)"):
+        model.load_backbone(tmp_path / "wide.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights file"):
-        TwoStreamResNet(18, width=8).load_backbone(tmp_path / "absent.pth")
-    broken = {"text.pth": b"text", "text.safetensors": b"text", "empty.pth": b"", "stop.pth": b"."}
-    for name, content in broken.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
-            TwoStreamResNet(18, width=8).load_backbone(tmp_path / name)
-    for content in (torch.zeros(2), [1], {1: torch.zeros(1)}, {"conv1.weight": 3}):
+        model.load_backbone(tmp_path / "absent.pth")
+    for content in (torch.zeros(2), [1], {1: torch.zeros(1)}, {"conv1.weight": 3}, {"model": {}}):
         torch.save(content, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match="odd.pth"):
-            TwoStreamResNet(18, width=8).load_backbone(tmp_path / "odd.pth")
+            model.load_backbone(tmp_path / "odd.pth")
 
 
 def test_save_and_load_give_the_same_embeddings(tmp_path):
-    model = TwoStreamResNet(**SMALL)
+    model = TwoStreamResNet(**SMALL, stem_stride=1)
     model(images(8), images(8))
     model.eval().save_pretrained(tmp_path / "m", {"dataset": "sysu"})
     for path in (tmp_path / "m", tmp_path / "m" / "model.safetensors"):
         loaded = TwoStreamResNet.from_pretrained(path)
-        assert loaded.input_size == (32, 16) and not loaded.training
+        assert loaded.settings == model.settings and not loaded.training
         assert torch.equal(loaded.embed(images(2), "infrared"), model.embed(images(2), "infrared"))
 
 
@@ -132,9 +197,6 @@ def test_loading_something_else_is_a_clear_error(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no named network, not TwoStreamResNet; give a model"):
         TwoStreamResNet.from_pretrained(tmp_path)
-    (tmp_path / "text.safetensors").write_text("text")
-    with pytest.raises(ValueError, match="text.safetensors cannot be read"):
-        TwoStreamResNet.from_pretrained(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError, match="no model file"):
         TwoStreamResNet.from_pretrained(tmp_path / "absent")
     with pytest.raises(ValueError, match="depth must be one of"):
@@ -149,6 +211,7 @@ def test_narrow_networks_learn_in_the_layout_of_training():
 import torch
 from ecul import TwoStreamResNet
 torch.set_num_threads(1)
+torch.manual_seed(0)
 for depth, width in ((10, 3), (10, 4), (10, 6), (10, 8), (10, 16), (50, 1), (50, 2), (50, 8)):
     model = TwoStreamResNet(depth, width, input_size=(64, 32)).eval()
     x = torch.randn(8, 3, 64, 32)

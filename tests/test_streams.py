@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from tiny import tiny
 from torch import nn
 
-from ecul import Config, TwoStreamResNet, extract, train
+from ecul import Config, extract, train
 from ecul.cli import main
-from ecul.model import Backbone, BasicBlock
-from ecul.streams import TwoStream, load_model
+from ecul.model import BasicBlock
+from ecul.streams import Backbone, TwoStream, load_model
 
 SIZE = (32, 32)
 
@@ -166,8 +166,90 @@ def test_weights_of_the_plain_network_come_in_without_its_classifier(name, tmp_p
         expected = F.normalize(model.eval().bottleneck(source.eval()(x)), dim=1)
     assert torch.allclose(model.embed(x, "infrared"), expected, atol=1e-6)
     save_file({**source.state_dict(), "odd": torch.zeros(1)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match=f"does not fit this torchvision:{name}.*unknown network.odd"):
+    with pytest.raises(ValueError, match=f"does not fit this torchvision:{name}.*unknown odd"):
         model.load_backbone(tmp_path / "odd.safetensors")
+
+
+def test_a_trained_model_is_a_start_with_all_its_weights(tmp_path):
+    source, model = TwoStream("torchvision:resnet18", SIZE), TwoStream("torchvision:resnet18", SIZE)
+    nn.init.normal_(source.network.conv1.infrared.weight)
+    source.save_pretrained(tmp_path)
+    model.load_backbone(tmp_path)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_librarys_own_filter_fits_position_tables_to_the_images(tmp_path, monkeypatch):
+    """As timm's files have one: it gets the plain network, whose patches have their own weights."""
+
+    def resample(state, network):
+        side = network.image_size // network.conv_proj.weight.shape[2]
+        table = state["pos_embedding"]
+        grid = table[:, 1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, (side, side)).flatten(2).transpose(1, 2)
+        return state | {"pos_embedding": torch.cat([table[:, :1], grid], 1)}
+
+    source = ViT(image_size=64)
+    save_file(source.state_dict(), tmp_path / "vit.safetensors")
+    model = TwoStream("torchvision:vit_tiny", SIZE)
+    with pytest.raises(ValueError, match=r"pos_embedding is \(1, 17, 16\), expected \(1, 5, 16\)"):
+        model.load_backbone(tmp_path / "vit.safetensors")
+    monkeypatch.setattr(sys.modules[__name__], "checkpoint_filter_fn", resample, raising=False)
+    model.load_backbone(tmp_path / "vit.safetensors")
+    assert torch.equal(model.network.pos_embedding[:, 1], source.pos_embedding[:, 1])
+    assert torch.equal(model.network.pos_embedding[:, 4], source.pos_embedding[:, 1 + 10])
+    save_file({"pos_embedding": torch.zeros(3)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match="odd.safetensors does not fit this torchvision:vit_tiny: "):
+        model.load_backbone(tmp_path / "odd.safetensors")
+
+
+class Reid(nn.Module):
+    """A network that gives something else in training."""
+
+    num_features = 8
+
+    def __init__(self, kind):
+        super().__init__()
+        body = [nn.Conv2d(3, 8, 7, 4), nn.BatchNorm2d(8), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        self.kind, self.body, self.head = kind, nn.Sequential(*body), nn.Linear(8, 5)
+
+    def forward(self, x):
+        f = self.body(x)
+        other = {"tuple": (self.head(f), f), "dict": {"feat": f}, "logits": self.head(f), "map": f[..., None]}
+        return other.get(self.kind, f) if self.training else f
+
+
+@pytest.mark.parametrize("wrap", [Backbone, TwoStream])
+def test_what_a_network_gives_in_training_is_looked_at_before_any_work(wrap):
+    for kind, got in {"tuple": "got tuple", "dict": "got dict", "map": r"got \(2, 8, 1\)"}.items():
+        with pytest.raises(
+            ValueError, match=f"^model: Reid should give rows .* of two images, {got} in train"
+        ):
+            wrap(Reid(kind), SIZE)
+    with pytest.raises(ValueError, match="^model: Reid gives rows of 8 features in evaluation and of 5 in"):
+        wrap(Reid("logits"), SIZE)
+    network = Reid("same").eval()
+    network.body[1].train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    wrap(network, SIZE)
+    assert torch.equal(torch.get_rng_state(), state) or wrap is TwoStream  # whose neck is drawn
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [network.training, network.body[1].training] == [False, True]
+
+
+def test_one_network_in_two_models_and_no_stems_twice():
+    network = Reid("same")
+    first, second = TwoStream(network, SIZE).eval(), TwoStream(network, SIZE).eval()
+    assert not any("visible" in name for name in network.state_dict())
+    x = images(6)
+    for model in (first, second):
+        rows = model(x[:4], x[4:])
+        assert torch.allclose(rows[:2], model(x[:2], x[4:])[:2], atol=1e-6)
+        assert torch.allclose(rows[4:], model.embed(x[4:], "infrared"), atol=1e-6)
+    network.num_features = first.network.num_features = 8
+    for wrap in (TwoStream, Backbone):
+        with pytest.raises(ValueError, match="model: Reid has a stem for each modality already"):
+            wrap(first.network, SIZE)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -236,17 +318,6 @@ def test_ones_own_network_is_saved_and_needs_its_owner(tmp_path):
     fresh.classifier[2] = nn.Identity()
     again = TwoStream.from_pretrained(tmp_path, fresh)
     assert torch.equal(again.embed(images(2), "visible"), model.embed(images(2), "visible"))
-
-
-def test_a_stem_of_stride_one_keeps_the_detail_of_small_images(tmp_path):
-    shapes = []
-    for stride in (1, 2):
-        model = TwoStreamResNet(10, 8, False, (32, 16), stride).eval()
-        model.layer4[-1].register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape[2:])))
-        model.embed(torch.randn(2, 3, 32, 16), "visible")
-        model.save_pretrained(tmp_path)
-        assert load_model(tmp_path).settings["stem_stride"] == stride
-    assert shapes == [(4, 2), (2, 1)]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_tiny_patch16_224"])
