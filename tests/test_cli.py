@@ -17,9 +17,10 @@ from safetensors import safe_open
 from tiny import TINY
 
 import ecul
-from ecul import MODALITIES, TwoStreamResNet, evaluation, export, extract, importers, kernels, report
+from ecul import MODALITIES, TwoStreamResNet, evaluation, extract, importers, kernels, report
 from ecul.cli import main, parser
 from ecul.features import embed_pixels
+from ecul.tools import export
 from ecul.tools.search import extract_folder, save_features, search
 
 COMMANDS = {
