@@ -16,6 +16,7 @@ _HOMES = {
     "extract": "features",
     "open_dataset": "data",
     "Dataset": "data",
+    "load_pixels": "data",
     "synthesize": "synthetic",
     "emcc": "clustering",
     "EMCC": "estimator",

@@ -303,14 +303,9 @@ def threshold(args: argparse.Namespace) -> None:
     "Compare a data set's folder with what was published; exit code 1 when something is wrong.",
     *DATASET, JSON,
     arg("--quick", **FLAG, help="count files without decoding every image"),
-    arg("--clean", **FLAG, help="also remove packs that the images no longer match"),
 )  # fmt: skip
 def check(args: argparse.Namespace) -> int:
-    from ecul.data.checks import clean_packs
-
     dataset = ecul.open_dataset(args.dataset, args.root, **dict(args.option))
-    for path in clean_packs(dataset) if args.clean else ():
-        print(f"removed the old pack {path}", file=sys.stderr)
     found = dataset.check(decode=not args.quick)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
     return 0 if found.ok else 1

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -75,20 +76,14 @@ def extract_files(
     kept: list[str] = []
     rows = [torch.empty(0, model.num_features, dtype=torch.float32)]
     problems: dict[str, ValueError] = {}
-    decoded = read_images(paths, model.input_size, progress, "reading")
-    for start in range(0, len(paths), CHUNK):
-        pixels = []
-        for path, image in zip(map(str, paths[start : start + CHUNK]), decoded, strict=False):
-            if isinstance(image, ValueError):
-                problems[path] = image
-            elif skip_unreadable or not problems:
-                kept.append(path)
-                pixels.append(image)
-        if pixels and (skip_unreadable or not problems):
-            stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-            if start == 0:
-                warn_if_other(stacked, modality)
-            rows.append(embed_pixels(model, stacked, modality, batch_size, flip, progress).cpu())
+    decoded = read_images(paths, model.input_size, progress, "reading", problems)
+    while chunk := list(islice(decoded, CHUNK)):
+        if skip_unreadable or not problems:
+            pixels = torch.from_numpy(np.stack([image for _, image in chunk])).permute(0, 3, 1, 2)
+            if not kept:
+                warn_if_other(pixels, modality)
+            kept += [path for path, _ in chunk]
+            rows.append(embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu())
     if problems and not (skip_unreadable and kept):
         raise unreadable(problems, len(paths), "" if skip_unreadable else SKIP)
     return FolderFeatures(torch.cat(rows), kept, modality, list(problems))

@@ -31,6 +31,7 @@ with a published data set:
   ecul evaluate sysu DATA --model runs/sysu
 
 ecul COMMAND --help tells what a command takes."""
+PATHS = ("visible", "infrared", "pack", "weights")  # a folder may be called 2026
 COMMANDS: dict[str, tuple[Callable, str, tuple[methodcaller, ...]]] = {}
 
 
@@ -88,10 +89,13 @@ def pair(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    name = name.replace("-", "_")
     try:
-        return name.replace("-", "_"), json.loads(value)
+        found = json.loads(value)
     except json.JSONDecodeError:
-        return name.replace("-", "_"), {"none": None, "true": True, "false": False}.get(value.lower(), value)
+        found = {"none": None, "true": True, "false": False}.get(value.lower(), value)
+    number = isinstance(found, int | float) and not isinstance(found, bool)
+    return name, value if number and name in PATHS else found
 
 
 def numbers(text: str) -> list[int]:

@@ -343,28 +343,6 @@ def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog)
     assert "cannot be continued with other settings" in capsys.readouterr().err
 
 
-def test_check_removes_packs_of_images_as_they_were(tmp_path, capsys, caplog):
-    for modality in MODALITIES:
-        for i in range(3):
-            layouts.picture(tmp_path / modality / f"{i}.png")
-    caplog.set_level("INFO", "ecul")
-    dataset = ecul.open_dataset("folders", tmp_path)
-    sizes, folder = ((12, 6), (24, 12)), tmp_path / "visible" / ".ecul-pack"
-    for size in (*sizes, *sizes):
-        dataset.visible.load(size, progress=False)
-    told = [r.message for r in caplog.records if "packing" in r.message]
-    assert len(told) == 2 and told[0].startswith(f"packing 3 images, 0.0 MB, into {folder} (once;")
-    (tmp_path / "visible" / "0.png").write_bytes((tmp_path / "visible" / "1.png").read_bytes() + b" ")
-    dataset.visible.load(sizes[0], progress=False)
-    assert len(list(folder.iterdir())) == 2  # one of each size, the other size's of images as they were
-    assert main(["check", "folders", str(tmp_path), "--clean"]) == 0
-    (kept,) = folder.iterdir()
-    assert kept.name.startswith("folders-visible-12x6-")
-    assert re.findall("removed the old pack (.*)", capsys.readouterr().err)[0].startswith(
-        str(folder / "folders-visible-24x12-")
-    )
-
-
 def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, monkeypatch):
     modalities = ["--query-modality", "infrared", "--gallery-modality", "visible", "--skip-unreadable"]
     search_it = ["search", saved, "--query", str(photos), "--gallery", str(photos), *modalities]

@@ -1,6 +1,6 @@
-"""Data sets: the images to train on and those to test on, from the field's downloads or a person's own.
+"""Data sets: training and test images, from the field's downloads or from the user's own folders.
 
-Identities are only ever read by evaluation, by monitors and by checks.
+Only evaluation, monitors and checks read identities.
 """
 
 import os
@@ -26,10 +26,9 @@ PROTOCOLS = ("sysu", "regdb", "llcm")
 class Dataset:
     """The splits of one data set: `visible`, `infrared` to train on, `test_*` to evaluate with `protocol`.
 
-    Each split is an `Images`. trial: RegDB's. subset: other counts than published were asked for. extra:
-    paths that the reader did not expect. options: what `open_dataset` needs besides name and root to open it
-    again. `check()` compares all of it with what was published. Errors: ValueError for an unknown protocol
-    or a split of the other modality.
+    Each split is an `Images`. trial: RegDB's. subset: other counts than the published ones are allowed.
+    extra: unexpected paths. options: the options of `open_dataset` that open the same data set again.
+    Errors: ValueError for an unknown protocol or a split of the other modality.
     """
 
     name: str
@@ -54,11 +53,11 @@ class Dataset:
                 )
 
     def splits(self) -> dict[str, Images]:
-        """The splits that are there, by name."""
+        """The existing splits, by name."""
         return {name: images for name in SPLITS if (images := getattr(self, name)) is not None}
 
     def check(self, decode: bool = False, progress: bool = True) -> CheckResult:
-        """Compare it with what was published, without raising; see `ecul.data.checks.check_dataset`."""
+        """Compare it with the published one, without raising; see `ecul.data.checks.check_dataset`."""
         return check_dataset(self, decode, progress)
 
     @classmethod
@@ -77,8 +76,9 @@ class Dataset:
     ) -> "Dataset":
         """A data set in memory: uint8 N x H x W x 3 or N x H x W, NumPy or torch; cameras are optional.
 
-        `test`: another data set from arrays, with pids, whose images are those to evaluate on. Errors:
-        ValueError for pixels of another kind, or cameras or pids of another length.
+        `test`: another data set from arrays, with pids: the test images. A negative pid is nobody: the image
+        stays in the gallery, but never queries and matches no one. Errors: ValueError for pixels of another
+        kind, or cameras or pids of another length.
         """
         return cls(
             name,
@@ -102,10 +102,10 @@ class Dataset:
     ) -> "Dataset":
         """Two folders of one's own images, read with all their sub-folders; no identity is needed.
 
-        cameras: the sub-folders of each folder are its cameras, numbered from 1 in the order of their names,
-        which the clustering then tells apart. skip_unreadable: decode every image once more, to leave out
-        and name those that cannot be read; otherwise loading them is an error that names them all. pack: as
-        in `open_dataset`. Errors: ValueError for a folder without images, or one that lies in the other.
+        cameras: the sub-folders of each folder are its cameras, numbered from 1 by name; clustering uses
+        them. skip_unreadable: decode every image once more, and leave out and name unreadable ones; without
+        it loading them is an error that names them all. pack: as in `open_dataset`.
+        Errors: ValueError for a folder without images, or a folder inside the other.
         """
         places = {"visible": Path(visible).absolute(), "infrared": Path(infrared).absolute()}
         a, b = (folder.resolve() for folder in places.values())
@@ -125,13 +125,9 @@ class Dataset:
         return cls("folders", str(root), **splits, extra=tuple(extra), options=options)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {  # and their defaults, by data set
-    **{
-        n: {**layout.options, "subset": False, "validation": None, "pack": True}
-        for n, layout in LAYOUTS.items()
-    },
-    "folders": {**{m: m for m in MODALITIES}, "cameras": False, "skip_unreadable": False, "pack": True},
-}
+_SHARED: dict[str, Any] = {"subset": False, "validation": None, "pack": True}
+OPTIONS = {name: {**layout.options, **_SHARED} for name, layout in LAYOUTS.items()}  # with their defaults
+OPTIONS["folders"] = {**{m: m for m in MODALITIES}, "cameras": False, "skip_unreadable": False, "pack": True}
 
 
 def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
@@ -140,15 +136,15 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     Options, and the data sets that have them; None is the default:
     pack (all): decode each image once into `.ecul-pack` in the root, or in each of the two folders (or into
     the user's cache where that is read-only), or into the folder given here; False reads directly.
-    subset (all but "folders"): allow other numbers of images and people than published; evaluation then says
-    that these are not the published test images.
-    validation (all but "folders"): a share of the training people, as 0.2, to hold out: they are not trained
-    on, and the test images are theirs instead of the published ones.
+    subset (all but "folders"): allow other numbers of images and people than published; evaluation then
+    reports that these are not the published test images.
+    validation (all but "folders"): hold out a share of the training people, such as 0.2. The network is not
+    trained on them, and their images are the test images instead of the published ones.
     trial: "regdb"'s split, 1 to 10 (default 1); for "market", the sub-folder of a trial.
-    protocol ("market"): whose protocol to evaluate with, "sysu", "regdb" or "llcm".
+    protocol ("market"): evaluate as "sysu", "regdb" or "llcm".
     visible, infrared ("folders"): the two folders of `Dataset.from_folders`, inside the root or absolute, by
     default "visible" and "infrared"; cameras, skip_unreadable: as there.
-    Raises ValueError naming what is missing and what the layout should be, or an option that is none.
+    Raises ValueError that names the missing path and the expected layout, or an unknown option.
     """
     if name not in OPTIONS:
         listed = ", ".join(OPTIONS)
@@ -207,12 +203,12 @@ def _open_layout(
 
 
 def _hold_out(dataset: Dataset, share: Any) -> Dataset:
-    """This data set with a share of its training people, always the same, in the place of the test people."""
+    """This data set with a share of its training people, always the same, as the test people."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise ValueError(
             f"validation: expected a share of the training people, above 0 and below 1, got {share!r}"
         )
-    people = np.unique(np.concatenate([dataset.visible.identities(), dataset.infrared.identities()]))
+    people = np.union1d(dataset.visible.people(), dataset.infrared.people())
     held = np.random.default_rng(0).permutation(people)[: max(1, round(share * len(people)))]
     splits: dict[str, Any] = {}
     for modality in MODALITIES:

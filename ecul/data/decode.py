@@ -2,6 +2,8 @@
 
 import os
 import stat
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,66 +17,124 @@ import numpy as np
 from ecul.common import logs
 
 HEIC = (".heic", ".heif", ".hif")
-SKIP = "; skip_unreadable=True (--skip-unreadable) leaves such images out"  # advice where it may be said
-MOST_PIXELS = 2**26  # of an image; a small file may claim any number, and is decoded to all of them
+SKIP = "; skip_unreadable=True (--skip-unreadable) leaves such images out"  # where an error may advise it
+MOST_PIXELS = 2**26  # of an image: a small file may claim any number of pixels
+CLIPPED = 200  # one in so many pixels of a deep image is clipped at each end, and always one
+TURNS = (  # from EXIF orientation 2 to 8, the way to turn an image upright
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1)
-def pillow() -> tuple[ModuleType, ModuleType]:
-    """The modules Image and ImageOps; an ImportError that says what to install."""
+def pillow() -> ModuleType:
+    """The module PIL.Image; an ImportError that says what to install."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise ImportError("reading images needs Pillow: pip install 'ecul[images]'") from error
-    with suppress(ImportError):  # what telephones write, where its reader is installed
+    with suppress(ImportError):  # many phones write HEIC
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    return Image, ImageOps
+    return Image
 
 
-def read_image(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
-    """`Image.open(path).convert("RGB").resize((W, H), LANCZOS)` as a (H, W, 3) uint8 array.
+def load_pixels(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+    """The pixels that the network gets: `Image.open(path).convert("RGB").resize((W, H), LANCZOS)`.
 
-    LANCZOS is what the field's preparation scripts and test loaders use (`Image.ANTIALIAS` there). EXIF
-    orientation is applied first. One channel is repeated three times, alpha is dropped; 16- and 32-bit
-    images are scaled linearly, their own minimum to 0 and maximum to 255 (a constant one: its high byte).
+    size: (H, W). Returns (H, W, 3) uint8; `pixels.transpose(2, 0, 1)[None].astype("float32")` is what an
+    exported model takes. EXIF orientation is applied, one channel is repeated three times, alpha is dropped.
+    An image of 16 or 32 bits a channel is scaled linearly to 0..255 by its own range. The range
+    leaves out the 0.5 % of the pixels that are lowest and highest, at least one each: a dead or hot pixel.
+    LANCZOS is what the field's preparation scripts and test loaders use (`Image.ANTIALIAS` there).
     Raises ValueError with the path when it is no regular file, cannot be decoded to its end, has more than
     2**26 pixels or some that are not finite.
     """
-    image_module, operations = pillow()
+    opened = pillow().open
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise ValueError("it is no regular file")
-        with image_module.open(path) as image:
+        with opened(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+            tiles = list(getattr(image, "tile", ()))
             image.load()
-            return resize(_eight_bits(operations.exif_transpose(image)), size)
+            values = _deep_values(image, tiles, lambda: opened(path))
+            eight_bits = image if values is None else pillow().fromarray(_scaled(values))
+            return resize(_upright(eight_bits.convert("RGB"), image), size)
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever they like; the path is what a person needs
+    except Exception as error:  # decoders raise anything; people need the path
         hint = " (HEIC needs: pip install pillow-heif)" if Path(path).suffix.lower() in HEIC else ""
         reason = str(error).replace(f" {os.fspath(path)!r}", "")
         raise ValueError(f"unreadable image {os.fspath(path)!r}: {reason}{hint}") from error
 
 
+read_image = load_pixels
+
+
 def resize(image: Any, size: tuple[int, int]) -> np.ndarray:
     """A Pillow image as (H, W, 3) uint8, LANCZOS where the size differs."""
     height, width = size
-    resampled = image.resize((width, height), pillow()[0].Resampling.LANCZOS)
-    return np.asarray(resampled, dtype=np.uint8)
+    return np.asarray(image.resize((width, height), pillow().Resampling.LANCZOS), dtype=np.uint8)
 
 
-def _eight_bits(image: Any) -> Any:
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
-        return image.convert("RGB")
-    values = np.asarray(image, dtype=np.float64)
-    low, high = values.min(), values.max()
-    if not np.isfinite([low, high]).all():
+def _upright(pixels: Any, image: Any) -> Any:
+    """The pixels turned as the EXIF orientation of `image` says; other or broken metadata does not matter."""
+    with suppress(Exception):
+        orientation = int(image.getexif().get(0x0112, 1))
+        if 2 <= orientation <= 8 and image.format != "TIFF":  # which Pillow turns itself
+            return pixels.transpose(getattr(pillow().Transpose, TURNS[orientation - 2]))
+    return pixels
+
+
+def _deep_values(image: Any, tiles: list, reopened: Callable[[], Any]) -> np.ndarray | None:
+    """(H, W) or (H, W, 3) values of an image with more than 8 bits a channel, else None.
+
+    Pillow keeps one byte of each value of 16-bit colour: the first as big-endian, the second as
+    little-endian. So the file is decoded once for each. `tiles` tell the decoder where and how.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return np.asarray(image, dtype=np.float64)
+    decoder, _, _, args = tiles[0][:4] if tiles else ("", (), 0, None)
+    rawmode, *more = args if isinstance(args, tuple | list) and args else (args,)
+    if decoder == "ppm" and more[0] > 255:  # `more` is the largest value; each is two big-endian bytes
+        decoder, rawmode, more = "raw", f"{rawmode};16B", [0, 1]
+    colours, _, order = str(rawmode).partition(";16")
+    tags = getattr(image, "tag_v2", {})  # of TIFF: 258 the bits a channel, 284 is 2 for a plane a channel
+    if not order and np.max(tags.get(258, 8)) <= 8 and not (decoder == "ppm_plain" and more[0] > 255):
+        return None
+    if colours not in ("LA", "RGB", "RGBA", "RGBX") or not order or tags.get(284) == 2:
+        raise ValueError("it has more than 8 bits a channel, in a form that is not supported")
+
+    def decoded(rawmode: str) -> np.ndarray:
+        settings = (rawmode, *more) if more else rawmode
+        as_tile = getattr(type(tiles[0]), "_make", tuple)  # a named tuple since Pillow 11
+        with reopened() as again:
+            again.tile = [as_tile((decoder, box, offset, settings)) for _, box, offset, _ in tiles]
+            again.load()
+            return np.asarray(again, dtype=np.float64)
+
+    if colours == "LA":  # four bytes a pixel, as RGBA has
+        high, low = np.moveaxis(decoded("RGBA"), 2, 0)[:2]
+        return 256 * high + low
+    first, second = (decoded(f"{colours};16{end}")[..., :3] for end in "BL")
+    little = order == "L" or (order == "N" and sys.byteorder == "little")
+    return 256 * second + first if little else 256 * first + second
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """uint8 of finite values: their range, without a few at its ends, becomes 0 to 255."""
+    if not np.isfinite(values).all():
         raise ValueError("its pixels are not finite")
-    scaled = (values - low) * (255 / (high - low)) if high > low else values / 257
-    return pillow()[0].fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    pixels = values.shape[0] * values.shape[1]
+    cut = min(1 + pixels // CLIPPED, (pixels - 1) // 2) * (values.size // pixels)
+    ordered = np.sort(values, axis=None)
+    low, high = ordered[cut], ordered[-1 - cut]
+    if low == high:
+        low, high = ordered[0], ordered[-1]
+    scaled = (values - low) * (255 / (high - low)) if high > low else values / 257  # constant: its high byte
+    return scaled.round().clip(0, 255).astype(np.uint8)
 
 
 def in_parallel(function: Callable, items: Sequence | np.ndarray, progress: bool, what: str) -> Iterator:
@@ -87,8 +147,10 @@ def in_parallel(function: Callable, items: Sequence | np.ndarray, progress: bool
                 bar.update()
 
 
-def read_images(paths: Sequence, size: tuple[int, int], progress: bool, what: str) -> Iterator:
-    """`read_image` of each path in order, on all cores: an image, or the ValueError that says why not."""
+def read_images(
+    paths: Sequence, size: tuple[int, int], progress: bool, what: str, problems: dict[str, ValueError]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each path, in order, with its pixels, on all cores; the errors of the others go into `problems`."""
 
     def read(path: str | os.PathLike) -> np.ndarray | ValueError:
         try:
@@ -96,16 +158,21 @@ def read_images(paths: Sequence, size: tuple[int, int], progress: bool, what: st
         except ValueError as error:
             return error
 
-    return in_parallel(read, paths, progress, what)
+    for path, image in zip(map(str, paths), in_parallel(read, paths, progress, what), strict=True):
+        if isinstance(image, ValueError):
+            problems[path] = image
+        else:
+            yield path, image
 
 
 def find_unreadable(paths: Sequence, progress: bool = True) -> dict[str, ValueError]:
     """The error of each image that cannot be decoded to its end, by path."""
-    decoded = zip(paths, read_images(paths, (8, 4), progress, "decoding"), strict=True)
-    return {str(path): image for path, image in decoded if isinstance(image, ValueError)}
+    problems: dict[str, ValueError] = {}
+    deque(read_images(paths, (8, 4), progress, "decoding", problems), maxlen=0)
+    return problems
 
 
 def unreadable(problems: Mapping[str, ValueError], count: int, advice: str = "") -> ValueError:
-    """The error that names every one of `count` images which cannot be read, from `find_unreadable`'s."""
+    """The error that names every image, of `count`, that cannot be read."""
     listed = "".join(f"\n  {problem}" for problem in problems.values())
     return ValueError(f"{len(problems)} of {count} images cannot be read{advice}:{listed}")

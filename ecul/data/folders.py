@@ -1,9 +1,8 @@
-"""Images in folders: what one folder holds, and all below one of a person's own."""
+"""Images in folders: the content of one folder, and all images below a folder of the user's."""
 
 import logging
 import os
 import stat
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,15 +11,14 @@ from ecul.data.decode import find_unreadable, pillow, unreadable
 
 log = logging.getLogger("ecul")
 
-# Images by their name, which Pillow reads with a plug-in or never: they count as unreadable, not as absent.
+# Formats that Pillow may be unable to open. They are reported as unreadable, not ignored.
 CAMERA_FORMATS = frozenset((".heic", ".heif", ".hif", ".avif", ".jxl", ".dng", ".cr2", ".nef", ".arw"))
 
 
 @lru_cache(maxsize=1)
 def _extensions() -> frozenset[str]:
-    image_module = pillow()[0]
-    known = image_module.registered_extensions()
-    return frozenset(ending for ending, kind in known.items() if kind in image_module.OPEN) | CAMERA_FORMATS
+    known = pillow().registered_extensions()
+    return frozenset(ending for ending, kind in known.items() if kind in pillow().OPEN) | CAMERA_FORMATS
 
 
 def list_folder(folder: Path, root: Path) -> tuple[list[str], list[str], list[str]]:
@@ -35,14 +33,14 @@ def list_folder(folder: Path, root: Path) -> tuple[list[str], list[str], list[st
         if kind == stat.S_IFDIR:
             folders.append(relative)
         elif os.path.splitext(name)[1].lower() in _extensions() and kind in (stat.S_IFREG, None):
-            images.append(relative)  # one that cannot be reached is missing, not unexpected
+            images.append(relative)  # a broken link is a missing image, not an unexpected file
         else:
             others.append(relative)
     return images, others, folders
 
 
 def _kind(path: Path) -> int | None:
-    """What lies at a path, its links followed: `stat.S_IFREG` say; None for nothing that can be reached."""
+    """The kind of a file, such as `stat.S_IFREG`, with links followed; None where a link is broken."""
     try:
         return stat.S_IFMT(os.stat(path).st_mode)
     except OSError:
@@ -54,11 +52,10 @@ def find_images(
 ) -> tuple[list[str], list[int], list[str]]:
     """Every image below a folder, its camera, and all other files, by paths relative to the folder.
 
-    Each folder is read once, however many links lead to it, and none that this folder itself lies in.
-
-    cameras: each sub-folder is one, numbered from 1 by name; otherwise all are 0. skip_unreadable: leave out
-    images that cannot be decoded, with a warning that names them. Errors: ValueError for no folder, none of
-    whose images is left, or an image in no camera's folder.
+    Each folder is read once, however many links lead to it; a folder that contains this one is not read.
+    cameras: each sub-folder is a camera, numbered from 1 by name; otherwise all are 0. skip_unreadable: leave
+    out images that cannot be decoded, with a warning that names them. Errors: ValueError for a path that is
+    not a folder, a folder without a readable image, or an image outside the cameras' folders.
     """
     if not folder.is_dir():
         kind = "is not a folder of images" if folder.exists() else "does not exist"
@@ -69,10 +66,18 @@ def find_images(
     camera_of = dict.fromkeys(found, 0)
     home = folder.resolve()
     seen = {home, *home.parents}
-    for number, name in enumerate(inner, 1):
-        for images, others in _walk(name, folder, seen):
-            camera_of |= dict.fromkeys(images, number if cameras else 0)
-            extra += others
+    waiting = [(name, number) for number, name in enumerate(inner, 1)][::-1]
+    while waiting:
+        name, number = waiting.pop()
+        here = (folder / name).resolve()
+        if here in seen:
+            extra.append(name)
+            continue
+        seen.add(here)
+        images, others, inner = list_folder(folder / name, folder)
+        camera_of |= dict.fromkeys(images, number if cameras else 0)
+        extra += others
+        waiting += [(name, number) for name in reversed(inner)]
     if not camera_of:
         held = f": {shorten(extra, 3)}" if extra else ""
         raise ValueError(f"{str(folder)!r} holds no image that Pillow reads{held}")
@@ -82,18 +87,3 @@ def find_images(
         log.warning("%s", unreadable(problems, len(camera_of), " and are left out"))
         camera_of = {name: c for name, c in camera_of.items() if str(folder / name) not in problems}
     return list(camera_of), list(camera_of.values()), extra
-
-
-def _walk(folder: str, root: Path, seen: set[Path]) -> Iterator[tuple[list[str], list[str]]]:
-    """Images and other files of a folder and of those below; a folder that was seen counts as a file."""
-    waiting = [folder]
-    while waiting:
-        folder = waiting.pop()
-        here = (root / folder).resolve()
-        if here in seen:
-            yield [], [folder]
-            continue
-        seen.add(here)
-        images, others, inner = list_folder(root / folder, root)
-        yield images, others
-        waiting += reversed(inner)

@@ -17,8 +17,16 @@ Pixels = ArrayLike | torch.Tensor
 Column = ArrayLike | None  # one integer for each image
 
 
+def as_numpy(values: Any) -> np.ndarray:
+    """An array of what NumPy reads, or of a tensor on any device; bfloat16 becomes float32."""
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
 def check_modality(modality: Any) -> None:
-    """A ValueError unless it is one of the two."""
+    """Errors: ValueError for another value than "visible" and "infrared"."""
     if modality not in MODALITIES:
         raise ValueError(f'modality must be "visible" or "infrared", got {modality!r}')
 
@@ -27,9 +35,10 @@ class Images:
     """N ordered images of one modality.
 
     modality: "visible" or "infrared". names: list of str, relative to the root where there is one. source and
-    rows: where the pixels come from, and which of its rows these images are, by default all. camids: (N,)
-    int64, 1-based as in the files, zeros where unknown. pids: (N,) int64, or None. Errors: ValueError for a
-    column of another length or beyond int64; TypeError for one that is no row of integers.
+    rows: where the pixels come from, and the row of each image there, by default all in order. camids: (N,)
+    int64, 1-based as in the files, zeros where unknown. pids: (N,) int64 identities, or None; negative is
+    nobody: background, which stays in galleries, but never queries and matches no one. Errors: ValueError for
+    a column of another length or beyond int64; TypeError for a column that is no row of integers.
     """
 
     def __init__(
@@ -44,7 +53,7 @@ class Images:
         self.rows = self._column("rows", np.arange(count) if rows is None else rows)
 
     def _column(self, name: str, values: ArrayLike) -> np.ndarray:
-        values = np.asarray(values)
+        values = as_numpy(values)
         if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
             raise TypeError(f"{name}: expected a row of integers, not {values.dtype} of shape {values.shape}")
         if len(values) != len(self):
@@ -56,7 +65,7 @@ class Images:
     @classmethod
     def from_array(cls, pixels: Pixels, modality: str, camids: Column = None, pids: Column = None) -> Images:
         """Images in memory: uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W), NumPy or torch."""
-        pixels = pixels.detach().cpu().numpy() if isinstance(pixels, torch.Tensor) else np.asarray(pixels)
+        pixels = as_numpy(pixels)
         if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
             pixels = pixels.transpose(0, 2, 3, 1)
         if pixels.dtype != np.uint8 or not (pixels.ndim == 3 or pixels.ndim == 4 and pixels.shape[3] == 3):
@@ -66,7 +75,7 @@ class Images:
             )
         if pixels.ndim == 3 and pixels.shape[2] == 3:
             raise ValueError(f"{modality}: got one image of {pixels.shape}; for one image give images[None]")
-        if min(pixels.strides) < 0:  # as of BGR turned to RGB by [..., ::-1], which torch cannot hold
+        if min(pixels.strides) < 0:  # BGR turned to RGB by [..., ::-1], which torch cannot hold
             pixels = pixels.copy()
         names = [f"{modality}/{row:06d}" for row in range(len(pixels))]
         return cls(modality, names, Arrays(pixels), camids, pids)
@@ -86,12 +95,16 @@ class Images:
         return f"Images({len(self)} {self.modality}, cameras {np.unique(self.camids).tolist()})"
 
     def identities(self) -> np.ndarray:
-        """pids, or ValueError where nobody gave any."""
+        """pids; ValueError where they are unknown."""
         if self.pids is None:
             raise ValueError(
                 f"these {self.modality} images have no identities (pids), which evaluation needs"
             )
         return self.pids
+
+    def people(self) -> np.ndarray:
+        """The identities of all images, each once, ascending; without nobody's."""
+        return np.unique(self.identities()[self.identities() >= 0])
 
     def subset(self, index: ArrayLike | slice) -> Images:
         """The images at `index` (integers, a slice or a boolean mask), in that order."""
@@ -106,9 +119,8 @@ class Images:
     def load(self, size: tuple[int, int], progress: bool = True) -> torch.Tensor:
         """All pixels as a (N, 3, H, W) uint8 tensor, resized to size = (H, W) with LANCZOS as published.
 
-        It may be a permuted view of an (N, H, W, 3) memory map, whose pages are read when touched, or of the
-        array that was given: not to be written to. ValueError names an image that is missing, or all that
-        cannot be decoded.
+        The tensor may be a view of a memory map or of the array that was given: do not write to it.
+        ValueError names an image that is missing, or all that cannot be decoded.
         """
         height, width = size
         return self.source.load(self.rows, (height, width), progress)

@@ -1,7 +1,7 @@
-"""The data sets of the field as they are downloaded: one specification each, in `LAYOUTS`.
+"""The published data sets as they are downloaded: one specification each, in `LAYOUTS`.
 
-A reader walks a folder once. It raises ValueError only for a structure that it cannot read; whether the
-counts are the published ones is for `ecul.data.checks` to say.
+A reader walks a folder once and raises ValueError for a structure that it cannot read. `ecul.data.checks`
+compares the counts with the published ones.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ecul import MODALITIES
-from ecul.common.records import whole_number
+from ecul.common.names import clipped
 from ecul.data.folders import list_folder
 
 SYSU_VISIBLE, SYSU_INFRARED = (1, 2, 4, 5), (3, 6)
@@ -21,7 +21,7 @@ SPLITS = ("visible", "infrared", "test_visible", "test_infrared")
 
 
 class Entry(NamedTuple):
-    """One image as found on disk: its path relative to the root, identity and camera (0: unknown)."""
+    """One image: its path relative to the root, identity (negative: nobody) and camera (0: unknown)."""
 
     name: str
     pid: int
@@ -32,9 +32,9 @@ Splits = dict[str, list[Entry]]
 
 
 class Folder:
-    """The root of a data set while it is read: paths go in relative to it, and come out so.
+    """The root of a data set while it is read; all paths are relative to it.
 
-    `extra` gathers what was found and not expected; an error of `fail` ends with what the root should hold.
+    `extra` collects unexpected files; an error of `fail` ends with the expected content of the root.
     """
 
     def __init__(self, root: Path, holds: str):
@@ -58,7 +58,7 @@ class Folder:
         return images
 
     def lines(self, file: str, kind: str) -> list[str]:
-        """Lines of an index file; bytes that are not UTF-8 survive, so that a path in them is still found."""
+        """Lines of an index file; a path with bytes that are not UTF-8 is still found."""
         path = self.root / file
         if not path.is_file():
             self.fail(f"missing {kind} {str(path)!r}")
@@ -83,7 +83,7 @@ class Folder:
     def entries(self, file: str, camid: int | None = None) -> list[Entry]:
         """The images of a file with lines `relative/path label`; the camera is given, or in the path.
 
-        A path that leaves the root, by its steps or by a link, is an error: a list names images of its own.
+        A path that leaves the root, by `..` or by a link, is an error.
         """
         found = []
         for number, line in enumerate(self.lines(file, "list"), 1):
@@ -101,11 +101,11 @@ class Folder:
         return found
 
     def identities(self, cameras: dict[str, dict[str, int]], ids: dict[str, set[int]], file: str) -> Splits:
-        """The splits of identity folders in folders of cameras, in the published order.
+        """The splits of a layout with identity folders in camera folders, in the published order.
 
-        cameras: {modality: {folder: camera}}; ids: {prefix of the split: its identities}, which `file` lists.
-        The order: identities as sorted 4-digit strings, then cameras as given, then file names. Whatever
-        else lies in the folders is unexpected; an identity without an image is an error.
+        cameras: {modality: {folder: camera}}; ids: {prefix of the split: its identities}, listed in `file`.
+        The order: identities as sorted 4-digit strings, then cameras as given, then file names. Other files
+        in the folders are unexpected; an identity without an image is an error.
         """
         known = {f"{pid:04d}" for pids in ids.values() for pid in pids}
         for camera in (camera for folders in cameras.values() for camera in folders):
@@ -113,26 +113,35 @@ class Folder:
             self.extra += images + others + [path for path in inner if path.rsplit("/", 1)[1] not in known]
         splits: Splits = {}
         for prefix, pids in ids.items():
-            found = {
-                prefix + modality: [
+            for modality, folders in cameras.items():
+                splits[prefix + modality] = [
                     Entry(name, int(pid), camid)
                     for pid in sorted(f"{pid:04d}" for pid in pids)
                     for folder, camid in folders.items()
                     if (self.root / folder / pid).is_dir()
                     for name in self.images(f"{folder}/{pid}")
                 ]
-                for modality, folders in cameras.items()
-            }
-            if empty := sorted(pids - {entry.pid for entries in found.values() for entry in entries}):
+            found = {entry.pid for modality in cameras for entry in splits[prefix + modality]}
+            if empty := sorted(pids - found):
                 names = ", ".join(f"{pid:04d}" for pid in empty[:10])
                 whose = "test" if prefix else "train"
                 self.fail(f"{file} names {len(empty)} {whose} identities without an image: {names}")
-            splits |= found
         return splits
 
 
+def whole_number(value: Any, where: str) -> int:
+    """The number that a file states in at most 18 digits, so that int64 holds it.
+
+    Errors: ValueError that begins with `where`: the file, and the place in it.
+    """
+    text = str(value).strip()
+    if text.isascii() and text.isdecimal() and len(text.lstrip("0")) <= 18:
+        return int(text)
+    raise ValueError(f"{where} should be a whole number of at most 18 digits, not {clipped(text, 60)!r}")
+
+
 def camera_of(name: str, where: str) -> int:
-    """The camera that a path tells of: a folder `cam3`, or `_c3` / `_c03` in the file name; 0 if neither."""
+    """The camera in a path: a folder `cam3`, or `_c3` / `_c03` in the file name; 0 if neither."""
     match = re.search(r"(?:^|/)cam(\d+)/", name) or re.search(r"_c(\d+)(?![a-z0-9])[^/]*$", name)
     return whole_number(match[1], where) if match else 0
 
@@ -181,13 +190,17 @@ def _read_market(folder: Folder, trial: Any, protocol: Any) -> Splits:
 
 
 def _read_named(folder: Folder, *places: str) -> list[Entry]:
-    """Files like 0001_c1_anything.jpg of the folders that are there, by identity, camera, file name."""
+    """Files like 0001_c1_anything.jpg of the folders that exist, by identity, camera, file name.
+
+    As in Market-1501, 0000 is background, here nobody (-1), and files that begin with -1 are not used.
+    """
     found = []
     for name in (n for place in places if (folder.root / place).is_dir() for n in folder.images(place)):
-        if match := re.match(r"(\d+)_c(\d+)(?!\d)", name.rsplit("/", 1)[1]):
+        file = name.rsplit("/", 1)[1]
+        if match := re.match(r"(\d+)_c(\d+)(?!\d)", file):
             pid, camid = (whole_number(digits, f"a number in the name {name!r}") for digits in match.groups())
-            found.append(Entry(name, pid, camid))
-        else:
+            found.append(Entry(name, pid or -1, camid))
+        elif not file.startswith("-1_"):
             folder.extra.append(name)
     return sorted(found, key=lambda entry: (entry.pid, entry.camid, entry.name.rsplit("/", 1)[1], entry.name))
 
@@ -196,19 +209,16 @@ Counts = dict[str, dict[str, int]]  # by split, "identities" and "images"
 
 
 def _published(*counts: tuple[int, int]) -> Counts:
-    return {
-        split: {"identities": identities, "images": images}
-        for split, (identities, images) in zip(SPLITS, counts, strict=True)
-    }
+    named = zip(SPLITS, counts, strict=True)
+    return {split: {"identities": people, "images": images} for split, (people, images) in named}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a data set is: what its root should hold, how that is read, and what was published.
+    """A data set: the content of its root, its reader, its published counts.
 
-    options: those of the reader, with their defaults, beside `subset` and `pack`. protocol: whose evaluation
-    it has. counts: published identities and images of each split. shared: its trials share one pack a
-    modality.
+    options: the reader's, with their defaults. protocol: how it is evaluated. counts: published identities
+    and images of each split. shared: its trials share one pack for each modality.
     """
 
     holds: str
@@ -219,9 +229,9 @@ class Layout:
     shared: bool = False
 
     def read(self, root: Path, **options: Any) -> tuple[Splits, list[str]]:
-        """The images of each split in the folder `root`, and the paths that were not expected.
+        """The images of each split in the folder `root`, and the unexpected paths.
 
-        Errors: ValueError naming what is missing or cannot be read, and what the root should hold.
+        Errors: ValueError that names the missing or unreadable path, and the expected content of the root.
         """
         folder = Folder(root, self.holds)
         splits = self.reader(folder, **options)
