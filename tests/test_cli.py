@@ -407,6 +407,7 @@ DOCUMENTED = [
     (ecul.TwoStreamResNet, SHAPES, ERRORS, SOURCE),
     (ecul.Config, ERRORS),
     (ecul.Dataset, ERRORS),
+    (ecul.load_pixels, SHAPES, ERRORS),
     (evaluation.eval_sysu, ERRORS),
     (evaluation.eval_regdb, SHAPES, ERRORS),
     (evaluation.eval_llcm, SHAPES, ERRORS),
