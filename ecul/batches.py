@@ -1,17 +1,23 @@
-"""Batches of views; `Batch` alone knows that a visible image has two."""
+"""Batches: which images make a step, and their views.
 
-from collections.abc import Iterator
+A batch has P identities x K images of each modality. The corner cases are the same everywhere:
+- fewer clusters than P: all there are;
+- fewer images than K in a cluster: drawn with replacement, a cluster of one image repeats it;
+- cameras: after a random anchor, the other K - 1 images come from other cameras when there are any.
+
+ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673, "implementation details"
+"""
+
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from ecul import MODALITIES
 from ecul.augment import train_view
 from ecul.config import Config
-from ecul.labels import Labels
-from ecul.sampling import Clusters, independent_batches, joint_batches, matched_batches
+from ecul.labels import Labels, count_clusters
 from ecul.trainset import TrainImages
 
 
@@ -19,10 +25,12 @@ from ecul.trainset import TrainImages
 class Batch:
     """The views of one step and the image behind each, in the order view 1, view 2, infrared.
 
-    views: those that pass the visible stem, then those that pass the infrared one, 2P + Q of (3, H, W)
-    together: view 1 of every visible image, view 2 in either of the two, infrared; visible: (P,), infrared:
-    (Q,) int64 rows of the training images. In matched pairs P = Q, and the images at one place belong
-    together. A batch's features are (2P + Q, D), in this order.
+    A visible image has two views; view 2 is the channel-exchanged one. In stage 1 it passes the visible stem.
+    In stage 2 it passes the stem that `Config.exchanged_stem` names: the infrared one by default.
+
+    views: the views (n, 3, H, W) of the visible stem, then those of the infrared stem, 2P + Q together.
+    visible: (P,), infrared: (Q,) int64 rows of the training images. In matched pairs P = Q, and the images at
+    one place belong together. A batch's features are (2P + Q, D), in this order.
     """
 
     views: tuple[torch.Tensor, torch.Tensor]
@@ -30,11 +38,11 @@ class Batch:
     infrared: torch.Tensor
 
     def __len__(self) -> int:
-        return 2 * len(self.visible) + len(self.infrared)
+        return sum(self.sizes)
 
     @property
     def sizes(self) -> list[int]:
-        """Positions of view 1, of view 2 and of infrared."""
+        """How many positions view 1, view 2 and infrared have."""
         return [len(self.visible), len(self.visible), len(self.infrared)]
 
     def part(self, modality: str | None) -> tuple[slice, int]:
@@ -49,7 +57,7 @@ class Batch:
         return torch.cat([self.visible, self.visible, self.infrared])
 
     def paired(self, modality: str) -> torch.Tensor:
-        """(3P,) int64: the visible, or the infrared, image at the place of each position in matched pairs."""
+        """(3P,) int64: the image of this modality in the matched pair of each position."""
         return (self.visible if modality == "visible" else self.infrared).repeat(3)
 
 
@@ -57,37 +65,116 @@ def make_batches(
     labels: Labels,
     images: TrainImages,
     config: Config,
+    stage: int,
     rng: np.random.Generator,
     generator: torch.Generator | None = None,
 ) -> Iterator[Batch]:
     """The epoch's batches: `rng` draws the images, `generator` (of the images' device) their views."""
-    device, bridged = images.device, labels.crossing and config.exchanged_stem == "infrared"
     for drawn in draw_batches(labels, images, config, rng):
         rows = [torch.from_numpy(r) for r in drawn]
-        taken = [images.take(r, modality) for modality, r in enumerate(rows)]
-        first = train_view(taken[0], "visible", config.pad, generator, config.linear_transform)
-        second = train_view(taken[0], "exchanged", config.pad, generator)
-        third = train_view(taken[1], "infrared", config.pad, generator)
-        parts = [[first], [second, third]] if bridged else [[first, second], [third]]
-        views = [torch.cat(part).contiguous(memory_format=torch.channels_last) for part in parts]
-        yield Batch((views[0], views[1]), *(r.to(device, non_blocking=True) for r in rows))
+        visible, infrared = (images.take(r, modality) for modality, r in enumerate(rows))
+        first = train_view(visible, "visible", config.pad, generator, config.linear_transform)
+        second = train_view(visible, "exchanged", config.pad, generator)
+        third = train_view(infrared, "infrared", config.pad, generator)
+        crosses = config.exchanged_crosses(stage)
+        stems = [[first], [second, third]] if crosses else [[first, second], [third]]
+        views = [torch.cat(stem).contiguous(memory_format=torch.channels_last) for stem in stems]
+        yield Batch((views[0], views[1]), *(r.to(images.device, non_blocking=True) for r in rows))
 
 
 def draw_batches(
     labels: Labels, images: TrainImages, config: Config, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The rows of each batch's visible and infrared images."""
-    cameras, modalities = images.cameras.cpu().numpy(), images.modalities.cpu().numpy()
-
-    def clusters(table: torch.Tensor) -> list[Clusters]:
-        of = table.cpu().numpy()
-        return [Clusters(np.where(modalities == m, of, -1), cameras) for m in range(len(MODALITIES))]
-
-    sizes = (config.identities, config.instances, config.iterations, rng)
-    visible, infrared = clusters(labels.own)
+    table, choose = labels.own, independent_clusters
+    if config.pairs == "joint" and labels.joint is not None and count_clusters(labels.joint) >= 2:
+        table, choose = labels.joint, joint_clusters
+    of, cameras, modalities = (x.cpu().numpy() for x in (table, images.cameras, images.modalities))
+    visible, infrared = (Clusters(np.where(modalities == m, of, -1), cameras) for m in (0, 1))
+    chosen = choose([*visible.rows], [*infrared.rows], config.identities, rng)
     if labels.match is not None and not labels.mutual:
-        return matched_batches(visible, infrared, labels.match, *sizes)
-    if config.pairs == "joint" and labels.joint is not None and int(labels.joint.max()) >= 1:
-        visible, infrared = clusters(labels.joint)
-        return joint_batches(visible, infrared, *sizes)
-    return independent_batches(visible, infrared, *sizes)
+        chosen = matched_clusters(labels.match, config.identities, rng)
+    for _ in range(config.iterations):
+        yield (
+            visible.draw(next(chosen), config.instances, rng),
+            infrared.draw(next(chosen), config.instances, rng),
+        )
+
+
+class Clusters:
+    """`rows`: the images of each cluster, from labels (N,) int64, -1 = none, and cameras (N,) int64."""
+
+    def __init__(self, labels: np.ndarray, cameras: np.ndarray):
+        order = np.argsort(labels, kind="stable")
+        order = order[labels[order] >= 0]
+        found, starts = np.unique(labels[order], return_index=True)
+        self.rows = dict(zip(found.tolist(), np.split(order, starts)[1:], strict=True))
+        self.cameras = cameras
+
+    def draw(self, clusters: Iterable[int], instances: int, rng: np.random.Generator) -> np.ndarray:
+        """`instances` images of each of these clusters, cluster after cluster; an absent one gives none."""
+        drawn = [self._draw_one(self.rows[c], instances, rng) for c in clusters if c in self.rows]
+        return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
+
+    def _draw_one(self, rows: np.ndarray, instances: int, rng: np.random.Generator) -> np.ndarray:
+        anchor = rng.integers(len(rows))
+        cameras = self.cameras[rows]
+        others = rows[cameras != cameras[anchor]]
+        if len(others) == 0:
+            others = np.delete(rows, anchor) if len(rows) > 1 else rows
+        rest = rng.choice(others, instances - 1, replace=len(others) < instances - 1)
+        return np.concatenate([rows[anchor : anchor + 1], rest])
+
+
+class _Deck:
+    """Draws without replacement from a shuffled list; it is shuffled anew when too few are left."""
+
+    def __init__(self, cards: Iterable[int], rng: np.random.Generator):
+        self.cards, self.rng = list(cards), rng
+        self.left: list[int] = []
+
+    def draw(self, count: int) -> list[int]:
+        """The next `count` cards, no two the same; all there are where there are fewer."""
+        count = min(count, len(self.cards))
+        if len(self.left) < count:
+            self.left = self.rng.permutation(self.cards).tolist()
+        taken, self.left = self.left[:count], self.left[count:]
+        return taken
+
+
+def independent_clusters(
+    visible: list[int], infrared: list[int], identities: int, rng: np.random.Generator
+) -> Iterator[list[int]]:
+    """P visible clusters, then P infrared ones, and so on: each modality draws for itself."""
+    decks = _Deck(visible, rng), _Deck(infrared, rng)
+    while True:
+        for deck in decks:
+            yield deck.draw(identities)
+
+
+def matched_clusters(match: np.ndarray, identities: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """P visible clusters, then the P infrared ones matched with them, and so on.
+
+    match: bool (B infrared, A visible). Half of the pairs start from infrared clusters with a random match
+    each, half from visible ones. Source: MBCCM's published sampler.
+    """
+    deck_r, deck_v = (_Deck(range(count), rng) for count in match.shape)
+    while True:
+        from_r = deck_r.draw(identities // 2)
+        from_v = deck_v.draw(identities - identities // 2)
+        to_v = [int(rng.choice(np.flatnonzero(match[c]))) for c in from_r]
+        to_r = [int(rng.choice(np.flatnonzero(match[:, c]))) for c in from_v]
+        yield to_v + from_v
+        yield from_r + to_r
+
+
+def joint_clusters(
+    visible: list[int], infrared: list[int], identities: int, rng: np.random.Generator
+) -> Iterator[list[int]]:
+    """P joint clusters for both modalities, and so on; clusters that hold both modalities come first [R]."""
+    both, rest = (_Deck(sorted(part), rng) for part in ({*visible} & {*infrared}, {*visible} ^ {*infrared}))
+    while True:
+        clusters = both.draw(identities)
+        clusters += rest.draw(identities - len(clusters))
+        yield clusters
+        yield clusters

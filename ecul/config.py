@@ -4,8 +4,9 @@
     Config.preset("regdb", method="mbccm", seed=1)
 
 A method and a data set are rows of numbers here, never branches elsewhere: the loop reads weights and sizes.
-A loss whose weight is 0 is not computed, but for the agnostic ones, whose memories consistency reads. Values
-marked [R] are our reconstruction where the papers' public description is silent.
+A loss whose weight is 0 is not computed; the agnostic losses are, where consistency reads their memories.
+[R] marks our reconstruction where the papers' public description is silent. TSMem runs where `update_rule` is
+"tsmem": in method "ecul" alone.
 """
 
 import dataclasses
@@ -63,6 +64,10 @@ def _is_whole(value: object, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < math.inf
+
+
 def _at_least(least: int) -> Rule:
     return Rule(f"be a whole number of at least {least}", lambda v: _is_whole(v, least))
 
@@ -72,26 +77,26 @@ def _or_none(rule: Rule) -> Rule:
 
 
 def _one_of(*choices: str | int) -> Rule:
-    def holds(value: object) -> bool:  # of the same type too: neither 50.0 nor True stands for a whole number
-        return not isinstance(value, bool) and any(isinstance(value, type(c)) and value == c for c in choices)
-
-    return Rule(f"be one of {', '.join(map(str, choices))}", holds, choices)
+    # 50.0 and True equal whole numbers, and are none
+    return Rule(
+        f"be one of {', '.join(map(str, choices))}",
+        lambda v: any(type(v) is type(c) and v == c for c in choices),
+        choices,
+    )
 
 
 FLAG = Rule("be True or False", lambda v: isinstance(v, bool))
-NUMBER = Rule(
-    "be a number", lambda v: isinstance(v, float | int) and not isinstance(v, bool) and abs(v) < math.inf
-)
-ABOVE_0 = Rule("be above 0", lambda v: v > 0)
-NOT_NEGATIVE = Rule("not be negative", lambda v: v >= 0)
-DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: 0 < v <= 1)
-MOMENTUM = Rule("be in [0, 1)", lambda v: 0 <= v < 1)
+ABOVE_0 = Rule("be a number above 0", lambda v: _is_number(v) and v > 0)
+NOT_NEGATIVE = Rule("be a number of at least 0", lambda v: _is_number(v) and v >= 0)
+DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: _is_number(v) and 0 < v <= 1)
+MOMENTUM = Rule("be a number in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
 FILE = Rule("be the path of a file", lambda v: isinstance(v, str))
 BACKBONE = Rule(
     "be timm:NAME or torchvision:NAME",
     lambda v: isinstance(v, str) and v.startswith(("timm:", "torchvision:")),
 )
 EPOCHS = Rule("be whole numbers like (20, 40, 60)", lambda v: isinstance(v, tuple) and all(map(_is_whole, v)))
+SEED = Rule("be a whole number from 0 to 2**63 - 1", lambda v: _is_whole(v) and v < 2**63)
 PIXELS = Rule(
     "be (height, width), whole numbers of at least 16 pixels",
     lambda v: isinstance(v, tuple) and len(v) == 2 and all(_is_whole(n, 16) for n in v),
@@ -104,106 +109,113 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _require(name: str, value: Any, *rules: Rule) -> None:
-    for rule in rules:
-        if not rule.holds(value):
-            hint = did_you_mean(value, rule.choices)
-            raise ValueError(f"{name} must {rule.words}, got {value!r}{hint}")
+def _require(name: str, value: Any, rule: Rule) -> None:
+    if not rule.holds(value):
+        raise ValueError(f"{name} must {rule.words}, got {value!r}{did_you_mean(value, rule.choices)}")
 
 
-def _held(default: Any, *rules: Rule) -> Any:
-    """A field of this default, held to these rules one after the other."""
-    return field(default=default, metadata={"rules": rules})
+def _held(default: Any, rule: Rule, about: str) -> Any:
+    """A field of this default that keeps a rule; about: what it is, for a list of all fields."""
+    return field(default=default, metadata={"rule": rule, "about": about})
 
 
 @dataclass(frozen=True)
 class Config:
     """All settings of a training run; the defaults are those of the united method on SYSU-MM01.
 
-    Errors: an unknown field or value is a ValueError that names the nearest real one.
+    Each field's metadata has its `rule` and what it is `about`. Errors: an unknown field or value is a
+    ValueError that names the nearest real one.
     """
 
-    method: str = _held("united", _one_of(*METHODS))
+    method: str = _held("united", _one_of(*METHODS), "the method that the other fields come from")
 
-    # network: the two-stream ResNet, or any backbone in two streams, "timm:NAME" or "torchvision:NAME"
-    backbone: str | None = _held(None, _or_none(BACKBONE))
-    depth: int = _held(50, _one_of(10, 18, 34, 50, 101))
-    width: int = _held(64, _at_least(1))
-    non_local: bool = _held(False, FLAG)
-    weights: str | None = _held(None, _or_none(FILE))  # the backbone's own, .safetensors or .pth
-    size: tuple[int, int] = _held((288, 144), PIXELS)  # height, width
-    stem_stride: int = _held(2, _one_of(1, 2))  # of the ResNet's stem: 1 for small images
+    # network: the two-stream ResNet, or any backbone in two streams
+    backbone: str | None = _held(None, _or_none(BACKBONE), "another network than the two-stream ResNet")
+    depth: int = _held(50, _one_of(10, 18, 34, 50, 101), "layers of the ResNet")
+    width: int = _held(64, _at_least(1), "channels of the ResNet's first stage")
+    non_local: bool = _held(False, FLAG, "non-local blocks in the ResNet's layer2 and layer3")
+    weights: str | None = _held(None, _or_none(FILE), "the backbone's first weights, .safetensors or .pth")
+    size: tuple[int, int] = _held((288, 144), PIXELS, "height and width of the images")
+    stem_stride: int = _held(2, _one_of(1, 2), "stride of the ResNet's stem: 1 for small images")
 
     # batches: identities x instances images from each modality
-    identities: int = _held(8, _at_least(2))
-    instances: int = _held(16, _at_least(1))
-    iterations: int = _held(200, _at_least(1))
-    pairs: str = _held("matched", _one_of("matched", "joint"))  # joint [R]
-    matching: str = _held("mutual", _one_of("bilateral", "nearest", "mutual"))  # mutual [R]
-    pad: int = _held(10, _at_least(0))
-    linear_transform: bool = _held(False, FLAG)
-    # what channel-exchanged views pass in stage 2 [R]; with "infrared", mutual matching extracts the visible
-    # images three times more
-    exchanged_stem: str = _held("infrared", _one_of(*MODALITIES))
+    identities: int = _held(8, _at_least(2), "P, the clusters in a batch")
+    instances: int = _held(16, _at_least(1), "K, the images of each cluster in a batch")
+    iterations: int = _held(200, _at_least(1), "steps of an epoch")
+    pairs: str = _held("matched", _one_of("matched", "joint"), "clusters of a batch in stage 2; joint [R]")
+    matching: str = _held("mutual", _one_of("bilateral", "nearest", "mutual"), "cluster matching; mutual [R]")
+    pad: int = _held(10, _at_least(0), "pixels of zeros around an image before it is cropped")
+    linear_transform: bool = _held(False, FLAG, "MBCCM's linear transform of view 1")
+    # with "infrared", mutual matching extracts the visible images three times more
+    exchanged_stem: str = _held(
+        "infrared", _one_of(*MODALITIES), "stem of channel-exchanged views, stage 2 [R]"
+    )
 
     # schedule; epochs are counted over the whole run
-    epochs_intra: int = _held(25, _at_least(0))
-    epochs_cross: int = _held(50, _at_least(0))
-    lr: float = _held(3.5e-4, NUMBER, ABOVE_0)
-    weight_decay: float = _held(5e-4, NUMBER, NOT_NEGATIVE)
-    lr_milestones: tuple[int, ...] = _held((20, 40, 60), EPOCHS)
-    lr_gamma: float = _held(0.1, NUMBER, ABOVE_0)
+    epochs_intra: int = _held(25, _at_least(0), "epochs of stage 1, within the modalities")
+    epochs_cross: int = _held(50, _at_least(0), "epochs of stage 2, across the modalities")
+    lr: float = _held(3.5e-4, ABOVE_0, "Adam's learning rate at the start")
+    weight_decay: float = _held(5e-4, NOT_NEGATIVE, "Adam's weight decay")
+    lr_milestones: tuple[int, ...] = _held((20, 40, 60), EPOCHS, "epochs that multiply the rate by lr_gamma")
+    lr_gamma: float = _held(0.1, ABOVE_0, "factor of the learning rate at each milestone")
 
-    # clustering, all sizes [R]; k3=None is the plain k-reciprocal Jaccard clustering
-    k1: int = _held(30, _at_least(1))
-    k2: int = _held(6, _at_least(1))
-    k3: int | None = _held(12, _or_none(_at_least(1)))
-    k1_joint: int = _held(40, _at_least(1))
-    k2_joint: int = _held(16, _at_least(1))
-    k3_joint: int | None = _held(40, _or_none(_at_least(1)))
-    eps: float = _held(0.6, NUMBER, DISTANCE)
-    eps_joint: float = _held(0.6, NUMBER, DISTANCE)
-    min_samples: int = _held(4, _at_least(1))
-    k_select: int | None = _held(4, _or_none(_at_least(1)))  # instance selection [R]; None keeps every image
+    # clustering, all sizes [R]
+    k1: int = _held(30, _at_least(1), "neighbours of an image within its modality")
+    k2: int = _held(6, _at_least(1), "EMCC's small area within a modality")
+    k3: int | None = _held(12, _or_none(_at_least(1)), "EMCC's large area; None: plain Jaccard clustering")
+    k1_joint: int = _held(40, _at_least(1), "k1 of both modalities together")
+    k2_joint: int = _held(16, _at_least(1), "k2 of both modalities together")
+    k3_joint: int | None = _held(40, _or_none(_at_least(1)), "k3 of both modalities together")
+    eps: float = _held(0.6, DISTANCE, "DBSCAN's radius within a modality")
+    eps_joint: float = _held(0.6, DISTANCE, "DBSCAN's radius for both modalities together")
+    min_samples: int = _held(4, _at_least(1), "DBSCAN's neighbours of a core point, itself among them")
+    k_select: int | None = _held(4, _or_none(_at_least(1)), "instance selection [R]; None keeps every image")
 
-    # memories
-    temp: float = _held(0.05, NUMBER, ABOVE_0)
-    momentum: float = _held(0.1, NUMBER, MOMENTUM)  # TSMem has its own
-    update_rule: str = _held("sequential", _one_of("tsmem", "sequential", "mean", "instance", "hard"))
-    tsmem_switch: int = _held(25, _at_least(0))  # TSMem's second step begins at this epoch [R]
+    # memories; TSMem has a momentum of its own, 0
+    temp: float = _held(0.05, ABOVE_0, "temperature of the losses")
+    momentum: float = _held(0.1, MOMENTUM, "part of a memory's old row that an update keeps")
+    update_rule: str = _held(
+        "sequential",
+        _one_of("tsmem", "sequential", "mean", "instance", "hard"),
+        'how memories move; "tsmem" runs TSMem, in both stages',
+    )
+    tsmem_switch: int = _held(25, _at_least(0), "epoch at which TSMem's second step begins [R]")
 
     # loss weights
-    weight_instance: float = _held(1.0, NUMBER, NOT_NEGATIVE)
-    weight_joint: float = _held(0.0, NUMBER, NOT_NEGATIVE)  # [R]
-    weight_agnostic: float = _held(0.9, NUMBER, NOT_NEGATIVE)
-    weight_consistency: float = _held(0.0, NUMBER, NOT_NEGATIVE)
+    weight_instance: float = _held(1.0, NOT_NEGATIVE, "of the instance-level losses")
+    weight_joint: float = _held(0.0, NOT_NEGATIVE, "of the losses of joint clusters [R]")
+    weight_agnostic: float = _held(0.9, NOT_NEGATIVE, "of the modality-agnostic losses")
+    weight_consistency: float = _held(0.0, NOT_NEGATIVE, "of the consistency constraint")
 
     # engine
     # the same seed, the same weights: bit for bit on a CPU with as many threads, on a GPU up to rounding
-    seed: int = _held(0, _at_least(0), Rule("be below 2**63", lambda v: v < 2**63))
-    precision: str = _held("auto", _one_of("auto", "fp32", "bf16"))
-    compile: bool = _held(False, FLAG)
-    checkpointing: bool = _held(False, FLAG)  # recompute activations in backward: less memory, more time
-    batch_extract: int = _held(256, _at_least(1))
+    seed: int = _held(0, SEED, "of everything that is drawn")
+    precision: str = _held("auto", _one_of("auto", "fp32", "bf16"), "auto: bf16 on a GPU that has it")
+    compile: bool = _held(False, FLAG, "torch.compile the network")
+    checkpointing: bool = _held(False, FLAG, "recompute activations in backward: less memory, more time")
+    batch_extract: int = _held(256, _at_least(1), "images that are embedded at once")
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             value = tuple(map(_plain, value)) if isinstance(value, list | tuple) else _plain(value)
             object.__setattr__(self, f.name, value)
-            _require(f.name, value, *f.metadata["rules"])
+            _require(f.name, value, f.metadata["rule"])
         for small, large in (("k2", "k3"), ("k2_joint", "k3_joint")):
             least, most = getattr(self, small), getattr(self, large)
             if most is not None and most < least:
-                raise ValueError(
-                    f"{large} must be at least {small}, or None for plain clustering, got {most} and {least}"
-                )
+                told = f"at least {small}, or None for plain clustering, got {most} and {least}"
+                raise ValueError(f"{large} must be {told}")
         if self.pairs == "joint" and self.weight_joint == 0:
             raise ValueError('pairs="joint" draws from joint clusters: set weight_joint above 0')
         if self.pairs == "joint" and self.reads_matches:
             raise ValueError(
                 'pairs="joint" has no matched pairs: set weight_agnostic and weight_consistency to 0'
             )
+
+    def exchanged_crosses(self, stage: int) -> bool:
+        """Whether channel-exchanged views pass the infrared stem in this stage."""
+        return stage == 2 and self.exchanged_stem == "infrared"
 
     @property
     def reads_matches(self) -> bool:
@@ -222,8 +234,8 @@ class Config:
         Source: the papers' implementation details. "demo" is our own small recipe for the synthetic world on
         two CPU cores.
         """
-        for name, value, known in (("dataset", dataset, DATASETS), ("method", method, METHODS)):
-            _require(name, value, _one_of(*known))
+        _require("dataset", dataset, _one_of(*DATASETS))
+        _require("method", method, _one_of(*METHODS))
         return cls.from_dict({**METHODS[method], **DATASETS[dataset], "method": method, **overrides})
 
     @classmethod

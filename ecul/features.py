@@ -125,6 +125,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that the memory of a GPU or of the machine is full."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
 def _accepted(images: Any, modality: str, size: tuple[int, int]) -> torch.Tensor | Images | list:
     """A uint8 tensor (N, 3, H, W) of this size, an `Images`, or a list of paths, from whatever was given."""
     check_modality(modality)
@@ -180,8 +186,8 @@ def embed_pixels(
             try:
                 with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                     rows[done : done + len(part)] = _embed(model, part.to(device), modality, flip)
-            except torch.OutOfMemoryError:
-                if len(part) <= 1:
+            except (RuntimeError, MemoryError) as error:
+                if len(part) <= 1 or not out_of_memory(error):
                     raise
                 batch_size = len(part) // 2
                 continue

@@ -61,11 +61,6 @@ class Labels:
         """Whether there is something to tell apart: two clusters in each modality."""
         return min(map(count_clusters, self.sides.values())) >= 2
 
-    @property
-    def crossing(self) -> bool:
-        """Whether they join the modalities: those of stage 2."""
-        return self.joint is not None or self.match is not None
-
     def across(self, modality: str) -> torch.Tensor:
         """(N,) int64: the cluster of this modality that each image belongs to, through `match` where it has
         one match at most: its own, or its match's, -1 = none."""

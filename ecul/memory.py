@@ -1,13 +1,12 @@
-"""Memory banks and TSMem, the two-step memory updating of ECUL.
+"""Memory banks and their losses, and TSMem, the two-step memory updating of ECUL.
 
-A bank is a matrix of unit rows. Neither forward nor backward changes it: the loss reads a snapshot and
-`update` is an explicit call after the optimiser's step.
+A bank is a matrix of unit rows. Forward and backward never change it: a loss reads the rows, and `update`,
+called after the optimiser's step, moves them.
 
-ECUL: https://arxiv.org/abs/2412.19134
+ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -16,13 +15,48 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import nn
 
-from ecul.kernels import momentum_update_
-from ecul.losses import contrastive_loss
+from ecul.kernels import memory_contrast, momentum_update_
 
 RULES = ("sequential", "instance", "mean", "hard")
-IDLE = 1000  # losses without an update after which a memory says so
 Whole = torch.Tensor | ArrayLike  # whole numbers of any kind: a tensor, an array, a list
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def contrastive_loss(
+    x: torch.Tensor,
+    bank: torch.Tensor,
+    bank_labels: torch.Tensor,
+    labels: torch.Tensor,
+    temp: float = 0.05,
+    weights: torch.Tensor | ArrayLike | None = None,
+) -> torch.Tensor:
+    """Mean over the labelled samples of the memory-bank contrastive loss with summed positives.
+
+        s = x @ bank.T / temp
+        for i with labels[i] >= 0:
+            loss_i = weights[i] * (logsumexp(s[i]) - logsumexp(s[i, bank_labels == labels[i]]))
+
+    With `bank_labels = arange(C)` this is `F.cross_entropy(s, labels, ignore_index=-1)`: the cluster-level
+    loss. With a row per image it is the instance-level loss. The bank gets no gradient.
+    x: (B, D) unit rows; bank: (C, D) unit rows; bank_labels: (C,) int64; labels: (B,) int64, -1 (any
+    negative) = no loss; weights: (B,), None for 1. Returns a scalar float32; 0 when no sample is labelled.
+    Source: ECUL, cluster-level and instance-level contrast.
+    """
+    loss = memory_contrast(x, bank, bank_labels, labels, temp)
+    if weights is not None:
+        loss = loss * torch.as_tensor(weights, dtype=loss.dtype, device=loss.device)
+    return loss.sum() / (labels >= 0).sum().clamp(min=1)
+
+
+def consistency_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Symmetric KL divergence of two sets of logits (already divided by the temperature), batch mean.
+
+        (F.kl_div(log_softmax(a), softmax(b)) + F.kl_div(log_softmax(b), softmax(a))) / 2
+
+    a, b: (B, C) logits, both differentiable. Returns a scalar. Source: MBCCM, consistency constraint.
+    """
+    log_a, log_b = F.log_softmax(a.float(), dim=1), F.log_softmax(b.float(), dim=1)
+    return 0.5 * ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(dim=1).mean()
 
 
 def _also(**published: str) -> Callable[[Function], Function]:
@@ -49,10 +83,15 @@ def _whole(name: str, values: Whole, device: torch.device) -> torch.Tensor:
     return numbers.long()
 
 
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, in float32 at least: half precision overflows in a norm, and has no norm near 0."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+
+
 class _Memory(nn.Module):
     """A bank of unit rows, one per `num_samples`, with the label of each row."""
 
-    _saves_labels = False  # those that count from 0 need no place in a state dict
+    _saves_labels = False  # labels that count from 0 need no place in a state dict
 
     @_also(use_hard="rule")
     def __init__(
@@ -67,9 +106,8 @@ class _Memory(nn.Module):
         if isinstance(rule, bool):  # the published use_hard
             rule = "hard" if rule else "sequential"
         if num_features < 1 or num_samples < 1:
-            raise ValueError(
-                f"num_features and num_samples must be at least 1, got {num_features} and {num_samples}"
-            )
+            sizes = f"{num_features} and {num_samples}"
+            raise ValueError(f"num_features and num_samples must be at least 1, got {sizes}")
         if rule not in RULES:
             raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
         if not 0 <= momentum < 1:
@@ -82,21 +120,22 @@ class _Memory(nn.Module):
         self.labels: torch.Tensor
         self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
         self.register_buffer("labels", torch.arange(num_samples), persistent=self._saves_labels)
-        self._idle = 0  # losses since the last update
 
     @_also(inputs="x", targets="labels")
-    def forward(self, x: torch.Tensor, labels: Whole) -> torch.Tensor:
-        """Mean contrastive loss of x: (B, D), normalised here, with labels: (B,), -1 = no loss."""
+    def forward(
+        self, x: torch.Tensor, labels: Whole, weights: torch.Tensor | ArrayLike | None = None, **others: Any
+    ) -> torch.Tensor:
+        """Mean contrastive loss of x: (B, D), normalised here, with labels: (B,), -1 = no loss.
+
+        weights: (B,) a factor for each sample's loss. Errors: TypeError for any other argument.
+        """
+        if others:
+            told = (
+                "a memory moves in update(x, labels, momentum=...) alone, and weights= are per-sample weights"
+            )
+            raise TypeError(f"the loss takes x, labels and weights, not {', '.join(others)}: {told}")
         labels = _whole("labels", labels, x.device)
-        if x.requires_grad and not torch.compiler.is_compiling():
-            self._idle += 1
-            if self._idle == IDLE:
-                warnings.warn(
-                    f"this {type(self).__name__} has given {IDLE:,} losses without an update: call its "
-                    "update after each step of the optimiser, since backward moves no row here",
-                    stacklevel=2,
-                )
-        return contrastive_loss(F.normalize(x, dim=1), self.features, self.labels, labels, self.temp)
+        return contrastive_loss(_unit(x), self.features, self.labels, labels, self.temp, weights)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """`normalize(x) @ features.T / temp`: (B, num_samples), differentiable in x alone.
@@ -104,20 +143,26 @@ class _Memory(nn.Module):
         In float32 at least, under autocast too: divided by the temperature, half precision is too coarse.
         """
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            return F.normalize(x, dim=1) @ self.features.to(x.dtype).T / self.temp
+            x = _unit(x)
+            return x @ self.features.to(x.dtype).T / self.temp
 
     @_also(inputs="x", targets="labels", indexes="labels")
     @torch.no_grad()
-    def update(self, x: torch.Tensor, labels: Whole, generator: torch.Generator | None = None) -> None:
+    def update(
+        self,
+        x: torch.Tensor,
+        labels: Whole,
+        generator: torch.Generator | None = None,
+        momentum: float | None = None,
+    ) -> None:
         """Move the rows `labels` (B,), -1 = none, towards x: (B, D), normalised here, by the rule.
 
-        `generator` draws the member for the rule "instance". Source: ECUL and MBCCM.
+        generator: draws the member for the rule "instance"; momentum: in place of the memory's own.
+        Source: ECUL and MBCCM.
         """
-        self._idle = 0
         labels = _whole("labels", labels, self.features.device)
-        x = F.normalize(x.detach().float(), dim=1)
-        momentum_update_(self.features, x, labels, self.momentum, self.rule, generator=generator)
+        kept = self.momentum if momentum is None else momentum
+        momentum_update_(self.features, _unit(x).float(), labels, kept, self.rule, generator=generator)
 
     def extra_repr(self) -> str:
         sizes = f"{self.num_samples}, {self.num_features}"
@@ -131,21 +176,21 @@ class ClusterMemory(_Memory):
 
     num_features: D; num_samples: number of clusters C; rule: "sequential" (MBCCM and its ancestors),
     "instance", "mean" or "hard"; momentum is the part kept of the old row. Set `.features` (C, D) to the
-    starting rows, or use `from_clusters`. `update(x, labels)` after the optimiser's step moves the rows.
+    starting rows, or use `from_clusters`. Published memories move in `backward`; this one moves in
+    `update(x, labels)` alone, so call that after every step of the optimiser.
     labels are whole numbers of any kind: a tensor, an array, a list. Published names are understood:
     `memory(inputs=x, targets=labels)`, and `use_hard=True` for rule="hard".
     Errors: ValueError for sizes, momentum, temp or rule out of range; TypeError for labels that are no whole
-    numbers. A memory that gave 1,000 losses without an update warns.
-    Source: ECUL and MBCCM, cluster memories.
+    numbers. Source: ECUL and MBCCM, cluster memories.
     """
 
     @classmethod
     def from_clusters(
         cls, rows: torch.Tensor, temp: float = 0.05, momentum: float = 0.1, rule: str = "sequential"
     ) -> "ClusterMemory":
-        """A memory whose storage is a copy of these starting rows (C, D)."""
+        """A memory that starts from a copy of these rows (C, D), normalised here."""
         memory = cls(rows.shape[1], rows.shape[0], temp, momentum, rule).to(rows.device)
-        memory.features.copy_(F.normalize(rows, dim=1))
+        memory.features.copy_(_unit(rows))
         return memory
 
 
@@ -158,8 +203,8 @@ class InstanceMemory(_Memory):
     All rows of a sample's cluster are positives, summed inside the logarithm. x: (B, num_features), labels:
     (B,) int64, -1 = no loss; num_samples: images N. `from_features` sets `.features` (N, num_features) and
     `.labels` (N,), and a state dict holds both. `update(x, index)` moves the rows of these images (not of
-    their clusters). Names and kinds of labels, errors and the warning: as in `ClusterMemory`.
-    Errors: ValueError for sizes, momentum, temp or rule out of range. Source: ECUL, instance-level contrast.
+    their clusters). Names, kinds of labels: as in `ClusterMemory`. Errors: as there.
+    Source: ECUL, instance-level contrast.
     """
 
     _saves_labels = True
@@ -170,7 +215,7 @@ class InstanceMemory(_Memory):
     ) -> "InstanceMemory":
         """A memory that starts from features (N, D), normalised here, and their labels (N,), -1 = outlier."""
         memory = cls(features.shape[1], features.shape[0], temp, momentum).to(features.device)
-        memory.features.copy_(F.normalize(features, dim=1))
+        memory.features.copy_(_unit(features))
         memory.assign(labels)
         return memory
 
@@ -189,8 +234,8 @@ class InstanceMemory(_Memory):
 def tsmem(epoch: int, switch: int) -> tuple[str, str, float]:
     """TSMem: how memories start and move in this epoch, as (start, rule, momentum).
 
-    Step 1, epochs before `switch`, for diversity: rows start as one random member. Step 2, for
-    generalisation: as normalised means. In both, one random member of the batch replaces a row.
+    Step 1, epochs before `switch`, for diversity: a row starts as one random member of its cluster. Step 2,
+    for generalisation: as the normalised mean. In both, one random member of the batch replaces the row.
     Source: ECUL (two steps, first diversity, later generalisation); the rules themselves are [R], read from
     its nearest relatives.
     """
@@ -200,41 +245,46 @@ def tsmem(epoch: int, switch: int) -> tuple[str, str, float]:
 def cluster_means(features: torch.Tensor, labels: Whole, groups: Whole | None = None) -> torch.Tensor:
     """Normalised mean of each cluster's members: `normalize(features[labels == c].mean(0))` for every c.
 
-    features: (N, D); labels: (N,) int64, -1 = left out, contiguous from 0; groups: (N,) int64 or None. With
+    features: (N, D); labels: (N,) int64 from 0 without gaps, -1 = left out; groups: (N,) int64 or None. With
     groups (modalities), the mean over groups present of the group means [R, the joint cluster centre].
-    Returns (C, D) unit rows; none when every label is -1.
+    Returns (C, D) unit rows, float32 at least; none when every label is -1. Errors: ValueError for gaps.
     """
-    labels = _whole("labels", labels, features.device)
-    if len(labels) == 0 or int(labels.max()) < 0:
-        return features.new_empty(0, features.shape[1])
-    if groups is None:
-        return F.normalize(_means(features, labels)[0], dim=1)
-    groups = _whole("groups", groups, features.device)
-    parts = [_means(features, torch.where(groups == g, labels, -1), labels) for g in groups.unique()]
-    means, present = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    labels, count = _numbered(labels, features.device)
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    groups = torch.zeros_like(labels) if groups is None else _whole("groups", groups, features.device)
+    means, present = features.new_zeros(count, features.shape[1]), features.new_zeros(count, 1)
+    for group in groups[labels >= 0].unique():
+        rows = ((groups == group) & (labels >= 0)).nonzero().flatten()
+        rows = rows[labels[rows].argsort(stable=True)]
+        sizes = torch.bincount(labels[rows], minlength=count)
+        sums = torch.segment_reduce(features[rows], "sum", lengths=sizes, initial=0)  # in order on a GPU too
+        means += sums / sizes.clamp(min=1)[:, None]
+        present += (sizes > 0)[:, None]
     return F.normalize(means / present, dim=1)
-
-
-def _means(
-    features: torch.Tensor, labels: torch.Tensor, all_labels: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    count = int((labels if all_labels is None else all_labels).max()) + 1
-    order = labels.argsort(stable=True)
-    order = order[labels[order] >= 0]
-    sizes = torch.bincount(labels[order], minlength=count)
-    sums = torch.segment_reduce(features[order], "sum", lengths=sizes, initial=0)  # in order, also on a GPU
-    return sums / sizes.clamp(min=1)[:, None], (sizes > 0).to(features.dtype)[:, None]
 
 
 def random_members(
     features: torch.Tensor, labels: Whole, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """One random member of each cluster: (C, D) rows of `features`, drawn uniformly with `generator`."""
-    labels = _whole("labels", labels, features.device)
-    shuffled = torch.randperm(len(labels), generator=generator).to(labels.device)
-    shuffled = shuffled[labels[shuffled] >= 0]
-    chosen = torch.empty(int(labels.max()) + 1, dtype=torch.int64, device=labels.device)
-    first = torch.full_like(chosen, len(labels)).scatter_reduce_(
-        0, labels[shuffled], torch.arange(len(shuffled), device=labels.device), "amin"
-    )
-    return F.normalize(features[shuffled[first]], dim=1)
+    """One random member of each cluster: (C, D) unit rows, drawn uniformly with `generator` (of the CPU).
+
+    features, labels, errors: as in `cluster_means`.
+    """
+    labels, count = _numbered(labels, features.device)
+    rows = torch.randperm(len(labels), generator=generator).to(labels.device)
+    rows = rows[labels[rows] >= 0]
+    rows = rows[labels[rows].argsort(stable=True)]
+    sizes = torch.bincount(labels[rows], minlength=count)
+    return _unit(features[rows[sizes.cumsum(0) - sizes]])
+
+
+def _numbered(labels: Whole, device: torch.device) -> tuple[torch.Tensor, int]:
+    """int64 labels, and the number of clusters. Errors: ValueError where a number from 0 on is absent."""
+    labels = _whole("labels", labels, device)
+    present = labels[labels >= 0].unique()
+    count = int(present[-1]) + 1 if len(present) else 0
+    if len(present) < count:
+        first = int((present != torch.arange(len(present), device=device)).nonzero()[0])
+        told = f"{count - len(present)} of 0 to {count - 1} are absent, the first is {first}"
+        raise ValueError(f"labels must count from 0 without gaps: {told}; number the clusters anew")
+    return labels, count

@@ -1,26 +1,29 @@
 """What an epoch learns from: a stage is a list of terms, each one loss with its memory.
 
-The loop computes every term's loss in the same way and updates every term in the same way. Stage 1 has a
-cluster and an instance term per modality; stage 2 adds joint terms (ECUL), agnostic terms (united), or these
-and the consistency constraint (MBCCM).
+The loop treats every term alike. Stage 1 has a cluster and an instance term per modality. Stage 2 adds joint
+terms (ECUL), agnostic terms (united), or agnostic terms and the consistency constraint (MBCCM).
 
 ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from ecul import MODALITIES
 from ecul.batches import Batch
 from ecul.common import distributed
 from ecul.config import Config
 from ecul.labels import Labels, count_clusters
-from ecul.losses import Bank, agreement_loss
-from ecul.memory import ClusterMemory, InstanceMemory, cluster_means, random_members, tsmem
+from ecul.memory import (
+    ClusterMemory,
+    InstanceMemory,
+    cluster_means,
+    consistency_loss,
+    random_members,
+    tsmem,
+)
 
 
 class Term(Protocol):
@@ -44,7 +47,7 @@ class Contrast:
 
     modality: whose positions of the batch take part, None for both. labels: (N,) the label of each training
     image in this memory; slots: (N,) the row that it moves, its cluster or its own. paired: a position counts
-    as the image of this modality at its place in the matched pairs, None as its own image.
+    as the image of this modality in its matched pair, None as its own image.
     """
 
     name: str
@@ -70,15 +73,18 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Consistency:
-    """MBCCM's consistency constraint between specific and agnostic memories, summed over the three views."""
+    """MBCCM's consistency constraint, summed over the three views: specific and agnostic memories, visible
+    and infrared ones of each, must give the same soft assignment."""
 
     name: str
     weight: float
-    specific: Sequence[Bank]
-    agnostic: Sequence[Bank]
+    specific: list[ClusterMemory | InstanceMemory]
+    agnostic: list[ClusterMemory | InstanceMemory]
 
     def loss(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        losses = [agreement_loss(self.specific, self.agnostic, view) for view in x.split(batch.sizes)]
+        pairs = [*zip(self.specific, self.agnostic, strict=True)]
+        views = x.split(batch.sizes)
+        losses = [consistency_loss(s.logits(view), a.logits(view)) for view in views for s, a in pairs]
         return self.weight * torch.stack(losses).sum()
 
     def update(self, x: torch.Tensor, batch: Batch) -> None:
@@ -96,50 +102,40 @@ def make_terms(
 
     `generator` (of the CPU) draws random members, for the start of a memory and for its updates.
     """
+    own, joint, border = labels.own, labels.joint, labels.num_visible
+    instance, both = config.weight_instance, config.weight_joint
+    sides = [  # name, images, then weights and labels of the cluster and the instance term
+        ("visible", slice(border), 1.0, instance, own, own),
+        ("infrared", slice(border, None), 1.0, instance, own, own),
+    ]
+    if joint is not None and both > 0 and count_clusters(joint) >= 2:
+        selected = joint if labels.selected is None else labels.selected
+        sides.append(("joint", slice(None), both, both if instance > 0 else 0.0, joint, selected))
     start, rule, momentum = "mean", config.update_rule, config.momentum
     if rule == "tsmem":
         start, rule, momentum = tsmem(epoch, config.tsmem_switch)
 
-    own, border = labels.own, labels.num_visible
-    parts = {"visible": slice(border), "infrared": slice(border, None), "joint": slice(None)}
-
-    def cluster_term(kind: str, weight: float, table: torch.Tensor, means: torch.Tensor | None) -> Contrast:
-        rows = means
-        if rows is None:
-            rows = random_members(features[parts[kind]], table[parts[kind]], generator)
+    contrasts = []
+    index = torch.arange(len(own), device=own.device)
+    for kind, part, weight, weight_instance, clusters, images in sides:
+        x, y, modality = features[part], clusters[part], None if kind == "joint" else kind
+        if start == "random":
+            rows = random_members(x, y, generator)
+        else:
+            rows = cluster_means(x, y, groups=(index[part] >= border).long())
         memory = ClusterMemory.from_clusters(rows, config.temp, momentum, rule)
-        distributed.broadcast(memory.features)
-        modality = None if kind == "joint" else kind
-        return Contrast(f"cluster_{kind}", weight, memory, modality, table, table, generator=generator)
-
-    def instance_term(kind: str, weight: float, table: torch.Tensor) -> Contrast:
-        rows, labelled = features[parts[kind]], table[parts[kind]]
-        memory = InstanceMemory.from_features(rows, labelled, config.temp, momentum)
-        distributed.broadcast(memory.features)
-        modality = None if kind == "joint" else kind
-        slots = torch.arange(len(table), device=table.device) - (parts[kind].start or 0)
-        return Contrast(f"instance_{kind}", weight, memory, modality, table, slots)
-
-    contrasts: list[Contrast] = []
-    for m, centers in zip(MODALITIES, labels.centers, strict=True):
-        contrasts.append(cluster_term(m, 1.0, own, centers if start == "mean" else None))
-        if config.weight_instance > 0:
-            contrasts.append(instance_term(m, config.weight_instance, own))
-    specific = [term for term in contrasts if isinstance(term.memory, ClusterMemory)]
-    joint, weight = labels.joint, config.weight_joint
-    if joint is not None and weight > 0 and count_clusters(joint) >= 2:
-        groups = (torch.arange(len(own), device=own.device) >= border).long()
-        means = cluster_means(features, joint, groups) if start == "mean" else None
-        contrasts.append(cluster_term("joint", weight, joint, means))
-        if config.weight_instance > 0:
-            selected = joint if labels.selected is None else labels.selected
-            contrasts.append(instance_term("joint", weight, selected))
+        term = Contrast(f"cluster_{kind}", weight, memory, modality, clusters, clusters, generator=generator)
+        contrasts.append(term)
+        if weight_instance > 0:
+            bank = InstanceMemory.from_features(x, images[part], config.temp, momentum)
+            slots = index - index[part][0]
+            contrasts.append(Contrast(f"instance_{kind}", weight_instance, bank, modality, images, slots))
+    for term in contrasts:
+        distributed.broadcast(term.memory.features)
     if labels.match is None or not config.reads_matches:
         return [*contrasts]
-    agnostic = [
-        _agnostic(term, config.weight_agnostic, labels.across(m) if labels.mutual else None)
-        for term, m in zip(specific, MODALITIES, strict=True)
-    ]
+    specific = [term for term in contrasts if term.name in ("cluster_visible", "cluster_infrared")]
+    agnostic = [_agnostic(term, config.weight_agnostic, labels) for term in specific]
     terms: list[Term] = [*contrasts, *agnostic]
     if config.weight_consistency > 0:
         banks = [[term.memory for term in kind] for kind in (specific, agnostic)]
@@ -147,11 +143,17 @@ def make_terms(
     return terms
 
 
-def _agnostic(term: Contrast, weight: float, table: torch.Tensor | None) -> Contrast:
+def _agnostic(term: Contrast, weight: float, labels: Labels) -> Contrast:
     """A term on a copy of this one's memory for the features of both modalities.
 
-    They are labelled by the table (N,) of all training images, or by their pair in the batch (None).
+    An image is labelled by its own cluster or that one's match where matches are one to one, else by its
+    pair in the batch.
     """
-    memory, modality = copy.deepcopy(term.memory), term.modality
-    shared = replace(term, name=f"agnostic_{modality}", weight=weight, memory=memory, modality=None)
-    return replace(shared, paired=modality) if table is None else replace(shared, labels=table, slots=table)
+    modality = term.modality
+    shared = replace(
+        term, name=f"agnostic_{modality}", weight=weight, memory=copy.deepcopy(term.memory), modality=None
+    )
+    if not labels.mutual:
+        return replace(shared, paired=modality)
+    table = labels.across(str(modality))
+    return replace(shared, labels=table, slots=table)

@@ -10,32 +10,27 @@ ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ecul import MODALITIES
 from ecul.batches import Batch, make_batches
 from ecul.common import distributed, logs
 from ecul.common.logs import logging_to_stderr
-from ecul.common.names import shorten
 from ecul.config import Config
 from ecul.data.dataset import Dataset
-from ecul.evaluation.validation import check_validation, validation_figures
 from ecul.features import embed_pixels
-from ecul.labels import Labels, assign_labels
-from ecul.optim import build_model, build_optimizer, set_lr, trainable, uses_bf16, warn_about_start
-from ecul.run.checkpoint import holds_run, load_run, run_directory, save_run
-from ecul.run.hooks import as_hook, wants_to_stop
-from ecul.run.log import LEGEND, describe, label_scores, monitors, remaining
+from ecul.labels import assign_labels
+from ecul.optim import set_lr, uses_bf16
+from ecul.run.log import fell_apart, label_scores, monitors
+from ecul.run.session import State, open_run
 from ecul.stages import Term, make_terms
-from ecul.trainset import TrainImages, dataset_fingerprint, load_images
+from ecul.trainset import TrainImages
 
 log = logging.getLogger("ecul")
 
@@ -51,17 +46,6 @@ class Run:
     def __repr__(self) -> str:
         where = "no directory" if self.output is None else str(self.output)
         return f"Run({type(self.model).__name__}, {len(self.history)} epochs, {where})"
-
-
-@dataclass
-class State:
-    """All that an epoch changes, and all that a run needs to go on."""
-
-    model: torch.nn.Module
-    forward: torch.nn.Module  # the model as the batches see it: compiled, or one of several processes
-    optimizer: torch.optim.Optimizer
-    history: list = field(default_factory=list)
-    labels: torch.Tensor | None = None  # of the last epoch, (N,), for the stability score
 
 
 @logging_to_stderr()
@@ -96,53 +80,12 @@ def train(
     Source: ECUL and MBCCM.
     """
     config = config or Config()
-    hook, place = as_hook(on_epoch), distributed.start(device)
-    _check(dataset, config)
-    if validate:
-        check_validation(dataset, validate)
-    distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
-    with run_directory(output, hold=distributed.rank() == 0) as directory:
-        goes_on = directory is not None and holds_run(directory)
-        if resume and directory is not None and not goes_on:
-            log.info("there is no run in %s yet: starting anew", output)
-        if goes_on and not resume:
-            raise ValueError(
-                f"output: {directory} holds a run; resume it (--resume, resume=True) or choose another"
-            )
-        if model is None and not goes_on:
-            warn_about_start(config, place)
-        model = build_model(config.replace(weights=None) if goes_on else config, place, model)
-        state = State(model, trainable(model, config), build_optimizer(model, config))
-        data, source = dataset_fingerprint(dataset), {"root": dataset.root, "options": dataset.options}
-        distributed.require_same(data["names_and_cameras"], "the data set's images and cameras")
-        if goes_on:
-            load_run(directory, state, config, data)
-            log.info("going on after epoch %d of %d", len(state.history), config.epochs)
-        distributed.wait()
-
-        def save() -> None:
-            if directory is not None and distributed.rank() == 0:
-                save_run(directory, state, config, data, source)
-
-        images = load_images(dataset, config.size, place)
-        done = len(state.history) >= config.epochs
-        if done and directory is not None and not (directory / "model.safetensors").exists():
-            save()
-        log.info(LEGEND)
-        for epoch in tqdm(range(len(state.history), config.epochs), desc="epochs", disable=_quiet()):
-            row = _guarded_epoch(state, images, config, epoch, directory)
-            if validate and (epoch + 1) % validate == 0 and distributed.rank() == 0:
-                row |= validation_figures(model, dataset)
-            save()
-            if distributed.rank() == 0:
-                log.info(describe(row, config.epochs, remaining(state.history, config.epochs)))
-            if distributed.first_says(distributed.rank() == 0 and wants_to_stop(hook, row, model), place):
-                log.info("stopped after %d of %d epochs, as on_epoch asked for", epoch + 1, config.epochs)
-                break
-        if state.history and all(row.get("skipped") for row in state.history):
-            log.warning("every epoch was skipped: this model has learned nothing")
-        distributed.wait()
-        return Run(model.eval(), state.history, directory)
+    with open_run(dataset, config, output, resume, device, on_epoch, model, validate) as run:
+        for epoch in run.epochs():
+            with run.guarded(epoch):
+                row = run_epoch(run.state, run.images, config, epoch)
+            run.finish(row)
+    return Run(run.state.model.eval(), run.state.history, run.directory)
 
 
 def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> dict:
@@ -159,7 +102,8 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
     labels = assign_labels(features, images, config, stage, exchanged)  # emcc, match_clusters
     row = {"epoch": epoch, "stage": stage, "lr": state.optimizer.param_groups[0]["lr"]}
     row |= {"seconds_extract": extracted, "seconds_labels": clock.seconds() - extracted}
-    row |= _score_labels(features, labels, state.labels, images)
+    row |= labels.counts() | label_scores(features, labels, state.labels)
+    row |= monitors(labels, images.identities) | fell_apart(row, state.history, len(images))
     state.labels = labels.own
     if not labels.enough:
         scattered = any(2 * int((side < 0).sum()) > len(side) for side in labels.sides.values())
@@ -169,7 +113,7 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
 
     labelled = clock.seconds()
     terms = make_terms(features, labels, config, epoch, on_host)
-    batches = make_batches(labels, images, config, rng, on_device)
+    batches = make_batches(labels, images, config, stage, rng, on_device)
     row |= train_batches(state.forward, state.optimizer, terms, batches, config)
     row |= {"seconds_train": clock.seconds() - labelled, "seconds": clock.seconds()}
     return row | {"images_per_second": row.pop("images") / row["seconds_train"]}
@@ -191,8 +135,7 @@ def extract_exchanged(
     None where that stem does not learn to see them, or nothing is matched by them: in stage 1, or where no
     loss reads the matches.
     """
-    matched = config.pairs == "matched" and config.matching == "mutual" and config.reads_matches
-    if stage == 1 or not (matched and config.exchanged_stem == "infrared"):
+    if not (config.exchanged_crosses(stage) and config.matching == "mutual" and config.reads_matches):
         return None
     channels = images.pixels[0].split(1, dim=1)
     views = [channel.expand(-1, 3, -1, -1) for channel in channels]
@@ -272,72 +215,3 @@ def _generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch
     """Generators for draws on the host and on the device; on a CPU they are one, whose draws take turns."""
     on_host = torch.Generator().manual_seed(seed)
     return on_host, on_host if device.type == "cpu" else torch.Generator(device.type).manual_seed(seed)
-
-
-def _score_labels(
-    features: torch.Tensor, labels: Labels, previous: torch.Tensor | None, images: TrainImages
-) -> dict:
-    """What the log says of an epoch's labels; previous: those (N,) of the epoch before."""
-    return labels.counts() | label_scores(features, labels, previous) | monitors(labels, images.identities)
-
-
-def _guarded_epoch(
-    state: State, images: TrainImages, config: Config, epoch: int, directory: Path | None
-) -> dict:
-    """`run_epoch`, added to the history unless the weights diverged: the last good checkpoint then stays."""
-    row = {}
-    try:
-        row = run_epoch(state, images, config, epoch)
-    except ValueError as error:
-        _require_finite(epoch, row, state.model, directory)
-        raise error
-    except torch.OutOfMemoryError as error:
-        advice = "set checkpointing=True and resume, or train anew with fewer identities or instances"
-        raise RuntimeError(
-            f"epoch {epoch + 1}: the device's memory is too small for this recipe; {advice}"
-        ) from error
-    except RuntimeError as error:
-        if distributed.size() == 1:
-            raise
-        raise RuntimeError(
-            f"epoch {epoch + 1} failed in process {distributed.rank()} of {distributed.size()}, maybe "
-            f"because another ended: {error}. Start again with "
-            "resume=True: it goes on from the last finished epoch"
-        ) from error
-    _require_finite(epoch, row, state.model, directory)
-    state.history.append(row)
-    return row
-
-
-def _require_finite(epoch: int, row: dict, model: torch.nn.Module, directory: Path | None) -> None:
-    bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
-    bad += [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:
-        kept = (
-            f"the last good checkpoint is {directory}, after epoch {epoch}"
-            if directory and epoch
-            else "nothing was saved"
-        )
-        raise RuntimeError(
-            f"epoch {epoch + 1} diverged: {shorten(bad, 4)} not finite; {kept}. "
-            "Lower lr, or set precision='fp32'"
-        )
-
-
-def _check(dataset: Dataset, config: Config) -> None:
-    for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    first = distributed.rank() == 0
-    found = dataset.check(progress=first)
-    if found.unreadable:  # then all of them are named at once
-        found = dataset.check(decode=True, progress=first)
-    if not found.ok:
-        raise ValueError(f"the data set is not what it should be:\n{found}")
-    for warning in found.warnings:
-        log.warning("%s", warning)
-
-
-def _quiet() -> bool | None:
-    """tqdm's `disable`: another process speaks, or (None) stderr is not a terminal."""
-    return True if distributed.rank() else None

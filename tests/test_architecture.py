@@ -16,7 +16,7 @@ LAYERS = (  # a room, or a file of `ecul/` itself; each imports from its own lay
     {"kernels"},
     {"common"},
     {"data"},
-    {"config", "features", "encodings", "clustering", "matching", "memory", "losses", "sampling", "augment"}
+    {"config", "features", "encodings", "clustering", "matching", "memory", "augment"}
     | {"model", "streams", "trainset", "labels", "batches", "stages", "optim", "estimator"},
     {"evaluation", "run"},
     {"training"},

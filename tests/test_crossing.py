@@ -45,16 +45,15 @@ def labels(images):
     return replace(found, mutual=True), features
 
 
-def first_batch(labels, images, **fields):
+def first_batch(labels, images, stage=2, **fields):
     config = tiny(linear_transform=False, **fields)
     generator = torch.Generator().manual_seed(1)
-    return next(make_batches(labels, images, config, np.random.default_rng(1), generator)), config
+    return next(make_batches(labels, images, config, stage, np.random.default_rng(1), generator)), config
 
 
 def test_exchanged_views_pass_the_infrared_stem_once_labels_cross(images, labels, model):
     labels = labels[0]
-    alone = Labels(labels.own, labels.num_visible, labels.centers)
-    inside, _ = first_batch(alone, images, exchanged_stem="infrared")
+    inside, _ = first_batch(labels, images, 1, exchanged_stem="infrared")
     own, _ = first_batch(labels, images, exchanged_stem="visible")
     across, _ = first_batch(labels, images, exchanged_stem="infrared")
     p, _, q = across.sizes

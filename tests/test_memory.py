@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ecul import ClusterMemory, InstanceMemory
-from ecul.losses import agreement_loss, consistency_loss, contrastive_loss
-from ecul.memory import IDLE, cluster_means, random_members, tsmem
+from ecul.memory import cluster_means, consistency_loss, contrastive_loss, random_members, tsmem
 
 
 def unit(rng, n, d):
@@ -37,16 +35,16 @@ def test_contrastive_loss_equals_the_oracle(b, slots, seed):
     rng = np.random.default_rng(seed)
     x, bank = unit(rng, b, 5), unit(rng, slots, 5)
     bank_labels = rng.integers(0, 4, slots)
-    labels = rng.choice([-1, *bank_labels], b)
-    loss = contrastive_loss(x.float(), bank.float(), torch.tensor(bank_labels), torch.tensor(labels), 0.5)
+    labels, weights = rng.choice([-1, *bank_labels], b), rng.uniform(0, 2, b)
+    given = x.float(), bank.float(), torch.tensor(bank_labels)
+    loss = contrastive_loss(*given, torch.tensor(labels), 0.5)
     assert loss.item() == pytest.approx(instance_oracle(x, bank, bank_labels, labels, 0.5), abs=1e-5)
-
-
-def test_every_negative_label_is_left_out_of_the_mean():
-    rng = np.random.default_rng(0)
-    x, bank, slots = unit(rng, 4, 5).float(), unit(rng, 6, 5).float(), torch.arange(6) % 3
-    want = contrastive_loss(x, bank, slots, torch.tensor([0, -1, 2, -1]))
-    assert torch.equal(contrastive_loss(x, bank, slots, torch.tensor([0, -7, 2, -2])), want)
+    others = contrastive_loss(*given, torch.tensor(np.where(labels < 0, -7, labels)), 0.5)
+    assert torch.equal(others, loss)  # every negative label means none
+    memory = InstanceMemory.from_features(bank, bank_labels, temp=0.5)
+    each = [instance_oracle(x[[i]], bank, bank_labels, labels[[i]], 0.5) for i in range(b)]
+    want = (weights * each).sum() / max((labels >= 0).sum(), 1)
+    assert memory(x.float(), labels, weights).item() == pytest.approx(want, abs=1e-5)
 
 
 @given(st.integers(1, 10), st.integers(2, 12), st.integers(0, 10**6))
@@ -77,16 +75,6 @@ def test_forward_and_backward_change_no_state():
         assert all(torch.equal(before[k], v) for k, v in memory.state_dict().items())
 
 
-class Halved:
-    """A bank whose logits are half of another's."""
-
-    def __init__(self, memory):
-        self.memory = memory
-
-    def logits(self, x):
-        return self.memory.logits(x) / 2
-
-
 def test_the_length_of_a_feature_makes_no_difference():
     rng = np.random.default_rng(0)
     rows, x, labels = unit(rng, 4, 6).float(), unit(rng, 5, 6).float(), torch.tensor([0, 1, 1, 3, -1])
@@ -114,9 +102,32 @@ def test_logits_are_exact_under_autocast(dtype):
     gradients = []
     for features, autocast in ((x.float(), True), (x.double(), False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = agreement_loss([memory], [Halved(memory)], features.requires_grad_())
+            logits = memory.logits(features.requires_grad_())
+            loss = consistency_loss(logits, logits / 2)
         gradients.append(torch.autograd.grad(loss, features)[0].double())
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_half_precision_are_normalised_in_float32(dtype):
+    """A row of zeros and a norm beyond 65504 (the largest float16) are NaN or 0 where half precision sums."""
+    x = torch.zeros(4, 9, dtype=dtype)
+    x[1:] = 3e4 * torch.eye(9, dtype=dtype)[:3] + 3e4
+    wide, labels = x.float(), [0, 1, 2, 2]
+    for make in (
+        lambda rows: ClusterMemory.from_clusters(rows).features,
+        lambda rows: InstanceMemory.from_features(rows, labels).features,
+        lambda rows: cluster_means(rows, labels),
+        lambda rows: cluster_means(rows, labels, [0, 0, 0, 1]),
+        lambda rows: random_members(rows, labels, torch.Generator().manual_seed(0)),
+        lambda rows: ClusterMemory.from_clusters(torch.eye(3, 9) + 0.1)(rows, labels),
+        lambda rows: ClusterMemory.from_clusters(torch.eye(3, 9) + 0.1).logits(rows),
+    ):
+        assert torch.equal(make(x), make(wide)) and make(x).isfinite().all()
+    memories = [ClusterMemory.from_clusters(torch.eye(3, 9) + 0.1) for _ in range(2)]
+    memories[0].update(x, labels)
+    memories[1].update(wide, labels)
+    assert torch.equal(memories[0].features, memories[1].features)
 
 
 def test_an_outlier_row_is_nobodys_positive():
@@ -182,18 +193,6 @@ def test_consistency_equals_the_oracle(b, seed):
     assert consistency_loss(p, q).item() == pytest.approx(total / b, rel=1e-4, abs=1e-6)
 
 
-def test_agreement_vanishes_for_equal_memories_and_teaches_x():
-    rng = np.random.default_rng(0)
-    banks = [ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for _ in ("visible", "infrared")]
-    others = [ClusterMemory.from_clusters(unit(rng, 5, 6).float()) for _ in ("visible", "infrared")]
-    x = unit(rng, 3, 6).float().requires_grad_()
-    assert agreement_loss(banks, banks, x).item() == pytest.approx(0, abs=1e-6)
-    each = [consistency_loss(a.logits(x), b.logits(x)).item() for a, b in zip(banks, others, strict=True)]
-    assert min(each) > 0 and agreement_loss(banks, others, x).item() == pytest.approx(sum(each))
-    agreement_loss(banks, others, x).backward()
-    assert x.grad.abs().sum() > 0
-
-
 @given(st.integers(1, 40), st.integers(0, 10**6))
 def test_cluster_means_equal_the_oracle(n, seed):
     rng = np.random.default_rng(seed)
@@ -220,6 +219,22 @@ def test_random_members_are_members_and_every_member_is_drawn():
     assert set(drawn[:, 0].tolist()) == {0, 2} and set(drawn[:, 1].tolist()) == {1, 4, 5}
 
 
+@pytest.mark.parametrize(
+    ("labels", "absent"),
+    [
+        ([2, 7, 10, 2], "8 of 0 to 10 are absent, the first is 0"),
+        ([1, 2, 1, 2], "1 of 0 to 2 are absent, the first is 0"),
+        ([0, -1, 2, 3], "1 of 0 to 3 are absent, the first is 1"),
+        ([10**15, 0, -1, -1], "are absent, the first is 1"),
+    ],
+)
+def test_labels_with_gaps_are_refused_by_what_makes_a_row_of_each(labels, absent):
+    for function in (cluster_means, random_members):
+        with pytest.raises(ValueError, match=f"must count from 0 without gaps: .*{absent}"):
+            function(torch.eye(4), labels)
+        assert function(torch.eye(4), [-1] * 4).shape == (0, 4) == function(torch.empty(0, 4), []).shape
+
+
 def test_tsmem_has_two_steps():
     assert tsmem(4, 5) == ("random", "instance", 0.0)
     assert tsmem(5, 5) == ("mean", "instance", 0.0)
@@ -228,7 +243,8 @@ def test_tsmem_has_two_steps():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClusterMemory(4, 0), "at least 1"),
+        (lambda: ClusterMemory(4, 0), "at least 1, got 4 and 0"),
+        (lambda: InstanceMemory(0, 4), "at least 1, got 0 and 4"),
         (lambda: ClusterMemory(4, 2, momentum=1.5), "momentum"),
         (lambda: ClusterMemory(4, 2, temp=0), "temp"),
         (lambda: ClusterMemory(4, 2, rule="best"), "rule must be one of"),
@@ -258,30 +274,13 @@ def test_a_state_dict_of_an_instance_memory_holds_its_labels():
     clusters.load_state_dict({"features": rows})  # its labels count from 0
 
 
-def test_both_memories_start_from_rows_of_any_length():
+def test_both_memories_start_from_rows_of_any_length_and_number():
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
     for memory in (ClusterMemory.from_clusters(rows), InstanceMemory.from_features(rows, [0, 1])):
         assert torch.allclose(memory.features, torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
-
-
-def test_a_memory_that_is_never_updated_says_so_once(monkeypatch):
-    assert IDLE == 1000
-    monkeypatch.setattr("ecul.memory.IDLE", 4)
-    x, labels = torch.eye(3).requires_grad_(), torch.arange(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        memory = ClusterMemory.from_clusters(torch.eye(3))
-        for _ in range(3):
-            memory(x, labels)
-        memory.update(x, labels)
-        for _ in range(9):
-            memory(x.detach(), labels)  # a look at the loss is no training
-        for _ in range(3):
-            memory(x, labels)
-    with pytest.warns(UserWarning, match="4 losses without an update: call its update after each") as found:
-        for _ in range(9):
-            memory(x, labels)
-    assert len(found) == 1
+    one = ClusterMemory(1, 1)
+    one.update(torch.full((2, 1), 3.0), [0, -1])
+    assert one.features.item() == 1 and one(torch.ones(1, 1), [0]).item() == 0
 
 
 def test_published_names_and_labels_of_any_kind_are_understood():
@@ -300,9 +299,13 @@ def test_published_names_and_labels_of_any_kind_are_understood():
         assert torch.equal(memory.features, plain.features)
     assert ClusterMemory(6, 4, 0.05, 0.2, False).rule == "sequential"  # use_hard in its place
     for kind in kinds:
-        means = cluster_means(x, np.maximum(kind, 0))
-        assert torch.equal(means, cluster_means(x, torch.tensor([0, 1, 1, 3, 0])))
+        means = cluster_means(x, np.minimum(kind, 2))
+        assert torch.equal(means, cluster_means(x, torch.tensor([0, 1, 1, 2, -1])))
         assert InstanceMemory.from_features(x, kind).labels.tolist() == [0, 1, 1, 3, -6]
+    memory.update(x, labels, momentum=0.0)
+    assert torch.allclose(memory.features[0], x[0])  # the only one of its label takes the row's place
+    with pytest.raises(TypeError, match=r"not momentum, ca: a memory moves in update\(x, labels, momentum"):
+        memory(x, labels, momentum=0.2, ca=True)
     with pytest.raises(TypeError, match="use_hard is called rule here"):
         ClusterMemory(6, 4, rule="mean", use_hard=True)
     with pytest.raises(TypeError, match="labels must be whole numbers, got torch.float32"):

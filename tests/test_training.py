@@ -19,7 +19,7 @@ from ecul import (
     TwoStreamResNet,
     evaluate,
     extract,
-    losses,
+    memory,
     open_dataset,
     synthesize,
     train,
@@ -164,7 +164,7 @@ def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dat
 @pytest.mark.parametrize(("processes", "instances"), [(3, 1), (4, 1), (9, 4)])
 def test_batches_too_small_for_the_processes_are_refused_before_work(processes, instances, monkeypatch):
     monkeypatch.setattr("ecul.common.distributed.size", lambda: processes)
-    monkeypatch.setattr("ecul.training.build_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("ecul.run.session.build_model", lambda *_: pytest.fail("work began"))
     message = f"{processes} processes share batches of as few as {2 * instances} images.*raise instances"
     with pytest.raises(ValueError, match=message):
         train(arrays(4, 4), tiny(instances=instances))
@@ -414,13 +414,13 @@ def test_the_iterations_never_wait_for_the_gpu(method, on_device, dataset, monke
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_losses_run_in_the_precision_of_the_network(precision, dataset, monkeypatch):
-    found, contrast = [], losses.memory_contrast
+    found, contrast = [], memory.memory_contrast
 
     def watched(x, *rest):
         found.append(torch.is_autocast_enabled("cpu"))
         return contrast(x, *rest)
 
-    monkeypatch.setattr(losses, "memory_contrast", watched)
+    monkeypatch.setattr(memory, "memory_contrast", watched)
     train(dataset, tiny(precision=precision, epochs_cross=1, iterations=1))
     assert len(found) >= 8 and set(found) == {precision == "bf16"}
 

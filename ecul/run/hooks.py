@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from typing import Any
 from torch import nn
 
 from ecul.common.files import write_file
+from ecul.common.names import clipped
 from ecul.common.tables import render_table
 
+log = logging.getLogger("ecul")
 Hook = Callable[[dict, nn.Module], object]
 
 
@@ -37,13 +41,30 @@ def as_hook(on_epoch: Callable[..., object] | None) -> Hook:
     raise TypeError(wanted)
 
 
-def wants_to_stop(hook: Hook, row: dict, model: nn.Module) -> bool:
-    """Call the hook; whether it ended the run, by StopIteration."""
+def call_hook(hook: Hook, row: dict, model: nn.Module) -> tuple[dict[str, float], bool]:
+    """Call the hook with a copy of the row: the figures that it added, and whether it raised StopIteration.
+
+    A figure is a finite number, of Python, NumPy or torch; a warning names every other entry.
+    """
+    given, stop, figures = dict(row), False, {}
     try:
-        hook(row, model)
+        hook(given, model)
     except StopIteration:
-        return True
-    return False
+        stop = True
+    for name in given.keys() - row.keys():
+        try:
+            number = math.nan if isinstance(given[name], str | bytes) else float(given[name])
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            number = math.nan
+        if isinstance(name, str) and math.isfinite(number):
+            figures[name] = number
+        else:
+            log.warning(
+                "on_epoch: %s is no finite number (%s): the log leaves it out",
+                clipped(name),
+                clipped(given[name], 60),
+            )
+    return figures, stop
 
 
 def csv_logger(directory: str | Path) -> Callable[[dict], None]:

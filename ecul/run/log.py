@@ -1,11 +1,15 @@
 """What the log says of an epoch: counts, label-free scores, monitors, and one line of text."""
 
+import logging
+
 import numpy as np
 import torch
 
+from ecul import MODALITIES
 from ecul.labels import Labels
 from ecul.run.scores import adjusted_rand, mutual_rate, separation
 
+log = logging.getLogger("ecul")
 LEGEND = (
     "clusters and outliers: visible/infrared, then of both together; score: separation of the clusters, "
     "without identities; loss: the sum of the stage's terms, of which stage 2 has more, then the mean of "
@@ -31,6 +35,30 @@ def label_scores(features: torch.Tensor, labels: Labels, previous: torch.Tensor 
     pairs = zip(labels.own.cpu().tensor_split([border]), previous.cpu().tensor_split([border]), strict=True)
     stability = float(np.mean([adjusted_rand(now, before) for now, before in pairs]))
     return row if np.isnan(stability) else {"score_stability": stability, **row}
+
+
+def fell_apart(row: dict, history: list[dict], images: int) -> dict[str, int]:
+    """{"fell_apart": 1}, with a warning, where the clusters of an epoch fell apart against the epoch before.
+
+    That is: the separation is down, and outliers are three times as many and a tenth of all images, or
+    clusters are half as many. A learning rate that is too high does that to a good start.
+    """
+    if not history:
+        return {}
+    (clusters, outliers, score), (clusters_now, outliers_now, score_now) = (
+        (*(sum(r[f"{kind}_{m}"] for m in MODALITIES) for kind in ("clusters", "outliers")), r["score"])
+        for r in (history[-1], row)
+    )
+    scattered = outliers_now >= max(3 * outliers, images / 10)
+    if score_now >= score or not (scattered or 2 * clusters_now <= clusters):
+        return {}
+    told = (row["epoch"] + 1, clusters, clusters_now, outliers, outliers_now, score, score_now)
+    log.warning(
+        "epoch %d: the clusters fell apart: %d, then %d clusters; %d, then %d outliers; separation %.2f, "
+        "then %.2f. Lower lr, which may change on resume, or start from other weights",
+        *told,
+    )
+    return {"fell_apart": 1}
 
 
 def monitors(labels: Labels, identities: np.ndarray | None) -> dict[str, float]:

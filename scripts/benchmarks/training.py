@@ -106,7 +106,7 @@ def _ours(dataset, images, config, device):
     def run(steps):
         generator = torch.Generator(device.type).manual_seed(0)
         few = config.replace(iterations=steps)
-        batches = make_batches(labels, images, few, np.random.default_rng(0), generator)
+        batches = make_batches(labels, images, few, 1, np.random.default_rng(0), generator)
         train_batches(forward, optimizer, terms, batches, few)
 
     return run

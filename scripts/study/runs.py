@@ -128,5 +128,7 @@ def supervise(model: torch.nn.Module, dataset, config: Config) -> torch.nn.Modul
         features = extract_all(model, images, config)
         labels = replace(Labels.from_own(features, own, border, own, own, match), mutual=mutual)
         terms = make_terms(features, labels, config, epoch, generator)
-        train_batches(model, optimizer, terms, make_batches(labels, images, config, rng, generator), config)
+        train_batches(
+            model, optimizer, terms, make_batches(labels, images, config, 2, rng, generator), config
+        )
     return model.eval()

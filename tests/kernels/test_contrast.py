@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ecul import ClusterMemory, Config, InstanceMemory
 from ecul.batches import Batch
 from ecul.kernels import contrast, memory_contrast, memory_contrast_reference
-from ecul.losses import agreement_loss
+from ecul.memory import consistency_loss
 from ecul.stages import Consistency, Contrast
 from ecul.training import train_batches
 
@@ -240,7 +240,8 @@ def test_training_takes_the_products_of_half_precision(device):
     contrast_term = Contrast("contrast", 1 / 3, memory, None, table, torch.full_like(table, -1))
     banks = [ClusterMemory.from_clusters(part) for part in bank[:20].split(10)]
     agreement_term = Consistency("agreement", 1.0, banks[:1], banks[1:])
-    want = sum(agreement_loss(banks[:1], banks[1:], view.double()).item() for view in x.split(16))
+    logits = ((bank.logits(view.double()) for bank in banks) for view in x.split(16))
+    want = sum(consistency_loss(*pair).item() for pair in logits)
 
     def mean(rows, bank):
         return dense(rows, bank, bank_labels, labels, TEMPERATURE).sum() / (labels >= 0).sum()

@@ -1,0 +1,184 @@
+"""What stands around the epochs of a run: its lock, state, files, log, validation and hook."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ecul.common import distributed
+from ecul.common.names import shorten
+from ecul.config import Config
+from ecul.data.dataset import Dataset
+from ecul.evaluation.validation import check_validation, validation_figures
+from ecul.features import out_of_memory
+from ecul.optim import build_model, build_optimizer, trainable, warn_about_start
+from ecul.run.checkpoint import holds_run, load_run, run_directory, save_run
+from ecul.run.hooks import Hook, as_hook, call_hook
+from ecul.run.log import LEGEND, describe, remaining
+from ecul.trainset import TrainImages, dataset_fingerprint, load_images
+
+log = logging.getLogger("ecul")
+
+
+@dataclass
+class State:
+    """All that an epoch changes, and all that a run needs to go on."""
+
+    model: torch.nn.Module
+    forward: torch.nn.Module  # the model as the batches see it: compiled, or one of several processes
+    optimizer: torch.optim.Optimizer
+    history: list = field(default_factory=list)  # a row of the log for each epoch
+    labels: torch.Tensor | None = None  # of the last epoch, (N,), for the stability score
+
+
+@dataclass
+class Session:
+    """An open run. An epoch works on `state` and `images`; all else is done here, between the epochs."""
+
+    dataset: Dataset
+    config: Config
+    directory: Path | None
+    hook: Hook
+    validate: int
+    state: State
+    images: TrainImages
+    stopped: bool = False
+
+    def epochs(self) -> Iterator[int]:
+        """The numbers of the epochs that are left, until on_epoch ends the run."""
+        log.info(LEGEND)
+        left = range(len(self.state.history), self.config.epochs)
+        for epoch in tqdm(left, desc="epochs", disable=True if distributed.rank() else None):
+            yield epoch
+            if self.stopped:
+                log.info(
+                    "stopped after %d of %d epochs, as on_epoch asked for", epoch + 1, self.config.epochs
+                )
+                return
+
+    @contextmanager
+    def guarded(self, epoch: int) -> Iterator[None]:
+        """In here the errors of an epoch say what to do."""
+        try:
+            yield
+        except ValueError:
+            self._require_finite(epoch, {})
+            raise
+        except (RuntimeError, MemoryError) as error:
+            told = (
+                f"failed in process {distributed.rank()} of {distributed.size()}, maybe because another ended"
+            )
+            told = f"{told}: {error}. Start again with resume=True: it goes on from the last finished epoch"
+            if out_of_memory(error):
+                spares = getattr(self.state.model, "checkpointing", None) is False
+                told = f"does not fit the memory of {self.images.device}; "
+                told += "set checkpointing=True and resume, or " if spares else ""
+                told += "train anew with fewer identities or instances"
+            elif distributed.size() == 1:
+                raise
+            raise RuntimeError(f"epoch {epoch + 1} {told}") from error
+
+    def finish(self, row: dict) -> None:
+        """Save an epoch; then validate, log and call on_epoch, and save the figures that these add."""
+        self._require_finite(row["epoch"], row)
+        history, stop = self.state.history, False
+        history.append(row)
+        self.save()
+        if distributed.rank() == 0:
+            if self.validate and len(history) % self.validate == 0:
+                self._add(row, validation_figures(self.state.model, self.dataset))
+            epochs = self.config.epochs
+            log.info(describe(row, epochs, remaining(history, epochs)))
+            figures, stop = call_hook(self.hook, row, self.state.model)
+            self._add(row, figures)
+        self.stopped = distributed.first_says(stop, self.images.device)
+
+    def _add(self, row: dict, figures: dict) -> None:
+        if figures:
+            row |= figures
+            self.save()
+
+    def save(self) -> None:
+        """Write the run's files after an epoch; nothing without a directory."""
+        if self.directory is not None and distributed.rank() == 0:
+            source = {"root": self.dataset.root, "options": self.dataset.options}
+            save_run(self.directory, self.state, self.config, dataset_fingerprint(self.dataset), source)
+
+    def _require_finite(self, epoch: int, row: dict) -> None:
+        bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
+        bad += [k for k, v in self.state.model.state_dict().items() if not torch.isfinite(v).all()]
+        if bad:
+            kept = "nothing was saved"
+            if self.directory and epoch:
+                kept = f"the last good checkpoint is {self.directory}, after epoch {epoch}"
+            advice = "Lower lr, or set precision='fp32'"
+            raise RuntimeError(f"epoch {epoch + 1} diverged: {shorten(bad, 4)} not finite; {kept}. {advice}")
+
+
+@contextmanager
+def open_run(
+    dataset: Dataset,
+    config: Config,
+    output: str | Path | None,
+    resume: bool,
+    device: str | torch.device | None,
+    on_epoch: Callable[..., object] | None,
+    model: torch.nn.Module | None,
+    validate: int,
+) -> Iterator[Session]:
+    """A run that is checked, locked and ready for its epochs; arguments and errors are those of `train`."""
+    hook, place = as_hook(on_epoch), distributed.start(device)
+    _check(dataset, config)
+    if validate:
+        check_validation(dataset, validate)
+    distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
+    data = dataset_fingerprint(dataset)
+    with run_directory(output, hold=distributed.rank() == 0) as directory:
+        goes_on = directory is not None and holds_run(directory)
+        if goes_on and not resume:
+            raise ValueError(
+                f"output: {directory} holds a run; resume it (--resume, resume=True) or choose another"
+            )
+        if resume and directory is not None and not goes_on:
+            log.info("there is no run in %s yet: starting anew", directory)
+        if model is None and not goes_on:
+            warn_about_start(config, place)
+        model = build_model(config.replace(weights=None) if goes_on else config, place, model)
+        state = State(model, trainable(model, config), build_optimizer(model, config))
+        distributed.require_same(data["names_and_cameras"], "the data set's images and cameras")
+        if goes_on:
+            load_run(directory, state, config, data)
+            log.info("going on after epoch %d of %d", len(state.history), config.epochs)
+        distributed.wait()
+        images = load_images(dataset, config.size, place)
+        run = Session(dataset, config, directory, hook, validate, state, images)
+        if (
+            directory is not None
+            and len(state.history) >= config.epochs
+            and not (directory / "model.safetensors").exists()
+        ):
+            run.save()
+        yield run
+        if state.history and all(row.get("skipped") for row in state.history):
+            log.warning("every epoch was skipped: this model has learned nothing")
+        distributed.wait()
+
+
+def _check(dataset: Any, config: Any) -> None:
+    for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    first = distributed.rank() == 0
+    found = dataset.check(progress=first)
+    if found.unreadable:  # then all of them are named at once
+        found = dataset.check(decode=True, progress=first)
+    if not found.ok:
+        raise ValueError(f"the data set is not what it should be:\n{found}")
+    for warning in found.warnings:
+        log.warning("%s", warning)
