@@ -3,12 +3,13 @@
 import json
 import os
 import random
+import shutil
 
 import layouts
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import savemat
 from test_clustering import oracle_emcc_distance
@@ -17,7 +18,8 @@ import ecul.evaluation.metrics
 from ecul import TwoStreamResNet
 from ecul.data import Dataset, open_dataset
 from ecul.evaluation import Results, average, eval_llcm, eval_regdb, eval_sysu, evaluate
-from ecul.evaluation.rerank import k_reciprocal_distances, modality_distances
+from ecul.evaluation.protocols import _plan
+from ecul.evaluation.rerank import reranked
 from ecul.features import extract
 
 
@@ -445,12 +447,15 @@ def test_blocks_of_any_size_give_the_same(world, monkeypatch):
             assert row[name] == pytest.approx(other[name])
 
 
-def test_evaluate_refuses_what_it_cannot_measure(world):
+def test_evaluate_refuses_what_it_cannot_measure(world, tmp_path):
     dataset = open_dataset("sysu", world)
     features = features_of(dataset)
     own = Dataset.from_arrays(np.zeros((2, 4, 4), np.uint8), np.zeros((2, 4, 4), np.uint8))
-    with pytest.raises(ValueError, match="'arrays' has no test images with a protocol"):
-        evaluate(None, own, features=features)
+    market = open_dataset("market", layouts.market(tmp_path))
+    one_sided = Dataset("half", None, own.visible, own.infrared, own.visible, protocol="regdb")
+    for name, lacking in (("arrays", own), ("market", market), ("half", one_sided)):
+        with pytest.raises(ValueError, match=f"{name!r} has no test images with a protocol"):
+            evaluate(None, lacking, features=features)
     nameless = Dataset.from_arrays(own.visible.load((4, 4)), np.zeros((2, 4, 4), np.uint8), test=own)
     object.__setattr__(nameless, "protocol", "regdb")
     with pytest.raises(ValueError, match="no identities"):
@@ -510,32 +515,24 @@ def rerank_oracle(query, gallery, k1, k2, weight):
     return ((1 - weight) * jaccard + weight * original)[: len(query), len(query) :]
 
 
-@given(
-    st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 20), st.sampled_from([(20, 6), (5, 3), (4, 1)])
-)
-def test_reranking_equals_the_dense_definition(seed, queries, gallery, ks):
-    points = np.random.default_rng(seed).normal(size=(queries + gallery, 5))
-    points = torch.from_numpy(unit(points))
-    ours = k_reciprocal_distances(points[:queries], points[queries:], *ks)
-    assert ours.shape == (queries, gallery) and ours.dtype == np.float32
-    expected = rerank_oracle(points[:queries].numpy(), points[queries:].numpy(), *ks, 0.3)
-    np.testing.assert_allclose(ours, expected, atol=2e-6)
-
-
-@given(
-    st.integers(0, 10**6),
-    st.integers(1, 8),
-    st.integers(1, 20),
-    st.sampled_from([(20, 6, 20), (5, 3, 8), (4, 1, 6)]),
-)
-def test_reranking_by_modality_equals_the_dense_definition(seed, queries, gallery, ks):
-    points = unit(np.random.default_rng(seed).normal(size=(queries + gallery, 5))).astype(np.float32)
-    ours = modality_distances(*map(torch.from_numpy, (points[:queries], points[queries:])), *ks)
-    assert ours.shape == (queries, gallery) and ours.dtype == np.float32
-    sides = [0] * queries + [1] * gallery
-    jaccard = oracle_emcc_distance(points, [0] * len(points), sides, *ks)[:queries, queries:]
-    expected = 0.7 * jaccard + 0.3 * (1 - points[:queries].astype(np.float64) @ points[queries:].T)
-    np.testing.assert_allclose(ours, expected, atol=2e-6)
+@settings(max_examples=25)
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 60), st.sampled_from([3, 16]))
+def test_reranking_equals_the_dense_definition(seed, queries, gallery, dim):
+    rng, total = np.random.default_rng(seed), queries + gallery
+    people = 2 * rng.normal(size=(6, dim))[rng.integers(0, 6, total)]
+    points = unit(rng.normal(size=(total, dim)) + people)
+    sides = [torch.from_numpy(side) for side in (points[:queries], points[queries:])]
+    modalities = [0] * queries + [1] * gallery
+    jaccard = oracle_emcc_distance(points, [0] * total, modalities, 20, 6, 20)[:queries, queries:]
+    expected = {
+        "k-reciprocal": rerank_oracle(*map(torch.Tensor.numpy, sides), 20, 6, 0.3),
+        "modality": 0.7 * jaccard + 0.3 * (1 - points[:queries].astype(np.float64) @ points[queries:].T),
+    }
+    for name, wanted in expected.items():
+        ours = reranked(*sides, name)
+        assert ours(slice(None)).shape == (queries, gallery) and ours(slice(None)).dtype == np.float32
+        np.testing.assert_allclose(ours(slice(None)), wanted, atol=1e-5)
+        np.testing.assert_array_equal(ours(slice(1, 3)), ours(slice(None))[1:3])
 
 
 @pytest.mark.parametrize(
@@ -550,7 +547,7 @@ def test_reranking_is_named_and_ranks_by_its_distances(rerank, name, world):
     assert row["reranking"] == f"{name} ({sizes}, lambda=0.3)"
     query, gallery = dataset.test_infrared, dataset.test_visible
     rows = [torch.from_numpy(unit(features[m])).float() for m in ("infrared", "visible")]
-    order = {"k-reciprocal": k_reciprocal_distances, "modality": modality_distances}[name](*rows)
+    order = reranked(*rows, name)(slice(None))
     people = query.identities(), gallery.identities()
     cmc, mean_precision, _ = eval_sysu(order, *people, query.camids, gallery.camids)
     assert row["mAP"] == pytest.approx(100 * mean_precision, abs=1e-9)
@@ -558,9 +555,89 @@ def test_reranking_is_named_and_ranks_by_its_distances(rerank, name, world):
     assert row["mAP"] != evaluate(None, dataset, **options).rows[0]["mAP"]
 
 
-def test_a_reranking_that_is_none_is_refused(world):
-    dataset = open_dataset("sysu", world)
+def test_an_unknown_reranking_is_refused_before_any_image_is_read(world):
     with pytest.raises(ValueError, match="rerank: expected k-reciprocal, modality, True or False, not 'k'"):
-        evaluate(None, dataset, features=features_of(dataset), rerank="k")
-    with pytest.raises(ValueError, match="rerank: 30000 images together"):
-        k_reciprocal_distances(torch.zeros(10_000, 1), torch.zeros(20_000, 1))
+        evaluate(None, open_dataset("sysu", world), rerank="k")
+
+
+# Nobody, and rows without a gallery
+
+
+@pytest.mark.parametrize("rule", ["sysu", "regdb", "llcm"])
+def test_nobody_is_ranked_but_neither_queries_nor_matches(rule):
+    distmat, q_pids, g_pids, *cameras = problem(4, 20, 60, 5, 0)
+    q_pids[::4], g_pids[::3] = -1, -1
+    people = q_pids >= 0
+    renamed = np.where(g_pids < 0, 99, g_pids)
+    expected = oracle(distmat[people], q_pids[people], renamed, cameras[0][people], cameras[1], rule)
+    for ours, theirs in zip(call(rule, distmat, q_pids, g_pids, *cameras), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    with pytest.raises(ValueError, match="no query has a match"):
+        call(rule, distmat, np.full_like(q_pids, -1), np.full_like(g_pids, -1), *cameras)
+
+
+def test_background_of_markets_layout_stays_in_the_gallery(tmp_path):
+    """0000 is background, and -1 is not used: draws and figures of people stay as they were."""
+    plain = open_dataset("market", layouts.market(tmp_path / "plain", test=(3, 4, 10)), protocol="sysu")
+    root = layouts.market(tmp_path / "more", test=(3, 4, 10))
+    for side, cameras in (("rgb_modify", (1, 2)), ("ir_modify", (3, 6))):
+        for name in (
+            f"{pid}_c{camera}_{n}.jpg" for pid in ("0000", "-1") for camera in cameras for n in "12"
+        ):
+            layouts.picture(root / side / "bounding_box_test" / name)
+            layouts.picture(root / side / "query" / name)
+    for protocol in ("sysu", "regdb", "llcm"):
+        dataset = open_dataset("market", root, protocol=protocol)
+        assert dataset.extra == () and (dataset.test_visible.pids == -1).sum() == 8
+        assert dataset.check().counts["test_visible"]["identities"] == 3
+        features = {}
+        for m in ("visible", "infrared"):
+            pids = getattr(dataset, f"test_{m}").pids
+            away = np.eye(12)[np.where(pids < 0, 11, pids)]  # background lies apart from all people
+            features[m] = away + np.random.default_rng(0).normal(size=away.shape) / 100
+        rows = evaluate(None, dataset, features=features).rows
+        assert all(row["rank1"] == row["mAP"] == 100 for row in rows)
+        for m in ("visible", "infrared"):  # background looks like person 3
+            features[m][getattr(dataset, f"test_{m}").pids < 0] = np.eye(12)[3]
+        assert all(row["mAP"] < 100 for row in evaluate(None, dataset, features=features).rows)
+    drawn = []
+    for dataset in (plain, open_dataset("market", root, protocol="sysu")):
+        ((_, (_, gallery), trials),) = _plan(dataset, "all", 1, 3, "random")
+        names = [[gallery.names[row] for row in rows if gallery.pids[row] >= 0] for _, rows in trials]
+        drawn.append(names)
+        assert all((gallery.pids[rows] < 0).sum() == (0 if dataset is plain else 8) for _, rows in trials)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_row_without_a_gallery_is_empty(world, caplog):
+    """The people of a subset may be seen by the outdoor cameras alone."""
+    for camera in ("cam1", "cam2"):
+        for pid in ("0006", "0007", "0008", "0010"):
+            shutil.rmtree(world / camera / pid, ignore_errors=True)
+    dataset = open_dataset("sysu", world, subset=True)
+    features = features_of(dataset)
+    for rerank in (False, "k-reciprocal"):
+        results = evaluate(None, dataset, features=features, trials=2, rerank=rerank)
+        whole, empty = results.rows
+        assert whole["mAP"] > 0 and empty["mode"] == "indoor" and empty["mAP"] is empty["rank1_std"] is None
+    assert "SYSU-MM01, indoor, infrared-to-visible: no query has a match" in caplog.text
+    assert json.loads(results.table("json"))["rows"] == results.rows
+    assert results.table().splitlines()[-1].split() == ["indoor", *"------"]
+    assert average([results, results]).rows[1]["mAP"] is None
+
+
+def test_arrays_of_any_kind_are_evaluated_alike():
+    arrays = problem(5, 12, 30, 4, 0)
+    kinds = [lambda a: a[::-1][::-1], lambda a: a.astype(a.dtype.newbyteorder(">")), lambda a: a.tolist()]
+    for rule in ("sysu", "regdb", "llcm"):
+        for kind in kinds:
+            for ours, theirs in zip(call(rule, *arrays), call(rule, *map(kind, arrays)), strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-12)
+    pixels = np.zeros((12, 4, 4), np.uint8)
+    side = {"visible_pids": arrays[1].astype(">i4")[::-1], "infrared_pids": arrays[1].astype(np.uint16)[::-1]}
+    test = Dataset.from_arrays(pixels, pixels, **side)
+    dataset = Dataset.from_arrays(pixels[::-1], pixels, test=test, protocol="regdb")
+    features = {m: unit(np.random.default_rng(6).normal(size=(12, 5))) for m in ("visible", "infrared")}
+    rows = evaluate(None, dataset, features=features).rows
+    for kind in (*kinds, lambda a: a.astype(np.longdouble), lambda a: torch.from_numpy(a).requires_grad_()):
+        assert evaluate(None, dataset, features={m: kind(f) for m, f in features.items()}).rows == rows

@@ -1,4 +1,4 @@
-"""Which images are drawn in each trial of SYSU-MM01 and LLCM, as the published scripts draw them."""
+"""The images that each trial of SYSU-MM01 and LLCM draws, as in the published scripts."""
 
 import os
 import random
@@ -22,7 +22,7 @@ def group_rows(images: Images, rows: Iterable[int]) -> list[np.ndarray]:
 
 
 def draw_random(groups: Sequence[np.ndarray], trial: int, shots: int) -> np.ndarray:
-    """`random.seed(trial)`, then one choice (or a sample of `shots`) a group."""
+    """`random.seed(trial)`, then one choice (or a sample of `shots`) from each group."""
     generator = random.Random(trial)
     if shots == 1:
         return np.array([generator.choice(rows) for rows in groups], np.int64)
@@ -39,17 +39,15 @@ def read_permutations(path: str | os.PathLike) -> list[np.ndarray]:
     try:
         cameras = loadmat(path)["rand_perm_cam"].ravel()
         permutations = [np.atleast_1d(camera.squeeze()) for camera in cameras]
-        good = len(permutations) == 6 and all(
-            camera.dtype == object and all(np.ndim(cell) == 2 for cell in camera) for camera in permutations
-        )
-    except Exception as error:  # scipy raises whatever its parser meets
+        cells = [cell for camera in permutations for cell in camera]
+        if len(permutations) == 6 and all(isinstance(cell, np.ndarray) and cell.ndim == 2 for cell in cells):
+            return permutations
+    except Exception as error:  # scipy raises anything
         raise ValueError(f"draw: {str(path)!r} cannot be read as rand_perm_cam.mat: {error!r}") from error
-    if not good:
-        raise ValueError(
-            f"draw: {str(path)!r}: rand_perm_cam should be 6 cells (cameras) of cells (identities) of "
-            "matrices (trials x images)"
-        )
-    return permutations
+    raise ValueError(
+        f"draw: {str(path)!r}: rand_perm_cam should be 6 cells (cameras) of cells (identities) of "
+        "matrices (trials x images)"
+    )
 
 
 def draw_official(

@@ -1,25 +1,27 @@
 """CMC, mAP and mINP as published for SYSU-MM01, RegDB and LLCM, from distances.
 
-The ranking of a query is the stable ascending order of its distances: **of equal distances the lower
-gallery index comes first** (the published scripts leave ties to an unstable sort). Where positives are few
-nothing is sorted: the rank of a positive is the number of gallery images ahead of it.
-Queries without a positive are left out of every mean.
+The ranking of a query is the stable ascending order of its distances: **the lower gallery index comes first
+among equal distances** (the published scripts use an unstable sort). Few positives are ranked without a sort:
+the rank of a positive is the number of gallery images ahead of it.
+Queries without a positive are left out of every mean. A negative identity is nobody: such a gallery image
+is ranked but matches no query, and such a query is left out.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike as Array
 
+from ecul.data.images import as_numpy
+
 _BLOCK = 8_000_000  # distances at a time
-_FEW = 32  # positives of a query, up to which to count what is ahead of each is less work than to sort
+_FEW = 32  # up to so many positives of a query, counting the images ahead of each is faster than sorting
 Metrics = tuple[np.ndarray, float, float]
 
 
 class Scoring(NamedTuple):
-    """Whether the CMC ranks identities, each at its first image; what a query ignores, bool (Q, G)."""
+    """Whether the CMC ranks identities, each at its first image; the images that a query ignores, (Q, G)."""
 
     by_identity: bool
     ignored: Callable[..., np.ndarray] | None = None
@@ -39,10 +41,10 @@ def eval_sysu(
 ) -> Metrics:
     """SYSU-MM01: camera 3 queries ignore camera 2; CMC on the first image of each identity, mAP on all.
 
-    distmat (Q, G) floats, smaller is nearer; the rest rows of integers; NumPy or torch. Returns
-    (cmc, mAP, mINP): cmc (max_rank,) float64 and two floats, all between 0 and 1; beyond the last identity
-    of the gallery the cmc keeps its last value. Raises ValueError for NaN distances, lengths that do not
-    agree, or when no query has a match.
+    distmat: (Q, G) floats, smaller is nearer; q_pids, q_camids: (Q,) and g_pids, g_camids: (G,) integers;
+    NumPy or torch. Returns (cmc, mAP, mINP): cmc (max_rank,) float64 and two floats, all between 0 and 1;
+    after the last identity of the gallery the cmc keeps its last value. Raises ValueError for distances that
+    are not finite, lengths that do not agree, or when no query has a match.
     """
     return _evaluate("sysu", max_rank, distmat, q_pids, g_pids, q_camids, g_camids)
 
@@ -50,8 +52,7 @@ def eval_sysu(
 def eval_regdb(distmat: Array, q_pids: Array, g_pids: Array, max_rank: int = 20) -> Metrics:
     """RegDB: nothing is ignored, the standard CMC.
 
-    distmat (Q, G) floats, smaller is nearer; q_pids (Q,), g_pids (G,) integers; NumPy or torch. Returns
-    (cmc, mAP, mINP) as `eval_sysu` does. Errors: those of `eval_sysu`.
+    distmat (Q, G) floats, q_pids (Q,), g_pids (G,), the result and the errors: as for `eval_sysu`.
     """
     return _evaluate("regdb", max_rank, distmat, q_pids, g_pids)
 
@@ -61,15 +62,14 @@ def eval_llcm(
 ) -> Metrics:
     """LLCM: gallery images of the query's identity *and* camera are ignored; CMC as in `eval_sysu`.
 
-    distmat (Q, G) floats, smaller is nearer; the rest (Q,) and (G,) integers; NumPy or torch. Returns
-    (cmc, mAP, mINP) as `eval_sysu` does. Errors: those of `eval_sysu`.
+    distmat (Q, G) floats, integers (Q,) and (G,), the result and the errors: as for `eval_sysu`.
     """
     return _evaluate("llcm", max_rank, distmat, q_pids, g_pids, q_camids, g_camids)
 
 
 def _evaluate(protocol: str, max_rank: int, distmat: Array, *rows: Array) -> Metrics:
-    """What the three `eval_*` do, after a look at the shapes and numbers that they were given."""
-    distances, *arrays = [_numpy(value) for value in (distmat, *rows)]
+    """Check the arguments of one of the three `eval_*`, then score all queries."""
+    distances, *arrays = [as_numpy(value) for value in (distmat, *rows)]
     if distances.ndim != 2 or distances.dtype.kind not in "fiu":
         raise ValueError(
             f"distmat: expected (queries, gallery) numbers, not {distances.dtype} {distances.shape}"
@@ -85,13 +85,6 @@ def _evaluate(protocol: str, max_rank: int, distmat: Array, *rows: Array) -> Met
     return summarise(score_queries(protocol, distances.__getitem__, *arrays), max_rank)
 
 
-def _numpy(value: Array) -> np.ndarray:
-    if not isinstance(value, torch.Tensor):
-        return np.asarray(value)
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-
-
 def score_queries(
     protocol: str,
     distances: Callable[[slice], np.ndarray],
@@ -101,8 +94,8 @@ def score_queries(
 ) -> np.ndarray:
     """(Q, 3) float64: rank of the first match, average precision, inverse negative penalty; NaN: no match.
 
-    distances(rows) -> (n, G), those of a slice of the queries: a block at a time, so that the memory does not
-    grow with their number. camids: those of queries and gallery, where the protocol ignores something.
+    distances: a function from a slice of the queries to (n, G); it is called for one block at a time, so that
+    memory does not grow with their number. camids: of queries and gallery, where the protocol uses them.
     """
     scoring, result = SCORING[protocol], np.full((len(q_pids), 3), np.nan)
     block = max(1, _BLOCK // max(1, len(g_pids)))
@@ -119,11 +112,11 @@ def score_queries(
 def _block_scores(
     distances: np.ndarray, q_pids: np.ndarray, g_pids: np.ndarray, by_identity: bool
 ) -> np.ndarray:
-    """`score_queries` of a few queries; what a query ignores lies at infinity."""
+    """`score_queries` of a few queries; ignored images have infinite distances."""
     columns = np.argsort(g_pids, kind="stable")
     ids, starts, sizes = np.unique(g_pids[columns], return_index=True, return_counts=True)
     place = np.searchsorted(ids, q_pids).clip(max=len(ids) - 1)
-    held = np.where(ids[place] == q_pids, sizes[place], 0)
+    held = np.where((ids[place] == q_pids) & (q_pids >= 0), sizes[place], 0)
     offsets = np.arange(max(1, held.max()))
     positives = columns[(starts[place][:, None] + offsets).clip(max=len(columns) - 1)]
     bounds = np.where(offsets < held[:, None], np.take_along_axis(distances, positives, 1), np.inf)
@@ -145,7 +138,7 @@ def _block_scores(
 
 
 def _ranks(distances: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """(n, k) float64, from 1: the rank in its row of the distance at each of these columns (n, k)."""
+    """(n, k) float64: the rank, from 1, of each of these columns (n, k) in its row."""
     if columns.shape[1] <= _FEW:
         counts = [_ahead(distances, target).sum(1) for target in columns.T]
         return 1.0 + np.stack(counts, 1)
@@ -156,7 +149,7 @@ def _ranks(distances: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _ahead(distances: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(n, G) bool: ranked before column `target` of its row; ties go to the lower column."""
+    """(n, G) bool: whether each column is ranked before column `target` of its row."""
     bound = np.take_along_axis(distances, target[:, None], 1)
     tied_and_earlier = (distances == bound) & (np.arange(distances.shape[1]) < target[:, None])
     return (distances < bound) | tied_and_earlier

@@ -1,14 +1,15 @@
 """Retrieval across modalities as published: SYSU-MM01, RegDB, LLCM.
 
-`evaluate` extracts the test images once, draws the galleries of every trial and averages; what a figure
-depends on (protocol, mode, draw, re-ranking) is named beside it. `eval_sysu`, `eval_regdb` and `eval_llcm`
-are the parts that existing scripts call.
+`evaluate` extracts the test images once, draws the galleries of every trial and averages. Each row of the
+results names its protocol, mode, draw and re-ranking.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,33 +18,31 @@ import torch
 from ecul import MODALITIES
 from ecul.common import logs
 from ecul.common.names import did_you_mean
-from ecul.common.records import Schema
 from ecul.common.tables import render_table
 from ecul.data.dataset import Dataset
-from ecul.data.images import Images
+from ecul.data.images import Images, as_numpy
 from ecul.data.layouts import LAYOUTS
 from ecul.evaluation.galleries import draw_official, draw_random, group_rows, read_permutations
 from ecul.evaluation.metrics import eval_llcm, eval_regdb, eval_sysu, score_queries, summarise
-from ecul.evaluation.rerank import RERANKINGS
+from ecul.evaluation.rerank import RERANKINGS, reranked
 from ecul.features import extract, require_model
 
 __all__ = ["Results", "average", "eval_llcm", "eval_regdb", "eval_sysu", "evaluate"]
 
+log = logging.getLogger("ecul")
 MEASURES = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 _NAMES = ("protocol", "caution", "mode", "shots", "direction", "draw", "reranking", "trials")
-_ROW = dict.fromkeys(_NAMES, str | int) | {m + end: float for m in MEASURES for end in ("", "_std")}
-RESULTS: Schema = {"rows": [_ROW]}  # what `Results.to_dict` gives, where it is read from a file
 _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
 
 
 class _Mode(NamedTuple):
-    """A row of a protocol: its names in the results, who queries, and the side that is drawn."""
+    """A row of a protocol: its names in the results, the query modality, and the side that is drawn."""
 
     name: str
     direction: str
     query: str = "infrared"
-    drawn: str | None = "gallery"  # one image, or `shots`, an identity and camera; None: all images
-    cameras: dict[str, tuple[int, ...]] = {}  # of the query and of the gallery, where not all
+    drawn: str | None = "gallery"  # `shots` images of each identity and camera; None: all images
+    cameras: dict[str, tuple[int, ...]] = {}  # of query and gallery; a side that is missing has all
 
 
 _PROTOCOLS = {  # the name in the results, and the modes
@@ -65,33 +64,35 @@ _PROTOCOLS = {  # the name in the results, and the modes
 
 @dataclass(frozen=True)
 class Results:
-    """Rows of figures in percent, each `<measure>` a mean over trials beside its `<measure>_std`.
+    """Rows of figures in percent: each measure is a mean over trials, with its deviation, `<measure>_std`.
 
-    The deviation is that of the trials themselves (`numpy.std`, not divided by n - 1). A row's `caution`, the
-    first thing that the table says after the protocol, is empty or tells what keeps its figures from being
-    compared: test images of another number than published.
+    The deviation is `numpy.std` of the trials (not divided by n - 1). Figures are None in a row in which no
+    query has a match. A row's `caution` is empty, or says why its figures cannot be compared with published
+    ones: another number of test images.
     """
 
     rows: list[dict]
 
     def labels(self) -> list[str]:
-        """What tells each row from the others; empty where there is one alone."""
+        """The names in which the rows differ, for each row; empty for a single row."""
         return [" ".join(str(row[name]) for name in self._own()) for row in self.rows]
 
     def _own(self) -> list[str]:
         return [name for name in _NAMES if len({row[name] for row in self.rows}) > 1]
 
     def cells(self) -> tuple[str, list[list[str]]]:
-        """A line of what all rows share, and a table, its head first, of the rest.
+        """A line with the names that all rows share, and a table of the others, its head first.
 
-        Figures are mean ± deviation over trials; of one trial, which has no deviation, the figure alone.
+        Figures are mean ± deviation over trials; the figure alone for one trial; "-" where there is none.
         """
         own = self._own()
         shared = [name for name in _NAMES if name not in own]
         lines = [[*own, *MEASURES]]
         for row in self.rows:
-            spread = {name: f" ± {row[name + '_std']:.2f}" if row["trials"] > 1 else "" for name in MEASURES}
-            figures = [f"{row[name]:.2f}{spread[name]}" for name in MEASURES]
+            figures = ["-" if row[name] is None else f"{row[name]:.2f}" for name in MEASURES]
+            if row["trials"] > 1 and row["mAP"] is not None:
+                spread = [f" ± {row[name + '_std']:.2f}" for name in MEASURES]
+                figures = list(map(add, figures, spread))
             lines.append([str(row[name]) for name in own] + figures)
         told = [str(self.rows[0][name]) for name in shared if self.rows[0][name] != ""]
         several = any(row["trials"] > 1 for row in self.rows)
@@ -104,7 +105,7 @@ class Results:
         return render_table(form, *self.cells(), self.rows)
 
     def to_dict(self) -> dict:
-        """What `json.dumps` takes."""
+        """A dictionary for `json.dumps`."""
         return {"rows": self.rows}
 
     __str__ = table
@@ -124,35 +125,38 @@ def evaluate(
     features: dict | None = None,
     progress: bool = True,
 ) -> Results:
-    """The test images of `dataset` under its protocol; a row a mode, figures in percent.
+    """Evaluate the test images of `dataset` under its protocol; a row for each mode, figures in percent.
 
-    modes: "sysu": "all", "indoor"; "regdb" and "llcm": "visible-to-infrared", "infrared-to-visible";
-    "llcm" also "visible-to-infrared (drawn queries)", the reading in which the branch of that name queries
-    all visible images with the drawn infrared ones. shots: SYSU's gallery images an identity
-    and camera, 1 by default; 10 is multi-shot, (1, 10) gives rows of both. draw: "random" is
-    `random.seed(t)` for trials t = 0, 1, ...; otherwise the path of SYSU's official rand_perm_cam.mat.
-    Multi-shot with "random" takes `random.sample` of the sorted files, all where fewer [R: the published
-    scripts draw them unseeded].
-    rerank: "k-reciprocal" (or True) or "modality": order by `k_reciprocal_distances` or `modality_distances`
-    with their default sizes, named in the rows.
-    features: {"visible": (N, D), "infrared": (N, D)} of the test images instead of a model (then None).
-    Raises ValueError for a data set without test images, identities or protocol, unknown modes, or
-    trials or shots that are no whole numbers of at least 1.
+    modes: "sysu": "all", "indoor"; "regdb" and "llcm": "visible-to-infrared", "infrared-to-visible"; "llcm"
+    also "visible-to-infrared (drawn queries)", where all visible images query the drawn infrared ones.
+    shots: SYSU's gallery images of each identity and camera, 1 by default; 10 is multi-shot, (1, 10) gives
+    rows of both. draw: "random" is `random.seed(t)` for trials t = 0, 1, ...; otherwise the path of SYSU's
+    official rand_perm_cam.mat. Multi-shot with "random" takes `random.sample` of the sorted files, all where
+    there are fewer [R: the published scripts draw them unseeded].
+    rerank: "k-reciprocal" (or True) or "modality", see `ecul.evaluation.rerank`; the rows name it.
+    features: {"visible": (N, D), "infrared": (N, D)} of the test images, instead of a model (then None).
+    A row whose gallery shows nobody that queries is empty (None), with a warning.
+    Raises ValueError for a data set without test images, identities or protocol, unknown modes or
+    re-ranking, trials or shots that are not whole numbers of at least 1, before any image is read.
     """
     plan = _plan(dataset, modes, shots, trials, draw)
     name = "k-reciprocal" if rerank is True else rerank or None
     if name is not None and name not in RERANKINGS:
         raise ValueError(f"rerank: expected {', '.join(RERANKINGS)}, True or False, not {rerank!r}")
-    reranking = f"{name} ({RERANKINGS[name].settings})" if name else "no re-ranking"
-    cautions = _foreign(dataset)
+    shared = {
+        "caution": _caution(dataset),
+        "reranking": f"{name} ({RERANKINGS[name]})" if name else "no re-ranking",
+    }
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
-    shared = {"caution": "; ".join(cautions), "reranking": reranking}
     rows = []
     for names, images, drawn in plan:
         pair = vectors[images[0].modality], vectors[images[1].modality]
         trials_of = logs.progress(len(drawn), f"rank {names['mode']}", "trial", progress, drawn)
         measured = [_measure(str(dataset.protocol), images, pair, picked, name) for picked in trials_of]
         rows.append(_row({**names, **shared, "trials": len(drawn)}, measured))
+        if rows[-1]["mAP"] is None:
+            told = (names["protocol"], names["mode"], names["direction"])
+            log.warning("%s, %s, %s: no query has a match in the gallery; the row is empty", *told)
     return Results(rows)
 
 
@@ -179,16 +183,16 @@ def average(results: Iterable[Results]) -> Results:
 
 def _row(names: dict, measured: Sequence[Sequence[float]]) -> dict:
     """The names of a row, then the mean and the deviation of each measure over these trials."""
-    row, trials = {name: names[name] for name in _NAMES}, np.array(measured)
+    row, trials = {name: names[name] for name in _NAMES}, np.array(measured, np.float64)
     for name, mean, deviation in zip(MEASURES, trials.mean(0), trials.std(0), strict=True):
-        row[name], row[name + "_std"] = float(mean), float(deviation)
+        row[name], row[name + "_std"] = (None if np.isnan(x) else float(x) for x in (mean, deviation))
     return row
 
 
 def _plan(
     dataset: Dataset, modes: Any, shots: Any, trials: Any, draw: str | os.PathLike
 ) -> list[tuple[dict, tuple[Images, Images], list[tuple[np.ndarray, np.ndarray]]]]:
-    """Of each row of the results: its names, query and gallery images, and the rows of both in each trial."""
+    """For each row of the results: its names, the query and gallery images, and their rows in each trial."""
     protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
     if protocol is None or visible is None or infrared is None:
         raise ValueError(
@@ -223,43 +227,39 @@ def _plan(
     return plan
 
 
-def _foreign(dataset: Dataset) -> list[str]:
-    """A caution where the test images are not as many, of as many people, as the protocol published."""
+def _caution(dataset: Dataset) -> str:
+    """A word where the numbers of test images and people are not the published ones of the protocol."""
     title, published = _PROTOCOLS[str(dataset.protocol)][0], LAYOUTS[str(dataset.protocol)].counts
-    for modality in MODALITIES:
-        images, wanted = getattr(dataset, f"test_{modality}"), published[f"test_{modality}"]
-        if (len(images), len(np.unique(images.identities()))) != (wanted["images"], wanted["identities"]):
-            return [f"not {title}'s own test set"]
-    return []
+    for split in ("test_visible", "test_infrared"):
+        images, wanted = getattr(dataset, split), published[split]
+        if (len(images), len(images.people())) != (wanted["images"], wanted["identities"]):
+            return f"not {title}'s own test set"
+    return ""
 
 
 def _draw(
     mode: _Mode, query: Images, gallery: Images, shots: int, trials: int, draw: str | os.PathLike
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The rows of the query and of the gallery images in each trial."""
-    sides = {"query": query, "gallery": gallery}
-    rows = {side: np.arange(len(images)) for side, images in sides.items()}
-    for side, cameras in mode.cameras.items():
-        rows[side] = np.flatnonzero(np.isin(sides[side].camids, cameras))
-    if mode.drawn is None:
-        return [(rows["query"], rows["gallery"])]
-    groups = group_rows(sides[mode.drawn], rows[mode.drawn])
-    pick = partial(draw_random, groups)
-    if str(draw) != "random":
-        pick = partial(draw_official, draw, read_permutations(draw), sides[mode.drawn], groups)
-    picked = [{**rows, mode.drawn: pick(trial, shots)} for trial in range(trials)]
-    return [(trial["query"], trial["gallery"]) for trial in picked]
+    """The rows of the query and of the gallery images in each trial; nobody is in all galleries, no query."""
+    sides, rows = {"query": query, "gallery": gallery}, {}
+    for side, images in sides.items():
+        seen = np.isin(images.camids, mode.cameras.get(side, images.camids))
+        rows[side] = np.flatnonzero(seen & (images.identities() >= 0))
+        nobody = np.flatnonzero(seen & (images.identities() < 0))
+    picked = [rows]
+    if mode.drawn:
+        groups = group_rows(sides[mode.drawn], rows[mode.drawn])
+        pick = partial(draw_random, groups)
+        if str(draw) != "random":
+            pick = partial(draw_official, draw, read_permutations(draw), sides[mode.drawn], groups)
+        picked = [{**rows, mode.drawn: pick(trial, shots)} for trial in range(trials)]
+    return [(trial["query"], np.concatenate([trial["gallery"], nobody])) for trial in picked]
 
 
 def _unit_rows(
-    model: Any,
-    dataset: Dataset,
-    features: dict | None,
-    batch_size: int,
-    flip: bool,
-    progress: bool,
+    model: Any, dataset: Dataset, features: dict | None, batch_size: int, flip: bool, progress: bool
 ) -> dict[str, torch.Tensor]:
-    """Unit rows of the test images by modality, from the model or from the features that were given."""
+    """Unit rows of the test images by modality, from the model or from the given features."""
     if (model is None) == (features is None):
         raise ValueError("give either a model or features={'visible': ..., 'infrared': ...}")
     if features is not None and sorted(features) != ["infrared", "visible"]:
@@ -271,7 +271,7 @@ def _unit_rows(
             require_model(model)
             vectors[m] = extract(model, images, m, batch_size=batch_size, flip=flip, progress=progress)
             continue
-        given = torch.as_tensor(features[m]).detach().float().cpu()
+        given = torch.from_numpy(np.array(as_numpy(features[m]), np.float32))
         if given.ndim != 2 or len(given) != len(images) or not torch.isfinite(given).all():
             raise ValueError(f"features[{m!r}]: expected {len(images)} finite rows, not {tuple(given.shape)}")
         vectors[m] = torch.nn.functional.normalize(given, dim=1)
@@ -288,17 +288,17 @@ def _measure(
     rows: tuple[np.ndarray, np.ndarray],
     rerank: str | None,
 ) -> list[float]:
-    """`MEASURES` in percent of one trial; of each pair the query comes first, then the gallery."""
+    """`MEASURES` in percent of one trial, NaN without a match; of each pair the query comes first."""
     (query, gallery), (q, g) = images, rows
-    found = vectors[1][torch.from_numpy(g)]
-    reranked = RERANKINGS[rerank].distances(vectors[0][torch.from_numpy(q)], found) if rerank else None
+    asked, found = vectors[0][torch.from_numpy(q)], vectors[1][torch.from_numpy(g)]
 
     def distances(block: slice) -> np.ndarray:
-        if reranked is not None:
-            return reranked[block]
-        return -(vectors[0][torch.from_numpy(q[block])] @ found.T).numpy()
+        return -(asked[block].numpy() @ found.numpy().T)  # NumPy: autocast does not reach it
 
+    ranked = reranked(asked, found, rerank) if rerank and len(q) and len(g) else distances
     pids = query.identities()[q], gallery.identities()[g]
-    scores = score_queries(protocol, distances, *pids, query.camids[q], gallery.camids[g])
+    scores = score_queries(protocol, ranked, *pids, query.camids[q], gallery.camids[g])
+    if np.isnan(scores).all():
+        return [np.nan] * len(MEASURES)
     cmc, mean_precision, mean_penalty = summarise(scores)
     return [100 * figure for figure in (*cmc[[0, 4, 9, 19]], mean_precision, mean_penalty)]

@@ -113,6 +113,8 @@ def _accuracy(dataset: Dataset, features: dict) -> tuple[list[tuple], list[Secti
     try:
         found = evaluate(None, dataset, features=features, progress=False)
         for row in found.rows:
+            if row["mAP"] is None:
+                continue
             figures = f"rank-1 {row['rank1']:.1f} %, mAP {row['mAP']:.1f} %"
             short.append((f"{row['mode']}, {row['direction']}", figures))
         told, rows = found.cells()

@@ -18,7 +18,7 @@ from ecul.common.pretrained import weights_file
 from ecul.common.records import read_json
 from ecul.common.tables import render_table
 from ecul.config import METHODS
-from ecul.evaluation.protocols import RESULTS, Results, evaluate
+from ecul.evaluation.protocols import Results, evaluate
 from ecul.report.pictures import draw_overlaid
 from ecul.run.saved import SavedRun, find_trials, read_run
 from ecul.streams import load_model
@@ -155,7 +155,8 @@ def _group(runs: Sequence[SavedRun], settings: dict, root: str | Path | None, de
     for found in results:
         for label, row in zip(found.labels(), found.rows, strict=True):
             for heading, measure in (("Rank-1", "rank1"), ("mAP", "mAP")):
-                figures.setdefault(f"{label} {heading}".strip(), []).append(row[measure])
+                if row[measure] is not None:
+                    figures.setdefault(f"{label} {heading}".strip(), []).append(row[measure])
     cautions = {row["caution"] for found in results for row in found.rows} - {""}
     if 0 < len(results) < len(runs):
         cautions.add(f"accuracy of {len(results)} of {len(runs)} runs")
@@ -172,7 +173,7 @@ def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Re
     file = run.directory / "accuracy.json"
     try:
         weights = hash_file(weights_file(run.directory))
-        kept = read_json(file, {"model_sha256": str, **RESULTS}) if file.is_file() else {}
+        kept = read_json(file, {"model_sha256": str, "rows": [dict]}) if file.is_file() else {}
         if kept.get("model_sha256") == weights:
             return Results(kept["rows"])
         dataset = run.open(root)

@@ -15,12 +15,15 @@ from ecul.common.pretrained import weights_file
 from ecul.common.weights import write_tensors
 from ecul.data.folders import find_images
 from ecul.data.images import check_modality
-from ecul.evaluation.rerank import RERANKINGS
+from ecul.evaluation.rerank import RERANKINGS, reranked
 from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
 from ecul.tools.threshold import Threshold
 
 __all__ = ["FolderFeatures", "Ranking", "extract_folder", "save_features", "search"]
+
+
+STRIP = 256  # queries re-ranked at a time
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,8 @@ def search(
         (query_features @ gallery_features.T).topk(top, dim=1)
 
     query: an image or a folder; gallery: a folder; each modality is "visible" or "infrared". top is clamped
-    to the gallery's size. rerank: the order is then that of `k_reciprocal_distances` ("k-reciprocal") or of
-    `modality_distances` ("modality"), over all queries and the gallery together, the scores still cosines.
+    to the gallery's size. rerank: "k-reciprocal" or "modality" orders by the distances of
+    `ecul.evaluation.rerank`, over all queries and the gallery together; the scores are still cosines.
     threshold: from `Threshold.load(model's directory)`: answers are then marked as the same person or not, so
     that a share `unknown` of people who are not in the gallery is taken for somebody. options: those of
     `extract_folder`. Errors: those of `extract_folder`; ValueError for top below 1 or an unknown rerank.
@@ -142,8 +145,11 @@ def search(
     if rerank is None:
         scores, rows = topk_similarity(queries.features, answers.features, top)
     else:
-        distances = torch.from_numpy(RERANKINGS[rerank].distances(queries.features, answers.features))
-        rows = distances.sort(stable=True).indices[:, :top]
+        distances = reranked(queries.features, answers.features, rerank)
+        strips = (
+            torch.from_numpy(distances(slice(n, n + STRIP))) for n in range(0, len(queries.paths), STRIP)
+        )
+        rows = torch.cat([strip.sort(stable=True).indices[:, :top] for strip in strips])
         pairs = zip(queries.features, rows, strict=True)
         scores = torch.stack([answers.features[found] @ query for query, found in pairs])
     sides = (query_modality, gallery_modality, len(answers.paths))

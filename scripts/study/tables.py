@@ -55,7 +55,7 @@ def table(results: dict) -> str:
 
 
 def reranked_table(results: dict) -> str:
-    """A Markdown table of the lines that were re-ranked at test time as well, by `modality_distances`."""
+    """A Markdown table of the lines that were re-ranked at test time as well, by modality."""
     heads = ("re-ranked at test time", "n", "mAP", "re-ranked mAP", "difference", "re-ranked Rank-1")
     text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for line, runs in results.items():
