@@ -1,16 +1,15 @@
 """Extended modality-camera clustering: labels from features, in memory linear in their number.
 
-ECUL, arXiv 2412.19134. `emcc` is a few sparse steps, each a public function of its own: `rank_neighbors`,
-`reciprocal_encodings`, `extend_encodings`, `neighbor_graph`, `dbscan`. Sparse matrices are plain CSR arrays:
-`indptr` (N + 1,) and `indices` (nnz,) int64, columns ascending in a row, and `values`. Every function takes
-torch tensors on any device, or NumPy arrays, and returns the same kind.
+ECUL, arXiv 2412.19134. `emcc` normalises the features (`unit_rows`) and calls the five steps below it in
+their order. Sparse matrices are CSR arrays: `indptr` (N + 1,) and `indices` (nnz,) int64, columns ascending
+in a row, and `values`. Every function takes tensors on any device and returns tensors, or takes NumPy arrays
+and lists and returns NumPy. With `together`, the processes of torch.distributed share the rows of a step; all
+call it with equal arguments, and all get the whole result.
 
-Labels are the same on every device, in any number of threads or processes: all is summed exactly
-(`common/exact.py`).
+Labels are the same on every device and in any number of threads or processes, because all sums are exact
+(`common/exact.py`). On a GPU, N = 1,000,000 points of D = 2048 need 22 GB beyond the features.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,47 +18,15 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ecul.common import distributed, logs
-from ecul.common.exact import unit_rows
-from ecul.common.sparse import CSR
-from ecul.encodings import encode, extend, rank_rows
-from ecul.kernels import jaccard_neighbors
+from ecul.common.arrays import as_tensor, same_kind
+from ecul.common.exact import STRIP_ROWS, exp, on_grid, unit_rows
+from ecul.common.sparse import CSR, coalesced, entries, lengths, product, stacked, times
+from ecul.kernels import jaccard_neighbors, pair_similarity, topk_similarity
 from ecul.kernels._checks import check_csr
 from ecul.kernels.jaccard import graph_of, jaccard_pairs
 
-# What `emcc` holds on a GPU at N = 1,000,000, D = 2048, k1 = k3 = 40 and 300 non-zeros an extended row, in GB
-# beyond the features: 22 at most, while neighbours are found.
-#   points, float32, until the encodings are made          N * D * 4        8.2
-#   neighbours: rounded rows, float16                      N * D * 2        4.1
-#     maxima of a part of the columns, 320 a row           N * 320 * 4      1.3   gone before the lists come
-#     lists with scores, 1,024 a row                       N * 1,024 * 8    8.2
-#     cut short, 160 a row                                 N * 160 * 4      0.6
-#   ranks, 40 a row                                        N * 40 * 8       0.3
-#   encodings, 60 a row, columns and values                N * 60 * 16      1.0
-#   extended, 300 a row                                    N * 300 * 12     3.6
-#   graph: renumbered columns and units                    N * 300 * 8      2.4
-#     first entries, 100 a row, by row and by column       N * 100 * 48     4.8
-#     listed pairs, 128 a row                              N * 128 * 16     2.0
-#     overlaps of a few rows                               2**25 * 4        0.1
-# Joining strips of encodings or extended rows takes their room twice; a strip itself takes 0.5 GB at most.
 
-
-def _same_kind(function: Callable) -> Callable[..., Any]:
-    """Let a function of tensors take NumPy arrays too; where no argument is a tensor, NumPy comes back."""
-
-    def as_tensor(argument: Any) -> Any:
-        return torch.as_tensor(argument) if isinstance(argument, np.ndarray) else argument
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **options: Any) -> Any:
-        result = function(*map(as_tensor, args), **{name: as_tensor(a) for name, a in options.items()})
-        if any(isinstance(argument, torch.Tensor) for argument in (*args, *options.values())):
-            return result
-        return tuple(part.numpy() for part in result) if isinstance(result, tuple) else result.numpy()
-
-    return wrapper
-
-
-@_same_kind
+@same_kind
 def emcc(
     features: torch.Tensor,
     cameras: torch.Tensor | None = None,
@@ -78,84 +45,91 @@ def emcc(
     features: Wu et al., arXiv 2412.19134, on Zhong et al., CVPR 2017.
 
     Args:
-        features: (N, D) floating point, a point a row; rows are normalised here.
+        features: (N, D) real numbers, a point a row; rows are normalised here.
         cameras: (N,) integers >= 0, the camera of each point; None: one camera.
         modalities: (N,) integers, 0 visible and 1 infrared; None: one modality.
         k1: size of the neighbourhoods that must be mutual.
         k2: members of each camera that an encoding is averaged over.
-        k3: size of the range they are taken from, at least k2; None: plain local query expansion over the k2
-            nearest, cameras and modalities unused, which is the standard clustering.
+        k3: size of the range that these members come from, at least k2. None is the standard clustering: the
+            mean over the k2 nearest, cameras and modalities unused.
         eps: the largest Jaccard distance between neighbours, in (0, 1].
-        min_samples: neighbours, the point among them, that make a core point.
-        together: share the work with the other processes of torch.distributed's group: all of them call, with
-            equal arguments, and all get the same labels, those of one process.
+        min_samples: neighbours, the point included, that make a core point.
+        together: share the work with the other processes of torch.distributed. All processes call with equal
+            arguments, and all get the labels that one process would get.
 
     Returns:
-        (N,) int64 labels; clusters count from 0 in the order of their smallest core point. A tensor for
-        tensors: code that goes on with `set(labels)` or `centers[labels[i]]` needs `labels.cpu().numpy()`, as
-        these tell a tensor's elements apart by identity, and would make a cluster of every image.
+        (N,) int64 labels; clusters count from 0 in the order of their smallest core point. Tensors give a
+        tensor: code that uses `set(labels)` or `centers[labels[i]]` needs `labels.cpu().numpy()`, because a
+        set compares the elements of a tensor by identity and would find N clusters.
 
-    Neighbourhoods hold the point itself first, even before its duplicates; ties go to the lower index; sizes
-    beyond N mean N. Similarities are exact for the normalised rows, which are rounded to multiples of 2**-26;
-    neighbours rank by their float32 values. The same labels come on every device. [R] The averaging in the
-    extension is a reconstruction, see `extend_encodings`.
+    Neighbourhoods hold the point itself first, even before its duplicates. Ties go to the lower index, and
+    sizes beyond N mean N. Normalised rows are rounded to multiples of 2**-26; their similarities are exact,
+    and neighbours rank by the float32 values. [R] The averaging in the extension is a reconstruction, see
+    `extend_encodings`.
 
-    Choosing eps and k1: `ecul tune` shows clusters, outliers and a label-free score for
-    each eps, from one product. Take the top of the score: below it people fall into outliers, above it they
-    merge.
+    To choose eps and k1, `ecul tune` shows clusters, outliers and a label-free score for each eps. Take the
+    top of the score: below it people fall into outliers, above it they merge.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range; a row of features that is not
             finite, or all zeros.
     """
-    _check_sizes(k1=k1, k2=k2, min_samples=min_samples)
+    _check_sizes(k1=k1, min_samples=min_samples)
     _check_range(k2, k3)
-    if not 0 < eps <= 1:
-        raise ValueError(f"eps must lie in (0, 1], got {eps}")
+    if not isinstance(eps, float | int | np.number) or not 0 < eps <= 1:
+        raise ValueError(f"eps must be a number in (0, 1], got {eps!r}")
     points = unit_rows(features)
-    cameras = _check_codes("cameras", cameras, points)
-    modalities = _check_codes("modalities", modalities, points, largest=1)
-    size, together = len(points), together and distributed.size() > 1
+    cameras, modalities = _check_codes(cameras, modalities, points)
     if eps == 1:  # no distance is larger
-        return torch.full((size,), 0 if size >= min_samples else -1, device=points.device)
+        return torch.full((len(points),), 0 if len(points) >= min_samples else -1, device=points.device)
     with logs.progress(5, "emcc", "step", not together or distributed.rank() == 0) as bar:
-
-        def done(result: Any) -> Any:
-            bar.update()
-            return result
-
-        ranks = done(rank_rows(points, max(k1, k2, k3 or 0), together))
-        encodings = done(encode(points, ranks, k1, together))
+        ranks = rank_neighbors(points, max(k1, k2, k3 or 0), together)
+        bar.update()
+        encodings = reciprocal_encodings(points, ranks, k1, together)
+        bar.update()
         del points
-        encodings = done(extend(encodings, ranks, cameras, modalities, k2, k3, together))
-        turn, turns = (distributed.rank(), distributed.size()) if together else (0, 1)
-        indptr, indices, values = encodings
-        pairs = jaccard_pairs(indptr, indices, values, eps, turn, turns)
-        graph = done(graph_of(distributed.join(pairs.T).T if together else pairs, size))
-        return done(dbscan(*graph, min_samples=min_samples))
+        encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2, k3, together)
+        bar.update()
+        graph = neighbor_graph(*encodings, eps, together)
+        bar.update()
+        labels = dbscan(*graph, min_samples)
+        bar.update()
+    return labels
 
 
-@_same_kind
-def rank_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
-    """The k nearest points of every point by cosine similarity, the point itself first: (N, min(k, N)) int64.
+@same_kind
+def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torch.Tensor:
+    """The k nearest points of every point, itself first, then by similarity: (N, min(k, N)) int64.
 
-    `(x @ x.T).float().fill_diagonal_(inf).topk(k).indices`, ties to the lower index, for `x =
-    normalize(features)` on the grid, in float64. Raises TypeError and ValueError as `emcc` does.
+    `(points.double() @ points.double().T).float().fill_diagonal_(inf).topk(k).indices`, ties to the lower
+    index, for points (N, D) float32 from `unit_rows`.
     """
     _check_sizes(k=k)
-    return rank_rows(unit_rows(features), k)
+    _check_points(points)
+    itself = torch.arange(len(points), device=points.device)[:, None]
+    k = min(k, len(points))
+    if k <= 1:
+        return itself[:, :k]
+    if not together or distributed.size() == 1:
+        return torch.cat([itself, topk_similarity(points, points, k - 1, exclude_self=True)[1]], 1)
+    own = itself[distributed.share(len(points))]
+    near = topk_similarity(points[own[:, 0]], points, k)[1]
+    others = near.gather(1, (near == own).int().sort(dim=1, stable=True).indices)[:, : k - 1]
+    return distributed.join(torch.cat([own, others], 1))
 
 
-@_same_kind
-def reciprocal_encodings(features: torch.Tensor, ranks: torch.Tensor, k1: int = 30) -> CSR:
+@same_kind
+def reciprocal_encodings(
+    points: torch.Tensor, ranks: torch.Tensor, k1: int = 30, together: bool = False
+) -> CSR:
     """Encode each point by its expanded k-reciprocal neighbours: CSR (N, N) float64, rows sum to 1.
 
-    Row i is `softmax(2 * cos(f_i, f_j) - 2)` over j in E(i): the points R(i, k1) that hold i among their own
-    k1 nearest, and R(j, round(k1 / 2) + 1) of every j in R(i, k1) that has more than two thirds of it in
-    R(i, k1) already (Zhong et al., CVPR 2017).
+    R(i, k) holds the points among the k nearest of i that have i among their own k nearest. E(i) is R(i, k1),
+    and with it every R(j, round(k1 / 2) + 1), j in R(i, k1), of which more than two thirds lie in R(i, k1).
+    Row i is `softmax(2 * cos(f_i, f_j) - 2)` over j in E(i) (Zhong et al., CVPR 2017).
 
     Args:
-        features: (N, D) floating point; rows are normalised.
+        points: (N, D) float32 from `unit_rows`.
         ranks: (N, >= min(k1, N)) int64 from `rank_neighbors`.
         k1: size of the neighbourhoods that must be mutual.
 
@@ -163,12 +137,33 @@ def reciprocal_encodings(features: torch.Tensor, ranks: torch.Tensor, k1: int = 
         indptr, indices, values.
     """
     _check_sizes(k1=k1)
-    points = unit_rows(features)
+    _check_points(points)
     _check_ranks(ranks, len(points), k1)
-    return encode(points, ranks, k1)
+    near, mutual = _reciprocal(ranks, k1)
+    near_half, mutual_half = _reciprocal(ranks, round(k1 / 2) + 1)
+    half = stacked([(mutual_half.sum(1), near_half[mutual_half], mutual_half[mutual_half].double())])
+    parts = []
+    for rows in _strips(points, together):
+        own = coalesced(*entries(near[rows], mutual[rows].double()), (len(rows), len(points)))
+        inside = (times(near[rows], mutual[rows], half) * own).coalesce()  # |H(j) & R(i)| for j in R(i)
+        i, j = inside.indices()
+        grow = 3 * inside.values() > 2 * half[0].diff()[j]
+        expanded = (own + product(i[grow], j[grow], grow[grow].double(), len(rows), half)).coalesce()
+        i, j = expanded.indices()
+        weights = on_grid(exp(2 * pair_similarity(points, points, rows[i], j) - 2))
+        totals = weights.new_zeros(len(rows)).index_add_(0, i, weights)
+        parts.append((lengths(expanded), j, on_grid(weights / totals[i])))
+    return stacked(parts, together)
 
 
-@_same_kind
+def _reciprocal(ranks: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k nearest of each point, in ascending order, and which of them are mutual: they make R(i, k)."""
+    near = ranks[:, :k].sort(dim=1).values
+    itself = torch.arange(len(near), device=near.device)
+    return near, torch.cat([(near[near[i]] == i[:, None, None]).any(2) for i in itself.split(STRIP_ROWS)])
+
+
+@same_kind
 def extend_encodings(
     indptr: torch.Tensor,
     indices: torch.Tensor,
@@ -178,6 +173,7 @@ def extend_encodings(
     modalities: torch.Tensor | None = None,
     k2: int = 6,
     k3: int | None = 12,
+    together: bool = False,
 ) -> CSR:
     """Average encodings over the first k2 members of every camera within the k3 nearest: CSR (N, N) float32.
 
@@ -195,26 +191,66 @@ def extend_encodings(
     """
     _check_range(k2, k3)
     check_csr(indptr, indices, values)
-    cameras = _check_codes("cameras", cameras, ranks)
-    modalities = _check_codes("modalities", modalities, ranks, largest=1)
     _check_ranks(ranks, len(indptr) - 1, k3 or k2)
-    return extend((indptr, indices, values), ranks, cameras, modalities, k2, k3)
+    cameras, modalities = _check_codes(cameras, modalities, ranks)
+    codes = 2 * cameras.unique(return_inverse=True)[1] + modalities
+    if k3 is None:
+        codes, k3 = torch.zeros_like(codes), k2
+    parts = []
+    for rows in _strips(ranks, together):
+        near = ranks[rows, :k3]
+        weights = on_grid(_member_weights(codes[near], k2))
+        extended = times(near, weights, (indptr, indices, values.double()))
+        parts.append((lengths(extended), extended.indices()[1], extended.values().float()))
+    return stacked(parts, together)
 
 
-@_same_kind
+def _member_weights(codes: torch.Tensor, k2: int) -> torch.Tensor:
+    """Each neighbour's weight in the extension, (rows, k3) float64; a row sums to 1.
+
+    A member weighs 1 / (modalities present * cameras of its modality present * members of its camera), and
+    members of a camera after its first k2 weigh 0. codes: a number for each camera, even for visible ones.
+    """
+    codes, order = codes.sort(dim=1, stable=True)  # the members of a camera stand side by side
+    modalities = codes % 2
+    first = codes.diff(dim=1, prepend=codes[:, :1] - 1) != 0
+    run = first.cumsum(1) - 1
+    members = torch.zeros_like(codes).scatter_add_(1, run, torch.ones_like(codes)).gather(1, run)
+    places = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
+    place = places - torch.where(first, places, 0).cummax(1).values  # within the camera
+    cameras_of = torch.stack([(first & (modalities == code)).sum(1) for code in (0, 1)], 1)
+    shares = (cameras_of > 0).sum(1, keepdim=True) * cameras_of.gather(1, modalities) * members.clamp(max=k2)
+    weights = (place < k2) / shares.double()
+    return torch.empty_like(weights).scatter_(1, order, weights)
+
+
+def _strips(table: torch.Tensor, together: bool) -> list[torch.Tensor]:
+    """The numbers of the rows that this process handles, some at a time."""
+    rows = torch.arange(len(table), device=table.device)
+    return list((rows[distributed.share(len(table))] if together else rows).split(STRIP_ROWS))
+
+
+@same_kind
 def neighbor_graph(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float = 0.6
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    eps: float = 0.6,
+    together: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The pairs of points whose encodings have Jaccard distance d <= eps: CSR (N, N) without values.
 
-    Symmetric, and every point lists itself; see `ecul.kernels.jaccard_neighbors`.
+    The graph is symmetric, and every point lists itself; see `ecul.kernels.jaccard_neighbors`.
     """
-    return jaccard_neighbors(indptr, indices, values, eps)
+    if not together or distributed.size() == 1:
+        return jaccard_neighbors(indptr, indices, values, eps)
+    pairs = jaccard_pairs(indptr, indices, values, eps, distributed.rank(), distributed.size())
+    return graph_of(distributed.join(pairs.T).T, len(indptr) - 1)
 
 
-@_same_kind
+@same_kind
 def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) -> torch.Tensor:
-    """DBSCAN labels from the graph of the pairs within eps: scikit-learn's, -1 = outlier; (N,) int64.
+    """DBSCAN labels from the graph of the pairs within eps, as scikit-learn's: (N,) int64, -1 = outlier.
 
     Clusters count from 0 in the order of their smallest core point; a point that is no core joins the
     lowest-numbered cluster that reaches it.
@@ -222,10 +258,9 @@ def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) ->
     Args:
         indptr, indices: CSR of a symmetric graph, (N + 1,) and (nnz,) integers, no pair twice. A point counts
             as its own neighbour whether or not the graph says so.
-        min_samples: neighbours, the point among them, that make a core point.
+        min_samples: neighbours, the point included, that make a core point.
 
-    A graph on a device is copied to the host and the labels back: it is small, and finding connected
-    components is sequential work.
+    The work is done on the host: the graph is small, and finding connected components is sequential.
     """
     _check_sizes(min_samples=min_samples)
     check_csr(indptr, indices)
@@ -246,19 +281,21 @@ def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) ->
     return torch.from_numpy(labels.astype(np.int64)).to(indptr.device)
 
 
-def _check_codes(name: str, codes: Any, points: torch.Tensor, largest: int | None = None) -> torch.Tensor:
-    if codes is None:
-        return torch.zeros(len(points), dtype=torch.int64, device=points.device)
-    codes = torch.as_tensor(codes, device=points.device)
-    if codes.is_floating_point() or codes.is_complex():
-        raise TypeError(f"{name} must be integers, got {codes.dtype}")
-    if codes.shape != (len(points),):
-        raise ValueError(f"{name} must have one entry a point, ({len(points)},), got {tuple(codes.shape)}")
-    codes = codes.long()
-    if len(codes) and (codes.min() < 0 or (largest is not None and codes.max() > largest)):
-        expected = "not be negative" if largest is None else f"lie in 0..{largest}"
-        raise ValueError(f"{name} must {expected}, got {int(codes.min())}..{int(codes.max())}")
-    return codes
+def _check_codes(cameras: Any, modalities: Any, points: torch.Tensor) -> list[torch.Tensor]:
+    checked = []
+    for name, codes, largest in (("cameras", cameras, None), ("modalities", modalities, 1)):
+        codes = as_tensor(name, torch.zeros(len(points)).long() if codes is None else codes, points.device)
+        if codes.is_floating_point() or codes.is_complex():
+            raise TypeError(f"{name} must be integers, got {codes.dtype}")
+        if codes.shape != (len(points),):
+            raise ValueError(
+                f"{name} must have one entry a point, ({len(points)},), got {tuple(codes.shape)}"
+            )
+        checked.append(codes.long())
+        if len(codes) and (codes.min() < 0 or (largest is not None and codes.max() > largest)):
+            expected = "not be negative" if largest is None else f"lie in 0..{largest}"
+            raise ValueError(f"{name} must {expected}, got {int(codes.min())}..{int(codes.max())}")
+    return checked
 
 
 def _check_sizes(**sizes: Any) -> None:
@@ -270,9 +307,15 @@ def _check_sizes(**sizes: Any) -> None:
 
 
 def _check_range(k2: int, k3: int | None) -> None:
-    _check_sizes(k2=k2, **({} if k3 is None else {"k3": k3}))
+    _check_sizes(k2=k2, k3=k2 if k3 is None else k3)
     if k3 is not None and k3 < k2:
         raise ValueError(f"k3 must be at least k2 = {k2}, or None for plain query expansion, got {k3}")
+
+
+def _check_points(points: torch.Tensor) -> None:
+    unit = points.dtype == torch.float32 and points.ndim == 2 and (points.norm(dim=1) - 1).abs() < 1e-3
+    if unit is False or not unit.all():
+        raise ValueError("points must be unit rows (N, D) in float32, as unit_rows(features) makes them")
 
 
 def _check_ranks(ranks: torch.Tensor, size: int, k: int) -> None:

@@ -143,7 +143,7 @@ class Config:
     instances: int = _held(16, _at_least(1), "K, the images of each cluster in a batch")
     iterations: int = _held(200, _at_least(1), "steps of an epoch")
     pairs: str = _held("matched", _one_of("matched", "joint"), "clusters of a batch in stage 2; joint [R]")
-    matching: str = _held("mutual", _one_of("bilateral", "nearest", "mutual"), "cluster matching; mutual [R]")
+    matching: str = _held("mutual", _one_of("bilateral", "mutual"), "cluster matching; mutual [R]")
     pad: int = _held(10, _at_least(0), "pixels of zeros around an image before it is cropped")
     linear_transform: bool = _held(False, FLAG, "MBCCM's linear transform of view 1")
     # with "infrared", mutual matching extracts the visible images three times more

@@ -1,4 +1,4 @@
-"""The clustering as people know it from scikit-learn, which it neither needs nor imports."""
+"""The clustering with scikit-learn's interface; scikit-learn itself is not needed."""
 
 from typing import Any
 
@@ -17,27 +17,31 @@ class EMCC:
         EMCC(k1=30, k2=6, k3=12, eps=0.6, min_samples=4).fit_predict(X)
 
     X: (N, D) numbers, a point a row: an array, a tensor on any device, a list of lists, a DataFrame.
-    cameras and modalities of `fit`: (N,) whole numbers, or None. labels_: (N,) int64, -1 = outlier. The
-    settings are those of `emcc`; `get_params`, `set_params`, `clone` and pipelines work as in scikit-learn.
+    cameras and modalities of `fit`: (N,) integers, or None. labels_: (N,) int64, -1 = outlier. The settings
+    are those of `emcc`; `clone`, pipelines and `GridSearchCV` of scikit-learn work.
     Errors: those of `emcc`, at `fit`. Source: arXiv 2412.19134.
     """
+
+    _estimator_type = "clusterer"
 
     def __init__(
         self, k1: int = 30, k2: int = 6, k3: int | None = 12, eps: float = 0.6, min_samples: int = 4
     ) -> None:
         self.k1, self.k2, self.k3, self.eps, self.min_samples = k1, k2, k3, eps, min_samples
 
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import Tags, TargetTags
+
+        return Tags(estimator_type="clusterer", target_tags=TargetTags(required=False))
+
     def fit(
         self, X: Table, y: Any = None, cameras: Table | None = None, modalities: Table | None = None
     ) -> "EMCC":
         """Cluster the rows of X into `labels_`; y is not read."""
         points = X if isinstance(X, torch.Tensor) else np.asarray(X)
-        if isinstance(points, np.ndarray) and points.dtype.kind not in "f":
-            points = points.astype(np.float64)
-        codes = [
-            c if c is None or isinstance(c, torch.Tensor) else np.asarray(c) for c in (cameras, modalities)
-        ]
-        self.labels_ = np.asarray(torch.as_tensor(emcc(points, *codes, **self.get_params())).cpu())
+        self.labels_ = np.asarray(
+            torch.as_tensor(emcc(points, cameras, modalities, **self.get_params())).cpu()
+        )
         self.n_features_in_ = points.shape[1]
         return self
 
@@ -52,11 +56,11 @@ class EMCC:
         return {name: getattr(self, name) for name in ("k1", "k2", "k3", "eps", "min_samples")}
 
     def set_params(self, **params: Any) -> "EMCC":
-        """Change settings. Errors: ValueError for a name that is none."""
+        """Change settings. Errors: ValueError for an unknown name."""
         known = self.get_params()
-        if unknown := [name for name in params if name not in known]:
-            raise ValueError(f"EMCC has no setting {unknown[0]!r}; its settings are {', '.join(known)}")
         for name, value in params.items():
+            if name not in known:
+                raise ValueError(f"EMCC has no setting {name!r}; its settings are {', '.join(known)}")
             setattr(self, name, value)
         return self
 

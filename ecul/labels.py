@@ -1,9 +1,10 @@
-"""Pseudo labels: from the features of an epoch to clusters, and to what belongs together across modalities.
+"""Pseudo labels: clusters from the features of an epoch, and matches of clusters across the modalities.
 
 ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,14 @@ class Labels:
     """Pseudo labels of one epoch over the N training images, visible ones first: (N,) int64, -1 = outlier.
 
     own: clusters of each modality, both numbered from 0. centers: their normalised means, visible (A, D) and
-    infrared (B, D). joint: clusters of both together, and selected: those left by instance selection, None in
-    a stage without joint terms. match: bool (B, A), None without matched pairs; mutual: it is one to one, so
-    that `across` labels every image.
+    infrared (B, D). joint: clusters of both modalities together, and selected: those that instance selection
+    keeps; None without joint losses. match: bool (B, A), which clusters belong together; None in stage 1.
+
+    mutual: how a match is used, from `Config.matching`.
+        True: a cluster has one match at most. Batches draw the modalities independently, and the agnostic
+        losses label every image by `across`: its own cluster, or the match of its cluster.
+        False, "bilateral": a cluster has one match or more. Batches hold matched pairs (`paired`), and the
+        agnostic losses label an image by its own cluster, or by the cluster of its partner in the pair.
     """
 
     own: torch.Tensor
@@ -36,19 +42,11 @@ class Labels:
     mutual: bool = False
 
     @classmethod
-    def from_own(
-        cls,
-        features: torch.Tensor,
-        own: torch.Tensor,
-        num_visible: int,
-        joint: torch.Tensor | None = None,
-        selected: torch.Tensor | None = None,
-        match: np.ndarray | None = None,
-    ) -> "Labels":
-        """Labels with the centres of the clusters `own` (N,) of these features (N, D)."""
+    def from_own(cls, features: torch.Tensor, own: torch.Tensor, num_visible: int, **more: Any) -> "Labels":
+        """Labels with the centres of the clusters `own` (N,) of these features (N, D); more: other fields."""
         sides = zip(features.tensor_split([num_visible]), own.tensor_split([num_visible]), strict=True)
         visible, infrared = (cluster_means(x, y) for x, y in sides)
-        return cls(own, num_visible, (visible, infrared), joint, selected, match)
+        return cls(own, num_visible, (visible, infrared), **more)
 
     @property
     def sides(self) -> dict[str, torch.Tensor]:
@@ -58,12 +56,19 @@ class Labels:
 
     @property
     def enough(self) -> bool:
-        """Whether there is something to tell apart: two clusters in each modality."""
+        """Whether there is something to learn: two clusters or more in each modality."""
         return min(map(count_clusters, self.sides.values())) >= 2
 
+    @property
+    def paired(self) -> bool:
+        """Whether batches must hold matched pairs, see `mutual`."""
+        return self.match is not None and not self.mutual
+
     def across(self, modality: str) -> torch.Tensor:
-        """(N,) int64: the cluster of this modality that each image belongs to, through `match` where it has
-        one match at most: its own, or its match's, -1 = none."""
+        """(N,) int64: each image's cluster of this modality: its own, or its cluster's match; -1 = none.
+
+        For mutual matches, where a cluster has one match at most.
+        """
         assert self.match is not None
         match = self.match if modality == "visible" else self.match.T  # other x this
         of = np.append(np.where(match.any(1), match.argmax(1), -1), -1)
@@ -89,32 +94,32 @@ def assign_labels(
     stage: int,
     exchanged: torch.Tensor | None = None,
 ) -> Labels:
-    """Cluster each modality and, in stage 2, their union; match clusters across modalities.
+    """Cluster each modality; in stage 2 also cluster their union and match clusters across modalities.
 
     features: (N, D) unit rows; exchanged: (W, num_visible, D), more views of the visible images to match by.
-    All processes call with the same bits; they share the clustering, and process 0's selection and matches
-    count, as a product in floating point may differ between processors.
+    All processes call with the same bits and share the clustering. Selection and matches are those of process
+    0, because floating-point products may differ between processors.
     """
     border = images.num_visible
     parts = zip(features.tensor_split([border]), images.cameras.tensor_split([border]), strict=True)
     own = torch.cat([cluster(x, cameras, None, config, together=True) for x, cameras in parts])
-    labels = replace(Labels.from_own(features, own, border), mutual=config.matching == "mutual")
-    if stage == 2 and labels.enough:
-        joint = selected = match = None
-        if config.weight_joint > 0:
-            everyone = (features, images.cameras, images.modalities)
-            joint = selected = cluster(*everyone, config, "_joint", together=True)
-        if joint is not None and config.k_select is not None:
+    labels = Labels.from_own(features, own, border, mutual=config.matching == "mutual")
+    if stage == 1 or not labels.enough:
+        return labels
+    if config.weight_joint > 0:
+        joint = selected = cluster(
+            features, images.cameras, images.modalities, config, "_joint", together=True
+        )
+        if config.k_select is not None:
             (v, r), (y_v, y_r) = features.tensor_split([border]), joint.tensor_split([border])
             selected = distributed.broadcast(torch.cat(select_instances(v, r, y_v, y_r, config.k_select)))
-        if config.pairs == "matched":
-            visible, infrared = labels.centers
-            if exchanged is not None:
-                more = [cluster_means(view, own[:border]) for view in exchanged]
-                visible = torch.stack([visible, *more])
-            matched = match_clusters(visible, infrared, config.matching)
-            match = distributed.broadcast(matched).cpu().numpy()
-        labels = replace(labels, joint=joint, selected=selected, match=match)
+        labels = replace(labels, joint=joint, selected=selected)
+    if config.pairs == "matched":
+        visible, infrared = labels.centers
+        if exchanged is not None:
+            visible = torch.stack([visible, *(cluster_means(view, own[:border]) for view in exchanged)])
+        match = distributed.broadcast(match_clusters(visible, infrared, config.matching))
+        labels = replace(labels, match=match.cpu().numpy())
     return labels
 
 
@@ -126,6 +131,6 @@ def cluster(
     joint: str = "",
     together: bool = False,
 ) -> torch.Tensor:
-    """`emcc` with the sizes that `config` has for one modality, or for both (joint="_joint")."""
+    """`emcc` with the sizes of `config` for one modality, or for both with joint="_joint"."""
     sizes = {name: getattr(config, name + joint) for name in ("k1", "k2", "k3", "eps")}
     return emcc(features, cameras, modalities, **sizes, min_samples=config.min_samples, together=together)

@@ -3,50 +3,53 @@
 MBCCM: https://arxiv.org/abs/2305.12673, ECUL: https://arxiv.org/abs/2412.19134
 """
 
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from ecul.common.arrays import as_tensor
 from ecul.kernels import topk_similarity
 
-RULES = ("bilateral", "nearest", "mutual")
-Rows = TypeVar("Rows", torch.Tensor, np.ndarray)
 
-
-def match_clusters(visible: Rows, infrared: Rows, rule: str = "bilateral") -> Rows:
-    """Which infrared cluster belongs with which visible one: two assignments, each widened, united.
+def match_clusters(visible: Any, infrared: Any, rule: str = "bilateral") -> Any:
+    """Which infrared cluster belongs with which visible cluster: a bool matrix (B infrared, A visible).
 
         D = 2 - 2 * infrared @ visible.T
         match[i] |= D[i] <= D[i, j]          for (i, j) of the one-to-one assignment
         match[:, j] |= D[:, j] <= D[i, j]    for (i, j) of the assignment that covers the bigger side
 
+    Rows are infrared and columns visible. Where a code base wants one match of each cluster, the nearest one:
+
+        near = np.where(match, infrared @ visible.T, -np.inf)     # of unit rows
+        r2i = dict(enumerate(near.argmax(0)))    # the infrared cluster of each visible one
+        i2r = dict(enumerate(near.argmax(1)))    # the visible cluster of each infrared one
+
     visible: (A, D) and infrared: (B, D) cluster centres, tensors or arrays; rows are normalised here.
-    rule: "bilateral", as above; "nearest": each cluster with its nearest one, a baseline for ablations;
-    "mutual" [R]: those that are each other's nearest once the mean centre of each side is taken off, where
-    visible may be (W, A, D), W views of the clusters with a mean each, of which the most similar one counts.
-    Returns a bool (B, A) of the kind given (a tensor on the input's device, or an array). Every row and
-    every column has a match, or with "mutual" at most one. The result is not symmetric when A != B.
+    rule: "bilateral", as above; every row and every column has a match. "mutual" [R]: pairs that are each
+    other's nearest after the mean centre of each side is subtracted; a row or column has one match at most.
+    With "mutual", visible may be (W, A, D): W views of the clusters, each with its own mean, and the most
+    similar view counts.
+    Returns the kind given: a tensor on the device of `visible`, or an array. Not symmetric when A != B.
     Errors: ValueError for an empty side, sizes that differ, zero or non-finite rows, an unknown rule.
     Source: MBCCM section 3.2 and its published code.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    views: list[Rows] = list(visible) if rule == "mutual" and visible.ndim == 3 else [visible]
-    if not views:
+    if rule not in ("bilateral", "mutual"):
+        raise ValueError(f"rule must be bilateral or mutual, got {rule!r}")
+    given, infrared = as_tensor("visible", visible), _unit_rows("infrared", infrared)
+    views = given if rule == "mutual" and given.ndim == 3 else given[None]
+    if not len(views):
         raise ValueError("visible must be at least one view of the clusters, got none")
-    sides = [*(_unit_rows(view, "visible") for view in views), _unit_rows(infrared, "infrared")]
-    if len({side.shape[1] for side in sides}) > 1:
-        sizes = f"{sides[0].shape[1]} and {sides[-1].shape[1]}"
+    sides = [infrared, *(_unit_rows("visible", view) for view in views)]
+    if sides[0].shape[1] != sides[1].shape[1]:
+        sizes = f"{sides[1].shape[1]} and {sides[0].shape[1]}"
         raise ValueError(f"visible and infrared must have as many features as each other, got {sizes}")
     if rule == "mutual":
         sides = [_without_mean(side) for side in sides]
-    distance = np.minimum.reduce([2 - 2 * sides[-1] @ view.T for view in sides[:-1]])
-    matched = {"bilateral": _bilateral, "nearest": _nearest, "mutual": _mutual}[rule](distance)
-    if isinstance(visible, torch.Tensor):
-        return torch.from_numpy(matched).to(visible.device)
-    return matched
+    distance = np.minimum.reduce([2 - 2 * sides[0] @ view.T for view in sides[1:]])
+    matched = _bilateral(distance) if rule == "bilateral" else _mutual(distance)
+    return torch.from_numpy(matched).to(given.device) if given is visible else matched
 
 
 def _bilateral(distance: np.ndarray) -> np.ndarray:
@@ -59,10 +62,6 @@ def _bilateral(distance: np.ndarray) -> np.ndarray:
     return matched
 
 
-def _nearest(distance: np.ndarray) -> np.ndarray:
-    return (distance == distance.min(0)) | (distance == distance.min(1, keepdims=True))
-
-
 def _mutual(distance: np.ndarray) -> np.ndarray:
     matched, rows = np.zeros(distance.shape, dtype=bool), np.arange(len(distance))
     columns = distance.argmin(1)
@@ -71,13 +70,13 @@ def _mutual(distance: np.ndarray) -> np.ndarray:
 
 
 def _without_mean(rows: np.ndarray) -> np.ndarray:
-    """Unit rows of what sets each one apart from their mean; zero where nothing does."""
+    """Each row minus the mean row, as a unit row; a row equal to the mean becomes zero."""
     apart = rows - rows.mean(0)
     return apart / np.maximum(np.linalg.norm(apart, axis=1, keepdims=True), 1e-12)
 
 
 def _assign(distance: np.ndarray) -> list[tuple]:
-    """Minimum-cost pairs (rows, columns): one-to-one, and with each cluster of the bigger side once."""
+    """Minimum-cost pairs (rows, columns): one-to-one, and with every cluster of the bigger side once."""
     if distance.shape[0] > distance.shape[1]:
         return [pairs[::-1] for pairs in _assign(distance.T)]
     small, big = distance.shape
@@ -86,19 +85,19 @@ def _assign(distance: np.ndarray) -> list[tuple]:
     return [linear_sum_assignment(distance), (rows % small, columns)]
 
 
-def _unit_rows(centers: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
-    rows = np.asarray(
-        centers.detach().cpu().double() if isinstance(centers, torch.Tensor) else centers, dtype=np.float64
-    )
+def _unit_rows(name: str, centers: Any) -> np.ndarray:
+    rows = as_tensor(name, centers).detach().cpu().double().numpy()
     if rows.ndim != 2 or rows.shape[0] == 0:
         raise ValueError(
             f"{name} must be a (clusters, features) matrix of at least one cluster, got {rows.shape}; "
-            "a modality without clusters cannot be matched: loosen eps or min_samples"
+            "a modality without clusters cannot be matched: raise eps or lower min_samples"
         )
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not np.isfinite(norms).all() or (norms == 0).any():
-        bad = int(np.flatnonzero(~np.isfinite(norms[:, 0]) | (norms[:, 0] == 0))[0])
-        raise ValueError(f"{name} centres must be finite and not zero, got row {bad} = {rows[bad, :4]}...")
+    bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+    if len(bad):
+        raise ValueError(
+            f"{name} centres must be finite and not zero, got row {bad[0]} = {rows[bad[0], :4]}..."
+        )
     return rows / norms
 
 
@@ -109,14 +108,14 @@ def select_instances(
     labels_infrared: torch.Tensor,
     k: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inter-modality instance selection: joint labels that a mutual neighbour across modalities confirms.
+    """Inter-modality instance selection: keep the joint labels that a neighbour across modalities confirms.
 
-        keeps its label <=> some j of the k nearest of the other modality has the same joint label
-                            and counts the image among its own k nearest across
+    Image i keeps its label if some image j of the other modality has the same label, j is among the k nearest
+    of i there, and i is among the k nearest of j.
 
     visible: (A, D), infrared: (B, D) unit features; labels: (A,), (B,) int64 joint labels, -1 = outlier; k is
-    clamped to the sizes. Returns both label vectors with -1 for every image that is not confirmed.
-    Source: ECUL (that images are selected across modalities); the rule is our reconstruction [R].
+    clamped to the sizes. Returns both label vectors, with -1 for every image that is not confirmed.
+    Source: ECUL selects images across modalities; this rule is our reconstruction [R].
     """
     if len(visible) == 0 or len(infrared) == 0:
         return torch.full_like(labels_visible, -1), torch.full_like(labels_infrared, -1)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from ecul.clustering import (
     neighbor_graph,
     rank_neighbors,
     reciprocal_encodings,
+    unit_rows,
 )
 from ecul.kernels import topk_similarity
 
@@ -163,9 +163,10 @@ def test_every_step_equals_its_part_of_the_oracle(seed, size, cameras, modalitie
     features, camera, modality = world(seed, size, 6, cameras, modalities)
     k3 = None if more is None else k2 + more
     order, _ = oracle_ranks(features)
-    ranks = rank_neighbors(features, k=max(k1, k3 or k2))
+    points = unit_rows(features)
+    ranks = rank_neighbors(points, k=max(k1, k3 or k2))
     np.testing.assert_array_equal(ranks, order[:, : max(k1, k3 or k2)])
-    encodings = reciprocal_encodings(features, ranks, k1=k1)
+    encodings = reciprocal_encodings(points, ranks, k1=k1)
     expected = oracle_encodings(features, k1)
     np.testing.assert_allclose(dense(*encodings), expected, atol=1e-6)
     np.testing.assert_array_equal(dense(*encodings) > 0, expected > 0)
@@ -206,7 +207,8 @@ def test_half_sets_round_half_to_even_as_published():
     for k1, half in ((25, 13), (35, 19), (41, 21), (27, 15)):
         angles = np.linspace(0, 1.5, 120) ** 1.1
         features = np.stack([np.cos(angles), np.sin(angles)], 1)
-        encodings = reciprocal_encodings(features, rank_neighbors(features, k1), k1)
+        points = unit_rows(features)
+        encodings = reciprocal_encodings(points, rank_neighbors(points, k1), k1)
         expected = np.zeros((120, 120))
         order, _ = oracle_ranks(features)
         for i in range(120):
@@ -220,7 +222,7 @@ def test_half_sets_round_half_to_even_as_published():
 
 
 def test_a_point_comes_before_its_duplicates():
-    ranks = rank_neighbors(np.ones((5, 4)), k=3)
+    ranks = rank_neighbors(unit_rows(np.ones((5, 4))), k=3)
     assert ranks.tolist() == [[0, 1, 2], [1, 0, 2], [2, 0, 1], [3, 0, 1], [4, 0, 1]]
 
 
@@ -259,9 +261,28 @@ def test_portions_repetitions_kinds_and_dtypes_do_not_change_the_labels(monkeypa
     )
     coarse = tensors[0].bfloat16()
     np.testing.assert_array_equal(emcc(coarse, *tensors[1:]), emcc(coarse.double(), *tensors[1:]))
-    monkeypatch.setattr("ecul.encodings.ROWS", 7)
-    monkeypatch.setattr("ecul.common.exact.ROWS", 7)
+    monkeypatch.setattr("ecul.clustering.STRIP_ROWS", 7)
+    monkeypatch.setattr("ecul.common.exact.STRIP_ROWS", 7)
     np.testing.assert_array_equal(emcc(features, camera, modality), labels)
+
+
+def test_arrays_of_any_kind_give_the_labels_of_plain_ones():
+    features, camera, modality = world(0, 60, 5, 3, 2)
+    options = {"k1": 8, "k2": 3, "k3": 6}
+    labels = emcc(features, camera, modality, **options)
+    assert labels.max() > 1
+    locked, fields = features.copy(), np.zeros(60, [("odd", "u1"), ("x", "f4", features.shape[1])])
+    locked.flags.writeable, fields["x"] = False, features
+    for kind in (
+        features.tolist(), features[::-1].copy()[::-1], features.astype(">f4"), np.longdouble(features),
+        locked, fields["x"], [torch.from_numpy(row) for row in features],
+    ):  # fmt: skip
+        found = emcc(kind, camera, modality, **options)
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found, labels)
+    for codes in (camera.tolist(), camera.astype(">i2"), camera.astype(np.uint64), camera[::-1].copy()[::-1]):
+        np.testing.assert_array_equal(emcc(features, codes, modality, **options), labels)
+    assert emcc(np.ones((1, 3))[::-1]).tolist() == emcc([[1, 2]]).tolist() == [-1]
 
 
 def test_sizes_beyond_the_points_and_hardly_any_points():
@@ -288,8 +309,15 @@ def test_plain_query_expansion_is_extension_over_one_group():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"features": [[1.0, 2.0]]}, TypeError, "features must be a torch tensor or a NumPy array, got list"),
-        ({"features": np.ones((3, 2), int)}, TypeError, "features must be floating point"),
+        (
+            {"features": "file.npy"},
+            TypeError,
+            "features must be a tensor or an array of .* numbers, got 'file",
+        ),
+        ({"features": [[1, 2], [3]]}, ValueError, "features must be an array of numbers: .*inhomogeneous"),
+        ({"features": [["a", "b"]]}, TypeError, "features must be an array of real numbers, got <U1"),
+        ({"features": torch.ones(3, 2).to_sparse()}, TypeError, "features must be a dense tensor"),
+        ({"features": torch.ones(3, 2, device="meta")}, TypeError, "features must be a dense tensor.* meta"),
         ({"features": np.ones(3)}, ValueError, r"features must have shape \(N, D\), got \(3,\)"),
         ({"features": np.array([[1, 1], [1, np.nan], [1, 1]])}, ValueError, "row 1 is not finite"),
         ({"features": np.array([[1, 1], [1, 1], [np.inf, 1]])}, ValueError, "row 2 is not finite"),
@@ -305,11 +333,13 @@ def test_plain_query_expansion_is_extension_over_one_group():
         ({"modalities": np.zeros(4, int)}, ValueError, "modalities must have one entry a point"),
         ({"k1": 0}, ValueError, "k1 must be at least 1, got 0"),
         ({"k1": 2.5}, TypeError, "k1 must be an integer"),
+        ({"k1": torch.tensor(3)}, TypeError, r"k1 must be an integer, got tensor\(3\)"),
+        ({"eps": torch.tensor(0.5)}, ValueError, "eps must be a number in"),
         ({"k2": 0}, ValueError, "k2 must be at least 1, got 0"),
         ({"k2": 5, "k3": 4}, ValueError, "k3 must be at least k2 = 5, or None"),
-        ({"eps": 0}, ValueError, r"eps must lie in \(0, 1\], got 0"),
-        ({"eps": 1.5}, ValueError, r"eps must lie in \(0, 1\], got 1.5"),
-        ({"eps": float("nan")}, ValueError, "eps must lie in"),
+        ({"eps": 0}, ValueError, r"eps must be a number in \(0, 1\], got 0"),
+        ({"eps": 1.5}, ValueError, r"eps must be a number in \(0, 1\], got 1.5"),
+        ({"eps": float("nan")}, ValueError, "eps must be a number in"),
         ({"min_samples": 0}, ValueError, "min_samples must be at least 1, got 0"),
     ],
 )
@@ -319,14 +349,19 @@ def test_bad_input_says_what_is_wrong(change, error, message):
 
 
 def test_steps_on_their_own_say_what_is_wrong():
-    features = np.ones((5, 2))
-    with pytest.raises(ValueError, match=r"ranks must have shape \(5, 4 or more\), got \(5, 2\)"):
-        reciprocal_encodings(features, rank_neighbors(features, 2), k1=4)
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        rank_neighbors(features, 0)
-    encodings = reciprocal_encodings(features, rank_neighbors(features, 2), k1=2)
-    with pytest.raises(ValueError, match="ranks must have shape"):
-        extend_encodings(*encodings, rank_neighbors(features, 2), k2=2, k3=3)
+    points = unit_rows(np.ones((5, 2)))
+    ranks = rank_neighbors(points, 2)
+    encodings = reciprocal_encodings(points, ranks, k1=2)
+    for call, message in {
+        (lambda: reciprocal_encodings(points, ranks, k1=4)): r"ranks .* \(5, 4 or more\), got \(5, 2\)",
+        (lambda: rank_neighbors(points, 0)): "k must be at least 1",
+        (lambda: extend_encodings(*encodings, ranks, k2=2, k3=3)): "ranks must have shape",
+        (lambda: extend_encodings(*encodings, ranks, k2=5, k3=3)): "k3 must be at least k2 = 5",
+        (lambda: rank_neighbors(np.ones((5, 2), np.float32), 2)): "points must be unit rows",
+        (lambda: reciprocal_encodings(points.astype(float), ranks, 2)): "points must be unit rows",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize(
@@ -377,22 +412,6 @@ def test_the_default_dtype_of_torch_changes_nothing():
     assert torch.equal(found[0], again[0]) and again[1][0].dtype == torch.float32
     assert all(map(torch.equal, found[1], again[1]))
     assert rows.dtype == memory.features.dtype == model.bottleneck.weight.dtype == torch.float32
-
-
-def test_an_interruption_leaves_nothing_behind(monkeypatch):
-    features, camera, modality = world(0, 60, 4, 2, 2)
-    labels = emcc(features, camera, modality)
-    before = threading.active_count()
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("scipy.sparse.csr_matrix.minimum", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            emcc(features, camera, modality)
-    assert threading.active_count() == before
-    np.testing.assert_array_equal(emcc(features, camera, modality), labels)
 
 
 def in_a_process(code, **environment):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.base import clone
+from sklearn.base import clone, is_clusterer
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer
 
@@ -45,9 +46,14 @@ def test_settings_are_scikit_learns(points):
     assert again.n_features_in_ == 16
     whole = make_pipeline(Normalizer(), EMCC(**SIZES))
     np.testing.assert_array_equal(whole.fit_predict(points), emcc(points, **SIZES))
+    assert "EMCC" in whole._repr_html_() and is_clusterer(whole)
+    search = GridSearchCV(
+        whole, {"emcc__min_samples": [40, 3]}, scoring=lambda model, x, y=None: len(set(model.fit_predict(x)))
+    )
+    assert search.fit(points).best_params_ == {"emcc__min_samples": 3}
     with pytest.raises(ValueError, match="EMCC has no setting 'k4'; its settings are k1"):
         model.set_params(k4=1)
-    with pytest.raises(ValueError, match="eps must lie in"):
+    with pytest.raises(ValueError, match="eps must be a number in"):
         EMCC(eps=2).fit(points)
 
 

@@ -1,34 +1,36 @@
-"""Arithmetic that every device, processor and number of threads rounds alike.
+"""Arithmetic that gives the same bits on every device and with any number of threads.
 
-Features, encodings and weights are multiples of 2**-26 (`on_grid`): what is summed then are multiples of
-2**-52, the sums are below 2, and float64 holds them exactly, in whatever order they come. All else treats
-each entry by itself.
+Features, encodings and weights are multiples of 2**-26 (`on_grid`). Their products are multiples of 2**-52
+and sums stay below 2, so float64 holds every sum exactly, in any order. All other steps work entry by entry.
 """
 
 import torch
 
-ROWS = 8192  # rows that are widened to float64 at a time
+from ecul.common.arrays import same_kind
+
+STRIP_ROWS = 8192  # rows that a step handles at a time, where it needs more than O(k) memory a row
 
 
+@same_kind
 def unit_rows(features: torch.Tensor) -> torch.Tensor:
-    """`F.normalize(features, dim=1)` on the grid: (N, D) float32, from floating point of any kind.
+    """`F.normalize(features, dim=1)` on the grid: (N, D) float32, from real numbers of any dtype.
 
-    Errors: TypeError for anything else; ValueError for another shape, a row that is not finite or all zeros.
+    Errors: TypeError for another kind; ValueError for another shape, a row that is not finite or all zeros.
     """
     if not isinstance(features, torch.Tensor):
-        raise TypeError(f"features must be a torch tensor or a NumPy array, got {type(features).__name__}")
-    if not features.is_floating_point():
-        raise TypeError(f"features must be floating point, got {features.dtype}: try features.float()")
+        raise TypeError(f"features must be a tensor or an array of (N, D) numbers, got {features!r}")
+    if features.is_complex():
+        raise TypeError(f"features must be real numbers, got {features.dtype}")
     if features.ndim != 2:
         raise ValueError(f"features must have shape (N, D), got {tuple(features.shape)}")
-    strips = features.detach().split(ROWS)
+    strips = features.detach().split(STRIP_ROWS)
     norms = torch.cat([_row_sums(rows.float().double().square_()).sqrt().float()[:, None] for rows in strips])
     for bad, what in ((~norms.isfinite(), "not finite"), (norms == 0, "all zeros")):
         if bad.any():
             row, count = int(bad.flatten().nonzero()[0]), int(bad.sum())
             raise ValueError(f"features must be finite, no row zero; row {row} is {what} ({count} such rows)")
     points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-    for rows, part, sizes in zip(strips, points.split(ROWS), norms.split(ROWS), strict=True):
+    for rows, part, sizes in zip(strips, points.split(STRIP_ROWS), norms.split(STRIP_ROWS), strict=True):
         part.copy_(on_grid(rows.float() / sizes))
     return points
 
@@ -39,7 +41,7 @@ def on_grid(values: torch.Tensor) -> torch.Tensor:
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
-    """exp of float64 from -4 to 0, to 12 digits, in steps that every device rounds alike."""
+    """exp of float64 values in [-4, 0], to 12 digits; every device rounds these steps alike."""
     x = x / 64
     power = torch.ones_like(x)
     for n in range(8, 0, -1):
@@ -50,7 +52,7 @@ def exp(x: torch.Tensor) -> torch.Tensor:
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
-    """The sum of each row, in an order of its own, which no device changes; overwrites `values`."""
+    """The sum of each row, by halving: the order is the same on every device. Overwrites `values`."""
     while values.shape[1] > 1:
         half = (values.shape[1] + 1) // 2
         rest = values[:, half:]

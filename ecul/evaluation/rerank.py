@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from ecul.clustering import extend_encodings, rank_neighbors, reciprocal_encodings
+from ecul.clustering import extend_encodings, rank_neighbors, reciprocal_encodings, unit_rows
 from ecul.kernels import topk_similarity
 
 K1, K2, WEIGHT = 20, 6, 0.3
@@ -31,7 +31,7 @@ def reranked(query: torch.Tensor, gallery: torch.Tensor, name: str) -> Callable[
     neighbours, averaged over the k2 nearest. "modality": `reciprocal_encodings`, averaged over the k2 nearest
     of each modality among the k1 nearest. Errors: those of `rank_neighbors`.
     """
-    points = torch.cat([query, gallery]).float().cpu()
+    points = unit_rows(torch.cat([query, gallery]).float().cpu())
     first, rows = len(query), torch.arange(len(points))
     largest = torch.full((len(points),), 2.0)
     if name == "modality":

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 
 from ecul import MODALITIES
-from ecul.clustering import dbscan, extend_encodings, neighbor_graph, rank_neighbors, reciprocal_encodings
+from ecul.clustering import (
+    dbscan,
+    extend_encodings,
+    neighbor_graph,
+    rank_neighbors,
+    reciprocal_encodings,
+    unit_rows,
+)
 from ecul.common import logs
 from ecul.config import Config
 from ecul.data.dataset import Dataset
@@ -62,7 +69,7 @@ def tune(
     sizes = [k1] if isinstance(k1, int) else list(k1)
     if not sizes or not len(eps):
         raise ValueError(f"k1 and eps need at least one value, got {k1} and {eps}")
-    points = torch.nn.functional.normalize(features.float(), dim=1)
+    points = unit_rows(features)
     ranks = rank_neighbors(points, max(*sizes, k2, k3 or 0))
     rows = []
     with logs.progress(len(sizes) * len(eps), "tune", "setting") as bar:

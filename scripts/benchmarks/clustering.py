@@ -56,8 +56,9 @@ def world(size, dim, identities, noise, cameras=6, seed=0):
 def steps(features, cameras, modalities, step):
     """Every step of `emcc` by itself, through step(name, work): what each of them returns."""
     k1, k2, k3 = SIZES.values()
-    ranks = step("neighbours", lambda: clustering.rank_neighbors(features, k1))
-    encodings = step("encodings", lambda: clustering.reciprocal_encodings(features, ranks, k1))
+    points = clustering.unit_rows(features)
+    ranks = step("neighbours", lambda: clustering.rank_neighbors(points, k1))
+    encodings = step("encodings", lambda: clustering.reciprocal_encodings(points, ranks, k1))
     options = {"cameras": cameras, "modalities": modalities, "k2": k2, "k3": k3}
     extended = step("extension", lambda: clustering.extend_encodings(*encodings, ranks, **options))
     graph = step("neighbour graph", lambda: clustering.neighbor_graph(*extended, eps=DBSCAN["eps"]))
@@ -132,8 +133,9 @@ def _ours(size, dim, identities, noise, device, n):
     reset_peak_memory(device)
     median, labels = seconds(lambda: clustering.emcc(features, *codes, **SIZES, **DBSCAN), device, n)
     peak = peak_memory(device)
-    ranks = clustering.rank_neighbors(features, SIZES["k1"])
-    encodings = clustering.reciprocal_encodings(features, ranks, SIZES["k1"])
+    points = clustering.unit_rows(features)
+    ranks = clustering.rank_neighbors(points, SIZES["k1"])
+    encodings = clustering.reciprocal_encodings(points, ranks, SIZES["k1"])
     extended = clustering.extend_encodings(*encodings, ranks, *codes, k2=SIZES["k2"], k3=SIZES["k3"])
     return {
         "seconds": median,

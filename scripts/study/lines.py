@@ -50,7 +50,6 @@ BOTH = {
 PARTS_OF_BOTH = {
     "no instance selection": {"k_select": None},
     "no joint contrast": {"weight_joint": 0.0},
-    "nearest centre instead of bilateral": {"matching": "nearest"},
     "no consistency": {"weight_consistency": 0.0},
     "no consistency, no agnostic contrast": NO_CROSS,
 }
@@ -78,7 +77,6 @@ LINES = {  # name: (the line it is compared with, its fields)
     **_parts("united with TSMem", "TSMem", TSMEM),
     "TSMem, first step alone": ("united with TSMem", {**TSMEM, "tsmem_switch": 10**6}),
     "TSMem, second step alone": ("united with TSMem", {**TSMEM, "tsmem_switch": 0}),
-    "mbccm, nearest centre": ("mbccm", {**MBCCM, "matching": "nearest"}),
     "mbccm, no consistency": ("mbccm", {**MBCCM, "weight_consistency": 0.0}),
     "mbccm, no consistency, no agnostic contrast": ("mbccm", {**MBCCM, **NO_CROSS}),
 }
