@@ -92,8 +92,8 @@ def draw_batches(
     of, cameras, modalities = (x.cpu().numpy() for x in (table, images.cameras, images.modalities))
     visible, infrared = (Clusters(np.where(modalities == m, of, -1), cameras) for m in (0, 1))
     chosen = choose([*visible.rows], [*infrared.rows], config.identities, rng)
-    if labels.paired:
-        chosen = matched_clusters(labels.match, config.identities, rng)
+    if labels.pairing is not None:
+        chosen = matched_clusters(labels.pairing, config.identities, rng)
     for _ in range(config.iterations):
         yield (
             visible.draw(next(chosen), config.instances, rng),

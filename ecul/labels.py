@@ -29,7 +29,7 @@ class Labels:
     mutual: how a match is used, from `Config.matching`.
         True: a cluster has one match at most. Batches draw the modalities independently, and the agnostic
         losses label every image by `across`: its own cluster, or the match of its cluster.
-        False, "bilateral": a cluster has one match or more. Batches hold matched pairs (`paired`), and the
+        False, "bilateral": a cluster has one match or more. Batches hold matched pairs (`pairing`), and the
         agnostic losses label an image by its own cluster, or by the cluster of its partner in the pair.
     """
 
@@ -60,9 +60,9 @@ class Labels:
         return min(map(count_clusters, self.sides.values())) >= 2
 
     @property
-    def paired(self) -> bool:
-        """Whether batches must hold matched pairs, see `mutual`."""
-        return self.match is not None and not self.mutual
+    def pairing(self) -> np.ndarray | None:
+        """`match` if batches must hold matched pairs, else None, see `mutual`."""
+        return None if self.mutual else self.match
 
     def across(self, modality: str) -> torch.Tensor:
         """(N,) int64: each image's cluster of this modality: its own, or its cluster's match; -1 = none.

@@ -153,7 +153,7 @@ def _agnostic(term: Contrast, weight: float, labels: Labels) -> Contrast:
     shared = replace(
         term, name=f"agnostic_{modality}", weight=weight, memory=copy.deepcopy(term.memory), modality=None
     )
-    if labels.paired:
+    if labels.pairing is not None:
         return replace(shared, paired=modality)
     table = labels.across(str(modality))
     return replace(shared, labels=table, slots=table)
