@@ -1,71 +1,73 @@
 """The commands of `ecul`: each is a thin caller of the Python functions, in the order of its help."""
 
 import argparse
+import dataclasses
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import ecul
 from ecul import MODALITIES
 from ecul.common.names import printable, shorten
-from ecul.common.tables import FORMATS
+from ecul.common.tables import FORMATS, render_table
 from ecul.config import DATASETS, METHODS, Config
 from ecul.shell import arg, command, main, numbers, pair, parser
 
 __all__ = ["main", "parser"]
 log = logging.getLogger("ecul")
-MODEL = "a run directory, a directory of save_pretrained, or a model.safetensors"
-NAMES = "sysu, regdb, llcm, market, or folders (of one's own: root/visible and root/infrared)"
+NAMES = "sysu, regdb, llcm, market, or folders (your own images: root/visible and root/infrared)"
 OPTIONS = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
-TRAINED_ON = "pixels of the images that it was trained with, which no file says (default: 288 144)"
+TRAINED_ON = "height and width of its training images, which the file does not say (default: 288 144)"
 POOLING = "how the model pools (default: as the file says, where it does); AGW's base: avg, all else: gem"
 FIELDS = "a field of Config, for instance iterations=100 or size=[256,128]; may be repeated"
-RESUME = "go on with the run in the directory, by its own settings but for those given here"
+RESUME = "continue the run in the directory, with its own settings except those given here"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
 LOGS = "also write log.csv, or files for TensorBoard, into the run directory; may be repeated"
-APART = "0 to 1, how far apart the modalities are (default: 0, shape and pattern carry over whole)"
-UNKNOWN = "share of unknown people that may be taken for somebody (default: 0.1), once `threshold` was run"
+APART = "0 to 1, how far apart the modalities are (default: 0, both show the same shapes and patterns)"
+UNKNOWN = "false-accept rate for unknown people (default: 0.1)"
+SKIP = "leave out images that cannot be read, and list them"
 FLAG: dict[str, Any] = {"action": "store_true"}
 RERANK: dict[str, Any] = {
     "nargs": "?", "const": "k-reciprocal", "choices": ("k-reciprocal", "modality"),
-    "help": "(after the other arguments) order answers by the neighbourhoods of queries and gallery "
-    "together: k-reciprocal ones (default), or those that count both modalities alike",
+    "help": "(after the other arguments) re-rank by the neighbourhoods of queries and gallery together: "
+    "k-reciprocal ones (default), or those that count both modalities alike",
 }  # fmt: skip
-PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
+PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
 OPTION = arg("--option", **PAIRS, metavar="NAME=VALUE", help=OPTIONS)
-SKIP = "leave out images that cannot be read, and list them"
 DATASET = (
     arg("dataset", help=NAMES),
     arg("root", help="the folder of the data set, as downloaded"),
     OPTION,
     arg(
         "--skip-unreadable", action="append_const", dest="option", const=("skip_unreadable", True),
-        help=f"folders of one's own: {SKIP}",
+        help=f"your own folders: {SKIP}",
     ),
 )  # fmt: skip
+MODEL = (
+    arg("--model", help="a run directory, a directory of save_pretrained, or a model.safetensors"),
+    arg("model", nargs="?", default=argparse.SUPPRESS, help="the same without --model"),
+)
 DEVICE = arg("--device", help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
 FORMAT = arg("--format", choices=FORMATS, default="text", help="of the table (default: text)")
 JSON = arg("--json", **FLAG, help="print JSON instead of text")
-PRESET = arg(
-    "--preset", choices=DATASETS, help="whose sizes (default: the run's, else the data set's or sysu's)"
-)
+OUTPUT = arg("-o", "--output", required=True, help="the file or directory to write")
+PICTURE = arg("-o", "--output", help="a .png to draw the result in")
+ROOT = arg("--root", help="the folder of the data set (default: its place in training)")
+PRESET = arg("--preset", choices=DATASETS, help="whose settings (default: the run's, else the data set's)")
 METHOD = arg("--method", choices=METHODS, help="the method (default: united)")
 READING = (
-    arg("--skip-unreadable", **FLAG, help=f"{SKIP}; a run trained so does it by itself"),
+    arg("--skip-unreadable", **FLAG, help=f"{SKIP}; the default for a run that was trained so"),
     arg("--batch-size", type=int, default=256, help="images at a time (default: 256), halved when too many"),
 )
 
 
 @command(
     "Train without identity labels; the run directory holds model, log and configuration.",
-    *DATASET, DEVICE, METHOD,
-    arg("-o", "--output", required=True, help="the run directory"),
-    arg("--preset", choices=DATASETS, help="whose settings (default: those of the data set, else sysu's)"),
+    *DATASET, DEVICE, METHOD, OUTPUT, PRESET,
     arg("--resume", **FLAG, help=RESUME),
-    arg("--config", metavar="FILE", help="settings to start from: a run's config.json, or fields of it"),
+    arg("--config", metavar="FILE", help="settings to start from, such as a run's config.json"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
     arg("--log", action="append", choices=("csv", "tensorboard"), default=[], help=LOGS),
     arg("--trials", type=numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),
@@ -99,9 +101,25 @@ def train(args: argparse.Namespace) -> None:
 
 
 @command(
+    "List the fields of Config with their values and what they mean, as --set FIELD=VALUE takes them.",
+    arg("--preset", choices=DATASETS, default="sysu", help="whose values (default: sysu)"),
+    METHOD, FORMAT,
+)  # fmt: skip
+def config(args: argparse.Namespace) -> None:
+    values = Config.preset(args.preset, args.method or "united").to_dict()
+    rows = []
+    for own in dataclasses.fields(Config):
+        told, rule = own.metadata.get("about", ""), own.metadata["rule"].words
+        rows.append({"field": own.name, "value": json.dumps(values[own.name]), "meaning": told, "must": rule})
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    print(render_table(args.format, f"{args.preset}, {args.method or 'united'}", lines, rows))
+
+
+@command(
     "Evaluate a trained model with the data set's published protocol; several models are averaged.",
     *DATASET, DEVICE,
-    arg("--model", required=True, nargs="+", help=f"{MODEL}; all of train --trials; several are averaged"),
+    arg("--model", nargs="+", help="models or runs; the directory of train --trials is all its runs"),
+    arg("model", nargs="*", default=argparse.SUPPRESS, help="the same without --model"),
     arg("--trials-of", type=int, nargs="+", help="RegDB: the trial of each model whose run is not known"),
     arg("--modes", nargs="+", help="rows of the protocol, for instance all indoor (default: all rows)"),
     arg("--shots", type=int, nargs="+", help="SYSU-MM01: gallery images an identity and camera: 1, 10"),
@@ -125,9 +143,8 @@ def evaluate(args: argparse.Namespace) -> None:
     options = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
     found = []
     for path, run, trial in zip(paths, runs, trials, strict=True):
-        model = _model(str(path), args)
-        known = _options(args, run, trial)
-        if "validation" not in dict(args.option):  # whatever was held out, the test people are wanted
+        model, known = _model(args, path), _options(args, run, trial)
+        if "validation" not in dict(args.option):  # the test people, whatever training held out
             known.pop("validation", None)
         dataset = ecul.open_dataset(args.dataset, args.root, **known)
         found.append(ecul.evaluate(model, dataset, **options))
@@ -140,9 +157,7 @@ def evaluate(args: argparse.Namespace) -> None:
 @command(
     "Compare runs: the settings that differ, accuracy, label-free score and time, averaged over seeds.",
     arg("runs", metavar="RUN", nargs="+", help="directories that train wrote, or one of train --trials"),
-    arg("--root", help="the folder of the data set (default: where it was in training)"),
-    arg("-o", "--output", help="a .png to draw the curves of all runs in"),
-    FORMAT, DEVICE,
+    ROOT, PICTURE, FORMAT, DEVICE,
 )  # fmt: skip
 def compare(args: argparse.Namespace) -> None:
     from ecul.report.pictures import prepare_picture
@@ -157,10 +172,9 @@ def compare(args: argparse.Namespace) -> None:
 
 
 @command(
-    "Draw a run: curves, ranked lists, clusters and matches as PNGs and as one HTML page that has all.",
+    "Draw a run: curves, ranked lists, clusters and matches as PNGs and in one HTML page.",
     arg("run_directory", metavar="RUN", help="the directory that train wrote"),
-    arg("--root", help="the folder of the data set (default: where it was in training)"),
-    OPTION, DEVICE,
+    ROOT, OPTION, DEVICE,
     arg("--queries", type=int, default=6, help="ranked lists to draw (default: 6)"),
     arg("--top", type=int, default=10, help="answers in each (default: 10)"),
 )  # fmt: skip
@@ -174,19 +188,17 @@ def report(args: argparse.Namespace) -> None:
 
 @command(
     "Write the features of a folder's images as safetensors, with their names and the model's hash.",
-    arg("model", help=MODEL),
+    *MODEL[::-1],
     arg("folder", help="a folder of images, read with all its sub-folders, or one image"),
     arg("--modality", required=True, choices=MODALITIES, help="of these images"),
-    arg("-o", "--output", required=True, help="the .safetensors file to write"),
-    *READING, DEVICE,
+    OUTPUT, *READING, DEVICE,
 )  # fmt: skip
 def extract(args: argparse.Namespace) -> None:
     from ecul.common.files import prepare_output
     from ecul.tools.search import extract_folder, save_features
 
     prepare_output(args.output, ".safetensors")
-    options = {"skip_unreadable": _skips(args), "batch_size": args.batch_size}
-    found = extract_folder(_model(args.model, args), args.folder, args.modality, **options)
+    found = extract_folder(_model(args), args.folder, args.modality, **_reading(args))
     save_features(args.output, found, args.model)
     _list_unreadable(found)
     rows, size = found.features.shape
@@ -195,13 +207,13 @@ def extract(args: argparse.Namespace) -> None:
 
 @command(
     "Rank a gallery's images for each query; print the answers, and draw them if asked to.",
-    arg("model", help=MODEL),
+    *MODEL,
     arg("--query", required=True, help="an image, or a folder of images"),
     arg("--gallery", required=True, help="the folder of images to search"),
     arg("--query-modality", required=True, choices=MODALITIES, help="of the queries"),
     arg("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery"),
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
-    arg("--unknown", type=float, default=0.1, help=UNKNOWN),
+    arg("--unknown", type=float, default=0.1, help=f"{UNKNOWN}, after `ecul threshold`"),
     arg("--rerank", **RERANK),
     arg("-o", "--output", help="a .png to draw a sample of five queries and ten answers in"),
     *READING, DEVICE, JSON,
@@ -213,31 +225,29 @@ def search(args: argparse.Namespace) -> None:
 
     if args.output:
         prepare_picture(args.output)
-    options = {"skip_unreadable": _skips(args), "batch_size": args.batch_size}
-    options |= {"top": args.top, "rerank": args.rerank, "unknown": args.unknown}
+    options = {"top": args.top, "rerank": args.rerank, "unknown": args.unknown, **_reading(args)}
     options["threshold"] = Threshold.load(args.model)
-    model = _model(args.model, args)
+    model = _model(args)
     ranking = search(model, args.query, args.gallery, args.query_modality, args.gallery_modality, **options)
     _list_unreadable(ranking.query, ranking.gallery)
-    try:
-        if args.output:
-            drawn = draw_ranking(args.output, ranking, model.input_size)
-            print(f"{args.output}: {drawn} of {len(ranking.rows)} queries are drawn", file=sys.stderr)
-    finally:
-        print(json.dumps(ranking.to_dict(), indent=2) if args.json else ranking.table())
+    print(json.dumps(ranking.to_dict(), indent=2) if args.json else ranking.table())
+    if args.output:
+        drawn = draw_ranking(args.output, ranking, model.input_size)
+        log.info("%s: %d of %d queries are drawn", args.output, drawn, len(ranking.rows))
 
 
 @command(
     "Bring in a published checkpoint (AGW, ADCA, PGM, MBCCM layouts) as a model of this library.",
     arg("file", help="a .pth, .tar or .safetensors file; code in it is never run"),
-    arg("-o", "--output", required=True, help="the directory to write the model into"),
+    OUTPUT,
     arg("--size", **PIXELS, default=(288, 144), help=TRAINED_ON),
     arg("--pooling", choices=("gem", "avg"), default="file", help=POOLING),
-)
+)  # fmt: skip
 def import_(args: argparse.Namespace) -> None:
     from ecul.importers import import_checkpoint
+    from ecul.run.saved import find_run
 
-    if (Path(args.output) / "resume.json").exists():
+    if find_run(args.output) is not None:
         raise ValueError(f"output: {args.output} holds a run of train; choose another directory")
     model, unused = import_checkpoint(args.file, args.size, args.pooling)
     for reason, names in unused.items():
@@ -248,55 +258,43 @@ def import_(args: argparse.Namespace) -> None:
 
 @command(
     "Write one modality of a model as ONNX (.onnx) or as a torch.export program (.pt2).",
-    arg("model", help=MODEL),
-    arg("-o", "--output", required=True, help="the .onnx or .pt2 file to write"),
-    arg("--modality", required=True, choices=MODALITIES, help="of the images it will see"),
+    *MODEL, OUTPUT,
+    arg("--modality", required=True, choices=MODALITIES, help="of the images that the program takes"),
     arg("--no-flip", **FLAG, help="without the mirror image: half the work"), DEVICE,
 )  # fmt: skip
 def export(args: argparse.Namespace) -> None:
     from ecul.tools.export import export
 
-    export(_model(args.model, args), args.output, args.modality, flip=not args.no_flip)
+    export(_model(args), args.output, args.modality, flip=not args.no_flip)
     print(f"pixels (N, 3, H, W) from 0 to 255 in, unit features out: {args.output}")
 
 
 @command(
     "Try k1 and eps on a model's features of the training images: clusters, outliers, label-free score.",
-    *DATASET, DEVICE, JSON,
-    arg("--model", required=True, help=MODEL),
-    PRESET,
-    arg("-o", "--output", help="a .png to draw the curves in"),
+    *DATASET, *MODEL, PRESET, PICTURE, DEVICE, JSON,
 )  # fmt: skip
 def tune(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_tuning, prepare_picture
-    from ecul.run.saved import find_run
     from ecul.tools.tuning import tune_config
 
     if args.output:
         prepare_picture(args.output)
-    run = find_run(args.model)
-    dataset, model = _opened(args, run), _model(args.model, args)
-    found = tune_config(model, dataset, _config(args, run, dataset))
+    found = tune_config(*_trained(args))
     if args.output:
-        draw_tuning(args.output, {name: part.rows for name, part in found.tunings.items()})
+        draw_tuning(args.output, {name: part.rows for name, part in found.tunings.items()}, found.chosen)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
 
 
 @command(
-    "Learn which similarity means the same person, and keep it beside the model, where search looks.",
-    *DATASET, DEVICE,
-    arg("--model", required=True, help=MODEL),
-    PRESET,
-    arg("--unknown", type=float, default=0.1, help="share of unknown people taken for somebody"),
+    "Learn which similarity means the same person, and save it beside the model, where search reads it.",
+    *DATASET, *MODEL, PRESET, DEVICE,
+    arg("--unknown", type=float, default=0.1, help=UNKNOWN),
 )  # fmt: skip
 def threshold(args: argparse.Namespace) -> None:
-    from ecul.run.saved import find_run
     from ecul.tools.threshold import measure_threshold
 
-    run = find_run(args.model)
-    dataset = _opened(args, run)
-    found = measure_threshold(_model(args.model, args), dataset, _config(args, run, dataset))
-    print(f"{found.table(args.unknown)}\nkept in {found.save(args.model)}")
+    found = measure_threshold(*_trained(args))
+    print(f"{found.table(args.unknown)}\nsaved in {found.save(args.model)}")
 
 
 @command(
@@ -305,8 +303,7 @@ def threshold(args: argparse.Namespace) -> None:
     arg("--quick", **FLAG, help="count files without decoding every image"),
 )  # fmt: skip
 def check(args: argparse.Namespace) -> int:
-    dataset = ecul.open_dataset(args.dataset, args.root, **dict(args.option))
-    found = dataset.check(decode=not args.quick)
+    found = ecul.open_dataset(args.dataset, args.root, **dict(args.option)).check(decode=not args.quick)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
     return 0 if found.ok else 1
 
@@ -327,8 +324,8 @@ def synthesize(args: argparse.Namespace) -> None:
 
 
 @command(
-    "Render the synthetic world, check it, train without labels, evaluate: the whole way in minutes.",
-    arg("-o", "--output", default="runs/demo", help="where the world and the run go"),
+    "Render the synthetic world, check it, train without labels and evaluate, all in minutes.",
+    arg("-o", "--output", default="runs/demo", help="the directory of the world and the run"),
     arg("--seed", type=int, default=0, help="of the world and of the run (default: 0)"),
     METHOD, DEVICE,
 )  # fmt: skip
@@ -342,8 +339,7 @@ def demo(args: argparse.Namespace) -> None:
     method = args.method or "united"
     config = Config.preset("demo", method=method, seed=args.seed)
     before = ecul.evaluate(build_model(config, device), dataset)
-    output /= f"{method}-{args.seed}"
-    run = ecul.train(dataset, config, output=output, resume=True, device=device)
+    run = ecul.train(dataset, config, output=output / f"{method}-{args.seed}", resume=True, device=device)
     after = ecul.evaluate(run.model, dataset)
     print(f"\nsynthetic world, held-out identities, before training\n{before.table()}")
     print(f"\nafter {len(run.history)} epochs without labels ({method})\n{after.table()}")
@@ -351,41 +347,38 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace, run: Any = None, trial: int | None = None) -> dict[str, Any]:
-    """The options of open_dataset: those that the run was trained with, then those given, then this trial."""
+    """The options of open_dataset: those of the run's training, then those given, then this trial."""
     trained = {} if run is None else run.options_of(args.dataset)
     return {**trained, **dict(args.option), **({} if trial is None else {"trial": trial})}
 
 
-def _opened(args: argparse.Namespace, run: Any) -> Any:
-    """The data set, with the options and in the trial that the model was trained on where its run knows."""
-    from ecul.run.saved import trained_trial
-
-    trial = trained_trial(run, args.dataset, dict(args.option).get("trial"))
-    return ecul.open_dataset(args.dataset, args.root, **_options(args, run, trial))
-
-
-def _model(path: str, args: argparse.Namespace) -> Any:
+def _model(args: argparse.Namespace, path: Any = None) -> Any:
     from ecul.common.distributed import choose_device
     from ecul.streams import load_model
 
-    return load_model(path).to(choose_device(args.device))
+    return load_model(path or args.model).to(choose_device(args.device))
 
 
-def _config(args: argparse.Namespace, run: Any, dataset: Any) -> Config:
-    """The settings that are named, else those of the model's run, else those of the data set."""
-    if args.preset is None and run is not None:
-        return run.config
-    return Config.preset(args.preset or dataset.protocol or "sysu")
+def _trained(args: argparse.Namespace) -> tuple[Any, Any, Config]:
+    """The model, its data set as in training, and the settings of the preset, else the run, else the data."""
+    from ecul.run.saved import find_run, trained_trial
+
+    run = find_run(args.model)
+    trial = trained_trial(run, args.dataset, dict(args.option).get("trial"))
+    dataset = ecul.open_dataset(args.dataset, args.root, **_options(args, run, trial))
+    known = Config.preset(args.preset or dataset.protocol or "sysu")
+    return _model(args), dataset, known if run is None or args.preset else run.config
 
 
-def _skips(args: argparse.Namespace) -> bool:
-    """Whether images that cannot be read are left out: as said here, or as the model's run was told."""
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    """How images are read: unreadable ones are left out if asked for, here or in the model's training."""
     from ecul.run.saved import find_run
 
     run = find_run(args.model)
-    return args.skip_unreadable or (run is not None and run.options.get("skip_unreadable", False))
+    skip = args.skip_unreadable or (run is not None and run.options.get("skip_unreadable", False))
+    return {"skip_unreadable": skip, "batch_size": args.batch_size}
 
 
 def _list_unreadable(*folders: Any) -> None:
     for path in (path for folder in folders for path in folder.unreadable):
-        print(f"skipped, cannot be read: {printable(path)}", file=sys.stderr)
+        log.warning("skipped, cannot be read: %s", printable(path))

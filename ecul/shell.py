@@ -6,61 +6,83 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import methodcaller
 from typing import Any
 
 import ecul
-from ecul.common.logs import logging_to_stderr
 from ecul.common.names import printable
 
-arg = partial(methodcaller, "add_argument")  # an argument of a command, told as argparse takes it
+arg = partial(methodcaller, "add_argument")  # an argument of a command, as argparse takes it
 PURPOSE = """\
-Find the same person in photographs and in infrared images, trained without any labels: two piles of images of
-people who were cut out, one visible and one infrared, give a model that searches one by the other."""
+Find the same person in visible and in infrared images, trained without labels. It takes two piles of images,
+one visible and one infrared, of people who were cut out, and gives a model that searches one by the other."""
 EXAMPLES = """\
 for a first look:
   ecul demo                                              rendered images, trained and evaluated in minutes
-with images of one's own, in photos/visible and photos/infrared:
-  ecul train folders photos --preset demo -o runs/mine   a small model; ecul report runs/mine shows what came
-  ecul search runs/mine --query photos/infrared --query-modality infrared \\
+with your own images, in photos/visible and photos/infrared:
+  ecul train folders photos --preset demo -o runs/mine   a small model; ecul report runs/mine shows the result
+  ecul search --model runs/mine --query photos/infrared --query-modality infrared \\
       --gallery photos/visible --gallery-modality visible
 with a published data set:
   ecul check sysu DATA                                   is it complete?
   ecul train sysu DATA --set weights=resnet50.pth -o runs/sysu
   ecul evaluate sysu DATA --model runs/sysu
+a new run that starts from a trained model:
+  ecul train sysu DATA --config runs/sysu/config.json --set weights=runs/sysu -o runs/again
 
-ecul COMMAND --help tells what a command takes."""
-PATHS = ("visible", "infrared", "pack", "weights")  # a folder may be called 2026
+ecul COMMAND --help shows the arguments of a command."""
 COMMANDS: dict[str, tuple[Callable, str, tuple[methodcaller, ...]]] = {}
+PATHS = ("visible", "infrared", "pack", "weights")  # a folder may be called 2026
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors meant for people are one line, without a traceback."""
+    _prepare_streams()
     args = parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8
     try:
+        if vars(args).get("model", True) in (None, []):
+            raise ValueError("--model is missing: a run directory, a saved model, or a model.safetensors")
+        from ecul.common.logs import logging_to_stderr
+
         with logging_to_stderr():
             code = args.run(args) or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read the output has closed it, as `head` does
+    except BrokenPipeError:  # the reader closed the output, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as e:
         if args.traceback:
             raise
-        print(printable(f"ecul {args.command}: {e or type(e).__name__}", "\n"), file=sys.stderr)
+        missing = isinstance(e, ModuleNotFoundError) and e.name
+        told = f"needs {missing}: pip install {missing}" if missing else str(e) or type(e).__name__
+        _tell(f"ecul {args.command}: {told}")
         return 2
     except KeyboardInterrupt:
         hint = "; --resume goes on after the last finished epoch" if args.command == "train" else ""
-        print(f"ecul {args.command}: interrupted{hint}", file=sys.stderr)
+        _tell(f"ecul {args.command}: interrupted{hint}")
         return 130
 
 
+def _prepare_streams() -> None:
+    """Let no answer be an error in print: a closed stream takes it, a narrow encoding escapes it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8
+        utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # stderr may be full
+        print(printable(text, "\n"), file=sys.stderr)
+
+
 def parser() -> argparse.ArgumentParser:
-    """What reads the command line: all commands that `command` has made."""
+    """The parser of the command line, with all commands that `command` registered."""
     raw = argparse.RawDescriptionHelpFormatter
     whole = argparse.ArgumentParser(prog="ecul", description=PURPOSE, epilog=EXAMPLES, formatter_class=raw)
     whole.add_argument("--version", action="version", version=ecul.__version__)
@@ -75,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(told: str, *arguments: methodcaller) -> Callable[[Callable], Callable]:
-    """Make the function below a command with this help, which `python -OO` keeps, and these arguments."""
+    """Register the function as a command. Its help is an argument because -OO strips docstrings."""
 
     def add(function: Callable) -> Callable:
         COMMANDS[function.__name__.rstrip("_")] = function, told, arguments
@@ -85,17 +107,17 @@ def command(told: str, *arguments: methodcaller) -> Callable[[Callable], Callabl
 
 
 def pair(text: str) -> tuple[str, Any]:
-    """The name and the value of "NAME=VALUE": JSON, none, or as it stands."""
+    """The name and the value of "NAME=VALUE": none, true, false or JSON, else the text."""
     name, sign, value = text.partition("=")
     if not sign:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    name = name.replace("-", "_")
+    name, words = name.replace("-", "_"), {"none": None, "true": True, "false": False}
+    if name in PATHS or value.lower() in words:
+        return name, words.get(value.lower(), value)
     try:
-        found = json.loads(value)
+        return name, json.loads(value)
     except json.JSONDecodeError:
-        found = {"none": None, "true": True, "false": False}.get(value.lower(), value)
-    number = isinstance(found, int | float) and not isinstance(found, bool)
-    return name, value if number and name in PATHS else found
+        return name, value
 
 
 def numbers(text: str) -> list[int]:
