@@ -2,8 +2,10 @@
 
 import argparse
 import hashlib
+import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,24 +22,12 @@ import ecul
 from ecul import MODALITIES, TwoStreamResNet, evaluation, extract, importers, kernels, report
 from ecul.cli import main, parser
 from ecul.features import embed_pixels
+from ecul.shell import EXAMPLES
 from ecul.tools import export
 from ecul.tools.search import extract_folder, save_features, search
 
-COMMANDS = {
-    "train",
-    "evaluate",
-    "extract",
-    "search",
-    "check",
-    "synthesize",
-    "threshold",
-    "tune",
-    "report",
-    "compare",
-    "import",
-    "export",
-    "demo",
-}
+COMMANDS = {"train", "config", "evaluate", "compare", "report", "extract", "search", "import", "export"}
+COMMANDS |= {"tune", "threshold", "check", "synthesize", "demo"}
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +77,36 @@ def test_every_command_is_there_and_every_option_has_help():
         assert inner.format_help()
 
 
-def test_help_is_there_without_docstrings():
-    command = [sys.executable, "-OO", "-m", "ecul", "train", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "Train without identity labels; the run" in done.stdout, done.stderr
+def test_help_has_examples_that_parse_and_needs_no_docstrings():
+    examples = re.findall("^  (ecul .*?)(?:  .*)?$", re.sub(r"\\\n +", "", EXAMPLES), re.M)
+    for example in examples:
+        parser().parse_args(example.split()[1:])
+    assert len(examples) == 7
+    done = subprocess.run([sys.executable, "-OO", "-m", "ecul", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS), done.stderr
+    assert "Train without identity labels; the run" in done.stdout and EXAMPLES in done.stdout
+
+
+SIDES = "--query q --gallery g --query-modality visible --gallery-modality visible"
+WITH_MODEL = ["extract MODEL folder --modality visible -o x", "export MODEL --modality visible -o x"]
+WITH_MODEL += [f"search MODEL {SIDES}", "evaluate sysu root MODEL", "tune sysu root MODEL"]
+
+
+@pytest.mark.parametrize("line", [*WITH_MODEL, "threshold sysu root MODEL"])
+def test_a_model_is_given_alike_in_every_command(line, capsys):
+    for given in ("--model run", "run"):
+        args = parser().parse_args(line.replace("MODEL", given).split())
+        assert args.model == (["run"] if args.command == "evaluate" else "run")
+    assert main(line.replace("MODEL", "").split()) == 2
+    assert "--model is missing: a run directory" in capsys.readouterr().err
+
+
+def test_config_lists_every_field_with_its_value_and_meaning(capsys):
+    assert main(["config", "--preset", "regdb", "--method", "mbccm", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    values = {row["field"]: json.loads(row["value"]) for row in rows}
+    assert values == ecul.Config.preset("regdb", "mbccm").to_dict()
+    assert all(len(row["meaning"]) > 4 and len(row["must"]) > 4 for row in rows)
 
 
 def test_errors_are_one_line_and_code_two(capsys, tmp_path):
@@ -105,21 +121,6 @@ def test_errors_are_one_line_and_code_two(capsys, tmp_path):
         main(["--traceback", "evaluate", "sysu", str(tmp_path / "absent"), "--model", "x"])
     with pytest.raises(SystemExit):
         main(["train", "sysu", "x", "-o", "y", "--set", "no-value"])
-
-
-def test_method_is_a_setting_like_others(world, tmp_path):
-    command = ["train", "sysu", world, "-o", str(tmp_path / "run"), "--preset", "demo"]
-    assert main([*command, *settings(), "--set", "method=mbccm", "--set", "weights=none"]) == 0
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "mbccm"
-
-
-def test_a_world_with_a_gap_and_held_out_people(tmp_path, capsys):
-    sizes = ["--identities", "4", "--test-identities", "3", "--images", "1", "--size", "32", "16"]
-    assert main(["synthesize", str(tmp_path / "w"), *sizes, "--gap", "0.5"]) == 0
-    made = json.loads((tmp_path / "w" / "synthetic.json").read_text())["parameters"]
-    assert (made["identities"], made["test_identities"], made["gap"]) == (4, 3, 0.5)
-    assert main(["synthesize", str(tmp_path / "v"), *sizes, "--gap", "2"]) == 2
-    assert "gap must be a number from 0 to 1, got 2.0" in capsys.readouterr().err
 
 
 def test_from_a_world_to_a_report(tmp_path, capsys):
@@ -142,14 +143,14 @@ def test_from_a_world_to_a_report(tmp_path, capsys):
     assert torch.allclose(program(pixels), expected, atol=1e-5)
 
 
-def test_extract_writes_features_names_and_the_models_hash(photos, model, saved, tmp_path, capsys):
+def test_extract_writes_features_names_and_the_models_hash(photos, model, saved, tmp_path, capsys, caplog):
     out = tmp_path / "features.safetensors"
     command = ["extract", saved, str(photos), "--modality", "infrared", "-o", str(out)]
     assert main(command) == 2 and not out.exists()
     error = capsys.readouterr().err
     assert "2 of 8 images" in error and "broken.jpg" in error and "cut.png" in error
     assert main([*command, "--skip-unreadable"]) == 0
-    skipped = re.findall(r"cannot be read: .*?(\w+\.\w+)\n", capsys.readouterr().err)
+    skipped = re.findall(r"skipped, cannot be read: .*?(\w+\.\w+)\n", caplog.text)
     assert skipped == ["broken.jpg", "cut.png"]
     with safe_open(out, "pt") as f:
         metadata, features = f.metadata(), f.get_tensor("features")
@@ -179,35 +180,6 @@ def test_search_ranks_as_a_plain_sort_does(photos, model, saved, tmp_path, capsy
     assert [answer["path"] for answer in answers] == [name for _, name in expected]
     assert lines[0] == [query] and [line[0] for line in lines[1:]] == ["1", "2", "3", "4"]
     assert np.asarray(Image.open(tmp_path / "found.png")).std() > 5
-
-
-def test_search_over_small_galleries_and_its_refusals(photos, model):
-    def found(**more):
-        options = {"progress": False, "skip_unreadable": True, **more}
-        return search(model, photos / "b", photos / "a", "infrared", "visible", **options)
-
-    assert found(top=50).rows.shape == (2, 3)
-    with pytest.raises(ValueError, match="top must be a whole number of at least 1"):
-        found(top=0)
-    for modalities in (("thermal", "visible"), ("visible", "thermal")):
-        with pytest.raises(ValueError, match="modality"):
-            search(model, photos / "b", photos / "a", *modalities)
-    with pytest.raises(TypeError, match="a list must hold paths, not ndarray"):
-        extract(model, [np.zeros((4, 4, 3), np.uint8)], "visible")
-    with pytest.raises(ValueError, match="cannot be read"):
-        found(skip_unreadable=False)
-    with pytest.raises(ValueError, match="1 of 1 images"):
-        extract_folder(model, photos / "a" / "broken.jpg", "visible", skip_unreadable=True, progress=False)
-
-
-def test_a_long_folder_is_read_in_chunks(photos, model, monkeypatch):
-    whole = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False)
-    monkeypatch.setattr(sys.modules["ecul.features"], "CHUNK", 2)
-    parts = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False)
-    assert parts.paths == whole.paths and torch.allclose(parts.features, whole.features, atol=1e-6)
-    assert sorted(parts.unreadable) == sorted(whole.unreadable)
-    with pytest.raises(ValueError, match=r"2 of 8 images(.|\n)*broken.jpg(.|\n)*cut.png"):
-        extract_folder(model, photos, "visible", progress=False)
 
 
 class Small(torch.nn.Module):
@@ -257,19 +229,6 @@ def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
         extract(m, pixels, "infrared", progress=False) for m in (model, TwoStreamResNet.from_pretrained(out))
     ]
     assert torch.equal(*both)
-
-
-def test_the_module_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "ecul", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
-    assert "the same person in photographs and in infrared images" in done.stdout  # what it is for
-    examples = [
-        line.strip().split("  ")[0] for line in done.stdout.splitlines() if line.startswith("  ecul ")
-    ]
-    whole = done.stdout.replace("\\\n", "")
-    for example in (e for e in examples if not e.endswith("\\")):
-        parser().parse_args(example.split()[1:])
-    assert len(examples) == 6 and "--query-modality infrared" in whole
 
 
 def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, caplog, monkeypatch):
@@ -329,8 +288,7 @@ def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog)
     assert main([*train, "--skip-unreadable"]) == 0
     capsys.readouterr()
     assert main(["extract", run, visible, "--modality", "visible", *out]) == 0
-    done = capsys.readouterr()
-    assert "12 features of size" in done.out and "skipped, cannot be read" in done.err
+    assert "12 features of size" in capsys.readouterr().out and "skipped, cannot be read" in caplog.text
     found = ["search", run, "--query", visible, "--gallery", str(tmp_path / "own" / "infrared")]
     found += ["--query-modality", "visible", "--gallery-modality", "infrared", "--top", "2", "--rerank"]
     assert main(found) == 0 and len(capsys.readouterr().out.splitlines()) == 36
@@ -343,12 +301,13 @@ def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog)
     assert "cannot be continued with other settings" in capsys.readouterr().err
 
 
-def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, monkeypatch):
+def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, caplog, monkeypatch):
+    caplog.set_level("INFO", "ecul")
     modalities = ["--query-modality", "infrared", "--gallery-modality", "visible", "--skip-unreadable"]
     search_it = ["search", saved, "--query", str(photos), "--gallery", str(photos), *modalities]
     assert main([*search_it, "-o", str(tmp_path / "new" / "folder" / "found.png")]) == 0
     assert (tmp_path / "new" / "folder" / "found.png").is_file()
-    assert "found.png: 5 of 6 queries are drawn" in capsys.readouterr().err
+    assert "found.png: 5 of 6 queries are drawn" in caplog.text
 
     def work(path):
         raise AssertionError("work began before the output was looked at")
@@ -384,6 +343,33 @@ def test_a_reader_that_stops_early_is_no_error(world):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait() == 141
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_narrow_encoding_gets_escapes(encoding, saved, tmp_path, monkeypatch):
+    layouts.picture(tmp_path / "people" / "行人.png")
+    folder, raw = str(tmp_path / "people"), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    command = ["search", saved, "--query", folder, "--gallery", folder, "--query-modality", "infrared"]
+    assert main([*command, "--gallery-modality", "visible"]) == 0
+    name = "行人" if encoding == "utf-8" else r"\u884c\u4eba"
+    assert raw.getvalue().decode(encoding).count(f"{name}.png") == 2
+
+
+def test_closed_streams_are_no_error(world, capsys, monkeypatch):
+    shell = f"exec {sys.executable} -m ecul check sysu {shlex.quote(world)} --quick >&-"
+    done = subprocess.run(shell, shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["check", "sysu", "absent"]) == 2
+    assert capsys.readouterr().out == ""  # where print would write what stderr cannot take
+
+
+def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ecul.common.logs")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main(["check", "sysu", "absent"]) == 2
+    assert capsys.readouterr().err == "ecul check: needs tqdm: pip install tqdm\n"
 
 
 def test_the_version_is_told(capsys):

@@ -1,10 +1,12 @@
 """Label-free curves over eps and k1 agree with the clustering itself, and find what is there to find."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from ecul import TwoStreamResNet, emcc
@@ -40,7 +42,7 @@ def test_the_best_score_lies_where_the_people_are():
     found = tune(people(12, 8, 0.9), k1=8, k2=3, k3=None, eps=(0.05, *EPS, 0.99))
     assert found.best["clusters"] == 12 and found.best["outliers"] <= 6
     assert found.rows[0]["score"] < found.best["score"] > found.rows[-1]["score"]
-    assert found.table().count("<- the best score") == 1
+    assert found.table().count("<- recommended") == 1
     for empty in ({"k1": ()}, {"eps": ()}):
         with pytest.raises(ValueError, match="k1 and eps need at least one value"):
             tune(people(2, 4, 0.1), **empty)
@@ -54,16 +56,28 @@ def test_one_setting_serves_both_modalities():
         {"visible": rows(0.5, 0.4, 0.0), "infrared": rows(0.0, 0.3, 0.4), "joint": rows(0, 0, 1)}
     )
     assert found.fields == {"k1": 5, "eps": 0.5, "k1_joint": 5, "eps_joint": 0.6}
+    assert {name: row["eps"] for name, row in found.chosen.items()} == {
+        "visible": 0.5,
+        "infrared": 0.5,
+        "joint": 0.6,
+    }
 
 
-def test_from_the_shell_with_a_picture(world, tmp_path, capsys):
+def test_from_the_shell_with_a_picture_that_marks_what_the_text_does(world, tmp_path, capsys, monkeypatch):
+    marked, drawn = [], []
+    monkeypatch.setattr(Axes, "axvline", lambda axes, x, **_: marked.append(x))
+    monkeypatch.setattr(Axes, "legend", lambda axes, title, **_: drawn.append(title))
     torch.manual_seed(0)
     TwoStreamResNet(10, 4, False, (32, 16)).save_pretrained(tmp_path)
     command = ["tune", "sysu", world, "--model", str(tmp_path), "--preset", "demo"]
     assert main([*command, "-o", str(tmp_path / "tune.png")]) == 0
     text = capsys.readouterr().out
-    assert "by the mean of visible and infrared" in text
-    assert "the best scores: --set k1=" in text and text.count("<- the best score") == 3
+    rows = re.findall(r"^ +(\d+) +(\d\S+) .*<- recommended$", text, re.M)
+    assert marked == [float(eps) for _, eps in rows for _ in range(3)] and len(rows) == 3
+    assert [re.findall(r"[\d.]+", title.replace("k1", "")) for title in drawn] == [
+        [k1, f"{float(eps):g}"] for k1, eps in rows
+    ]
+    assert f"recommended: --set k1={rows[0][0]} --set eps={float(rows[0][1]):g} --set k1_joint=" in text
     assert np.asarray(Image.open(tmp_path / "tune.png")).std() > 5
     assert main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

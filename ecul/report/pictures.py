@@ -285,13 +285,16 @@ def draw_overlaid(path: str | Path, panels: Sequence[tuple[str, Sequence[tuple[s
         figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
-def draw_tuning(path: str | Path, tables: dict[str, list[dict]]) -> None:
-    """Write the curves of `ecul.tools.tuning` as a PNG: a row a clustering, a line for each k1 over eps."""
+def draw_tuning(path: str | Path, tables: dict[str, list[dict]], chosen: dict[str, dict]) -> None:
+    """Write the curves of `ecul.tools.tuning` as a PNG: a row a clustering, a line for each k1 over eps.
+
+    chosen: the recommended row of each clustering, which is marked.
+    """
     kinds = ("clusters", "outliers", "score")
     with _picture(path, 12, 2.9 * len(tables), layout="constrained") as figure:
         axes = figure.subplots(len(tables), len(kinds), squeeze=False)
         for line, (name, rows) in zip(axes, tables.items(), strict=True):
-            best = max(rows, key=lambda row: row["score"])
+            best = chosen[name]
             for panel, kind in zip(line, kinds, strict=True):
                 panel.set_prop_cycle(color=OTHER)
                 for k1 in sorted({row["k1"] for row in rows}):
@@ -302,7 +305,7 @@ def draw_tuning(path: str | Path, tables: dict[str, list[dict]]) -> None:
                 panel.set(xlabel="eps")
                 panel.spines[["top", "right"]].set_visible(False)
                 panel.grid(alpha=0.25)
-            told = f"best: k1 {best['k1']}, eps {best['eps']}"
+            told = f"recommended: k1 {best['k1']}, eps {best['eps']}"
             line[-1].legend(title=told, fontsize=7, title_fontsize=7, frameon=False)
 
 

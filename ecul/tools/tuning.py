@@ -36,12 +36,12 @@ class Tuning:
         """The row of the best score, the smaller eps among equals."""
         return max(self.rows, key=lambda row: row["score"])
 
-    def table(self) -> str:
-        """Plain text, the best row marked."""
-        lines = ["  k1   eps  clusters  outliers  score"]
+    def table(self, chosen: dict[str, Any] | None = None) -> str:
+        """Plain text, with a mark at the chosen row, by default at the best one."""
+        lines, chosen = ["  k1   eps  clusters  outliers  score"], chosen or self.best
         for row in self.rows:
             line = "{k1:4d}  {eps:4.2f}  {clusters:8d}  {outliers:8d}  {score:5.3f}".format(**row)
-            lines.append(line + "  <- the best score" * (row is self.best))
+            lines.append(line + "  <- recommended" * (row is chosen))
         return "\n".join(lines)
 
 
@@ -92,28 +92,32 @@ class Settings:
     tunings: dict[str, Tuning]
 
     @property
-    def fields(self) -> dict[str, float]:
-        """k1 and eps of the modalities' best mean score, k1_joint and eps_joint of the joint clustering's."""
-        found: dict[str, float] = {}
-        for ending, names in (("", MODALITIES), ("_joint", ("joint",))):
+    def chosen(self) -> dict[str, dict[str, Any]]:
+        """The recommended row of each clustering: visible and infrared share the best mean score's."""
+        found = {}
+        for names in (MODALITIES, ("joint",)):
             tables = [self.tunings[name].rows for name in names]
             scores = [sum(row["score"] for row in rows) for rows in zip(*tables, strict=True)]
-            row = tables[0][scores.index(max(scores))]
-            found |= {f"k1{ending}": row["k1"], f"eps{ending}": row["eps"]}
+            place = scores.index(max(scores))
+            found |= {name: rows[place] for name, rows in zip(names, tables, strict=True)}
         return found
 
+    @property
+    def fields(self) -> dict[str, float]:
+        """k1, eps, k1_joint and eps_joint of the chosen rows."""
+        ends = {"": self.chosen["visible"], "_joint": self.chosen["joint"]}
+        return {f"{name}{end}": row[name] for end, row in ends.items() for name in ("k1", "eps")}
+
     def to_dict(self) -> dict[str, Any]:
-        """What `json.dumps` takes."""
+        """For `json.dumps`."""
         return {"fields": self.fields, "rows": {name: found.rows for name, found in self.tunings.items()}}
 
     def __str__(self) -> str:
-        told = [f"{name}\n{found.table()}" for name, found in self.tunings.items()]
-        chosen = " ".join(f"--set {name}={value}" for name, value in self.fields.items())
-        told.append(f"the best scores: {chosen}")
-        told.append(
-            "(k1 and eps by the mean of visible and infrared, which share them; k1_joint and eps_joint by "
-            "the joint clustering)"
-        )
+        chosen = self.chosen
+        told = [f"{name}\n{found.table(chosen[name])}" for name, found in self.tunings.items()]
+        fields = " ".join(f"--set {name}={value}" for name, value in self.fields.items())
+        told.append(f"recommended: {fields}")
+        told.append("(k1 and eps have the best mean score of visible and infrared, which share them)")
         return "\n".join(told)
 
 
