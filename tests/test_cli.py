@@ -378,7 +378,7 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out == f"{ecul.__version__}\n"
 
 
-SHAPES, ERRORS, SOURCE = r"\([A-Z][\w+ ]*,", r"Errors?\b|Raises", r"Source|arXiv"
+SHAPES, ERRORS, SOURCE = r"\([A-Z][\w+ ]*,", r"[Ee]rrors?\b|Raises", r"Source|arXiv"
 DOCUMENTED = [
     (ecul.train, ERRORS, SOURCE),
     (ecul.evaluate, ERRORS),
