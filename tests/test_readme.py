@@ -172,7 +172,7 @@ except ImportError as e:
 
 
 @pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="set up by scripts/setup")
-@pytest.mark.parametrize("name", ["ablation", "benchmark", "growth", "gpu-proof", "rehearse", "reproduce"])
+@pytest.mark.parametrize("name", ["ablation", "benchmark", "gpu-proof", "rehearse", "reproduce"])
 def test_scripts_run_in_the_environment_that_setup_made(name, tmp_path):
     """Whatever python3 is on the path: the first line finds it, from any folder."""
     fake = tmp_path / "python3"

@@ -1,22 +1,19 @@
-"""Evaluation, packing and a large gallery, ours beside the published way.
+"""Evaluation, packing and re-ranking beside the published way.
 
 The published way is our plain restatement of the field's evaluation script: a full distance matrix, a full
 argsort, a Python loop over queries with `np.unique` and list comprehensions.
 """
 
-import statistics
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from benchmarks.table import table_row
-from ecul.data import Dataset, Images
-from ecul.evaluation import eval_sysu, evaluate
+from benchmarks.clustering import NOISE, world
+from benchmarks.table import apart, peak_memory, reset_peak_memory, seconds, table_row
+from ecul.data import Dataset
+from ecul.evaluation import eval_sysu
+from ecul.evaluation.rerank import RERANKINGS
 
 SIZE = (288, 144)
 
@@ -25,16 +22,8 @@ def rows(device, quick):
     """Rows for the table: `ours` and `published` in `unit`, the median of n; peak memory in bytes."""
     yield from _ten_trials(quick)
     yield from _packing(quick)
-    yield _large_gallery(quick)
-
-
-def _seconds(work, n):
-    times = []
-    for _ in range(n):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    for name in RERANKINGS:
+        yield _reranking(name, *((100, 900, 64) if quick else (1_000, 50_000, 2048)))
 
 
 def _ten_trials(quick):
@@ -44,7 +33,6 @@ def _ten_trials(quick):
     q_pids, q_camids = np.sort(rng.integers(0, 75, queries)), rng.choice([3, 6], queries)
     asked = _unit_rows(rng, queries, dim)
     galleries = [_unit_rows(rng, 301, dim) for _ in range(trials)]
-
     distances = [-asked @ drawn.T for drawn in galleries]
 
     def trials_by(metric, products):
@@ -56,16 +44,14 @@ def _ten_trials(quick):
         np.testing.assert_allclose(mine[1:], theirs[1:], atol=1e-6)
     sizes = f"{trials} trials, {queries} x 301"
     for name, products in (("distances", False), (f"features, D={dim}", True)):
-        fast = _seconds(lambda products=products: trials_by(eval_sysu, products), 5)
-        slow = _seconds(lambda products=products: trials_by(_loops, products), 1 if quick else 3)
+        fast = seconds(lambda products=products: trials_by(eval_sysu, products), n=5)[0]
+        slow = seconds(lambda products=products: trials_by(_loops, products), n=1 if quick else 3)[0]
         yield table_row(f"SYSU trials from {name}", sizes, "s", fast, slow, n=5)
 
 
 def _unit_rows(rng, count, dim):
-    """Made in place, so that the peak memory of a process that made them is little more than they are."""
     rows = rng.standard_normal((count, dim), dtype=np.float32)
-    rows /= np.sqrt(np.einsum("ij,ij->i", rows, rows))[:, None]
-    return rows
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _loops(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
@@ -95,84 +81,45 @@ def _packing(quick):
     """JPEG files of SYSU-MM01's usual size, decoded one after the other against packing and loading."""
     from PIL import Image
 
-    count = 200 if quick else 2_000
+    count, n = 200 if quick else 2_000, 3
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        for side in ("visible", "infrared"):
-            (Path(folder) / side).mkdir()
+        visible, infrared = Path(folder, "visible"), Path(folder, "infrared")
+        for side in (visible, infrared):
+            side.mkdir()
         for number in range(count):
             coarse = rng.integers(0, 256, (20, 8, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((160, 400)).save(Path(folder) / "visible" / f"{number:05d}.jpg")
-        Image.fromarray(coarse).save(Path(folder) / "infrared" / "0.jpg")
+            Image.fromarray(coarse).resize((160, 400)).save(visible / f"{number:05d}.jpg")
+        Image.fromarray(coarse[..., 0]).save(infrared / "0.jpg")
 
         def plain():
-            for path in sorted((Path(folder) / "visible").iterdir()):
-                if path.suffix == ".jpg":
-                    with Image.open(path) as image:
-                        upright = image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS)
-                        np.asarray(upright)
+            for path in sorted(visible.iterdir()):
+                with Image.open(path) as image:
+                    np.asarray(image.convert("RGB").resize(SIZE[::-1], Image.Resampling.LANCZOS))
 
-        def dataset(pack):
-            return Dataset.from_folders(f"{folder}/visible", f"{folder}/infrared", pack=pack).visible
+        def images(number):
+            return Dataset.from_folders(visible, infrared, pack=f"{folder}/pack{number}").visible
 
-        packs = iter(range(10))
-        n = 3
-        slow = _seconds(plain, n)
-        packing = _seconds(lambda: dataset(f"{folder}/pack{next(packs)}").load(SIZE, progress=False), n)
-        packed = dataset(f"{folder}/pack0")
-        loading = _seconds(lambda: packed.load(SIZE, progress=False).clone(), n)
+        packs = iter(range(n))
+        slow = seconds(plain, n=n)[0]
+        packing = seconds(lambda: images(next(packs)).load(SIZE, progress=False), n=n)[0]
+        packed = images(0)
+        loading = seconds(lambda: packed.load(SIZE, progress=False).clone(), n=n)[0]
     sizes = f"{count} JPEG 400 x 160 to 288 x 144"
     yield table_row("packing", sizes, "images/s", count / packing, count / slow, n=n)
     yield table_row("loading from the pack", sizes, "images/s", count / loading, count / slow, n=n)
 
 
-def _large_gallery(quick):
-    """Peak memory of one direction; each side runs in a process of its own."""
-    queries, gallery, dim = (100, 10_000, 64) if quick else (1_000, 100_000, 256)
-    measured = []
-    for work in (_bounded, _whole):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            measured.append(pool.submit(work, queries, gallery, dim).result())
-    (peak, seconds), (whole_peak, whole_seconds) = measured
-    sizes = f"{queries} x {gallery}, D={dim}; published: {whole_peak / 2**20:.0f} MiB beyond the features"
-    return table_row("large gallery", sizes, "s", seconds, whole_seconds, n=1, peak_memory=peak)
+def _reranking(name, queries, gallery, dim):
+    """The published way makes an N x N matrix of queries and gallery together, 10 GB at the full size."""
+    spent, peak = apart(_reranked, name, queries, gallery, dim)
+    sizes = f"{queries} x {gallery}, D={dim}"
+    return table_row(f"re-ranking, {name}", sizes, "s", spent, n=1, peak_memory=peak)
 
 
-def _features(queries, gallery, dim):
-    rng = np.random.default_rng(0)
-    return _unit_rows(rng, queries, dim), _unit_rows(rng, gallery, dim)
-
-
-def _bounded(queries, gallery, dim):
-    torch.set_num_threads(1)
-    asked, searched = _features(queries, gallery, dim)
-    pixel = np.zeros((gallery, 1, 1), np.uint8)
-    visible = Images.from_array(pixel[:queries], "visible", pids=np.arange(queries) % 1_000)
-    infrared = Images.from_array(pixel, "infrared", pids=np.arange(gallery) % 1_000)
-    dataset = Dataset("large", None, visible, infrared, visible, infrared, "regdb")
-    features = {"visible": asked, "infrared": searched}
-    return _peak(lambda: evaluate(None, dataset, features=features, modes="visible-to-infrared"))
-
-
-def _whole(queries, gallery, dim):
-    torch.set_num_threads(1)
-    asked, searched = _features(queries, gallery, dim)
-    ids = np.arange(queries) % 1_000, np.arange(gallery) % 1_000
-    cameras = np.full(queries, 6), np.ones(gallery, int)
-    return _peak(lambda: _loops(-asked @ searched.T, *ids, *cameras))
-
-
-def _peak(work):
-    """Bytes beyond those in use before (Linux's high-water mark of this process), and seconds."""
-    before = _high_water()
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    return _high_water() - before, seconds
-
-
-def _high_water():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return 1_024 * int(line.split()[1])
-    raise RuntimeError("no VmHWM in /proc/self/status: this row needs Linux")
+def _reranked(name, queries, gallery, dim):
+    features = world(queries + gallery, dim, (queries + gallery) // 40, NOISE["typical"])[0]
+    reset_peak_memory()
+    return seconds(lambda: RERANKINGS[name].distances(features[:queries], features[queries:]))[
+        0
+    ], peak_memory()
