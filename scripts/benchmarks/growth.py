@@ -1,8 +1,8 @@
 """How time and memory of clustering grow with the number of images, N = 1,000 to 64,000.
 
 Every N runs in its own process on the "typical" features of `clustering.py` with D = 2048 and 40 images an
-identity. The peak of memory starts anew before each step and leaves out what the libraries hold. Exponents are
-least-squares slopes of log against log over N >= 4,000.
+identity. Peak memory starts anew before each step and leaves out the libraries. Exponents are least-squares
+slopes of log against log over N >= 4,000.
 """
 
 import numpy as np

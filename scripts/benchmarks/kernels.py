@@ -1,18 +1,19 @@
-"""The kernels beside eager torch, compiled torch and the published loops.
+"""The kernels beside eager torch, compiled torch, the published loops, and flashlib where it is installed.
 
-On a GPU every time is the median of n launches, each with a cold L2 cache, and achieved TFLOP/s or TB/s stand
-beside what a large bfloat16 product or a large copy reaches on the same card. On a CPU the references, which
-are the path there, stand beside the same rivals; the GPU rows then say "not measured".
+On a GPU a time is the median of n launches, each with a cold L2 cache. The rows give TFLOP/s or TB/s beside
+the rate of a large bfloat16 product or a large copy on the same card. On a CPU the references are measured,
+since the library runs them there.
 """
 
 import statistics
-import time
+from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.table import table_row
+from benchmarks.table import seconds, table_row
 from ecul.kernels import memory_contrast, momentum_update_, topk_similarity
 
 TEMPERATURE, MOMENTUM, NEIGHBOURS, CHUNK = 0.05, 0.1, 40, 512
@@ -32,8 +33,7 @@ def rows(device, quick):
     if device == "cpu":
         for case in cases("cpu", torch.float32, quick):
             yield from measured(case, cpu_times, 1 if quick else 3)
-        for work in ("topk_similarity", "memory_contrast, forward + backward", "momentum_update_"):
-            yield table_row(f"{work}, GPU", "not measured: no GPU", "us")
+        yield table_row("these three on a GPU", "not measured: no GPU", "us")
         return
     reached = gpu_ceilings()
     for dtype in (torch.bfloat16, torch.float32):
@@ -46,29 +46,36 @@ def cases(device, dtype, quick):
     dim = 256 if quick else 2048
     size, batch = (2_000, 64) if quick else (16_000 if device == "cpu" else 34_167, 384)
     points = _unit_rows(size, dim, dtype, device, 0)
-    compiled_topk, compiled_contrast = torch.compile(eager_topk), torch.compile(eager_contrast)
-    compiled = device == "cuda"
+    rivals = {"eager": lambda: eager_topk(points)}
+    if device == "cuda":
+        compiled_topk = torch.compile(eager_topk)
+        rivals["torch.compile"] = lambda: compiled_topk(points)
+    if find_spec("flashlib"):
+        from flashlib import flash_knn
+
+        rivals["flashlib"] = lambda: flash_knn(points, points, NEIGHBOURS, return_distances=False)
     yield Case(
         f"topk_similarity, {name}",
         f"N={size}, D={dim}, k={NEIGHBOURS}",
         lambda: topk_similarity(points, points, NEIGHBOURS),
-        {"eager": lambda: eager_topk(points)}
-        | ({"torch.compile": lambda: compiled_topk(points)} if compiled else {}),
+        rivals,
         flops=2 * size * size * dim,
     )
     bank_labels = torch.arange(size, device=device) % (size // 40)
     x = _unit_rows(batch, dim, dtype, device, 1).requires_grad_()
     labels = bank_labels[torch.randperm(size, generator=_generator(2))[:batch].to(device)]
-    arguments = x, points, bank_labels, labels
+    losses = {"eager": eager_contrast, "loop": published_contrast}
+    if device == "cuda":
+        losses["torch.compile"] = torch.compile(eager_contrast)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss(x, points, bank_labels, labels, TEMPERATURE).mean(), x)
+
     yield Case(
         f"memory_contrast, forward + backward, {name}",
         f"B={batch}, C={size}, D={dim}",
-        lambda: _backward(memory_contrast, *arguments),
-        {
-            "eager": lambda: _backward(eager_contrast, *arguments),
-            "loop": lambda: _backward(published_contrast, *arguments),
-        }
-        | ({"torch.compile": lambda: _backward(compiled_contrast, *arguments)} if compiled else {}),
+        lambda: gradient(memory_contrast),
+        {rival: partial(gradient, loss) for rival, loss in losses.items()},
         flops=4 * batch * size * dim,
     )
     clusters = 16
@@ -112,10 +119,6 @@ def published_update(bank, x, labels):
         bank[label] = moved / moved.norm()
 
 
-def _backward(function, x, *arguments):
-    return torch.autograd.grad(function(x, *arguments, TEMPERATURE).mean(), x)
-
-
 def _generator(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -140,13 +143,8 @@ def measured(case, timer, n, ceilings=None):
 
 def cpu_times(works, n):
     """Median seconds of n for each work, in turns, so that a busy moment falls on all; one run uncounted."""
-    times = {name: [] for name in works}
-    for _ in range(n + 1):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(measured[1:]), None) for name, measured in times.items()}
+    rounds = [{name: seconds(work)[0] for name, work in works.items()} for _ in range(n + 1)]
+    return {name: (statistics.median(times[name] for times in rounds[1:]), None) for name in works}
 
 
 def gpu_times(works, n):

@@ -1,4 +1,4 @@
-"""The parts of scripts/gpu-proof: `python -m benchmarks.proof PART [quick]` prints a JSON line a result."""
+"""The parts of scripts/gpu-proof: `python -m benchmarks.proof PART [quick]` prints results as JSON lines."""
 
 import json
 import shutil
@@ -6,13 +6,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from benchmarks import kernels as kernel_times
-from benchmarks.clustering import DBSCAN, NOISE, SIZES, peak_memory, reset_peak_memory, seconds, world
-from benchmarks.table import as_line
+from benchmarks.clustering import DBSCAN, NOISE, SIZES, world
+from benchmarks.table import as_line, peak_memory, reset_peak_memory, seconds
 from ecul.kernels import memory_contrast, topk_similarity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,48 +44,56 @@ def broken(quick):
         x[3] = torch.nan
         loss = memory_contrast(x, bank, labels, labels[:9], 0.05)
         if loss.isnan().nonzero().flatten().tolist() != [3]:
-            raise AssertionError(f"the loss of sample 3 alone is to be NaN, got {loss}")
+            raise AssertionError(f"only the loss of sample 3 should be NaN, got {loss}")
         say("a NaN feature", "a NaN loss, the device goes on")
-    code = (
+    done = python(
         "import torch; from ecul.kernels import memory_contrast\n"
         f"x = torch.randn(9, 64, device='{DEVICE}'); y = torch.arange(9, device='{DEVICE}')\n"
         "print(memory_contrast(x, x, y, y + 1, 0.05))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    told = "carried by no slot" in done.stderr + done.stdout
-    if done.returncode == 0 or not told:
-        raise AssertionError("a label without a slot went through" if told else done.stderr[-300:])
+    if done.returncode == 0 or "carried by no slot" not in done.stderr + done.stdout:
+        raise AssertionError(f"a label without a slot: exit status {done.returncode}, {done.stderr[-300:]}")
     say("a label without a slot", "an error that names it")
 
 
+def python(code, *tool):
+    """Run this code in a process of its own, under a tool where one is given."""
+    return subprocess.run([*tool, sys.executable, "-c", code], capture_output=True, text=True)
+
+
 def search(quick):
-    """topk_similarity and the momentum update beside their rivals."""
-    for case in _cases(quick, ("topk_similarity", "momentum_update_")):
-        say(case["work"], as_line(case))
+    """topk_similarity and the momentum update beside their rivals, flashlib's among them if installed."""
+    _cases(quick, ("topk_similarity", "momentum_update_"))
 
 
 def contrast(quick):
     """The loss with its gradient beside eager and compiled torch, in float32 and bfloat16."""
-    for case in _cases(quick, ("memory_contrast",)):
-        say(case["work"], as_line(case))
+    _cases(quick, ("memory_contrast",))
 
 
 def _cases(quick, names):
     dtypes = (torch.bfloat16, torch.float32) if DEVICE == "cuda" else (torch.float32,)
     timer = kernel_times.gpu_times if DEVICE == "cuda" else kernel_times.cpu_times
     ceilings = kernel_times.gpu_ceilings() if DEVICE == "cuda" else None
-    for dtype in dtypes:
-        for case in kernel_times.cases(DEVICE, dtype, quick):
-            if case.work.startswith(names):
-                yield from kernel_times.measured(case, timer, 2 if quick else 50, ceilings)
+    for case in (case for dtype in dtypes for case in kernel_times.cases(DEVICE, dtype, quick)):
+        if case.work.startswith(names):
+            for row in kernel_times.measured(case, timer, 2 if quick else 50, ceilings):
+                say(case.work, as_line(row, quick))
 
 
 def clustering(quick):
-    """emcc at SYSU-MM01's size, on typical and on hard features, and at 200,000."""
+    """emcc at 34,167, typical and hard, and at 200,000 images; flashlib's DBSCAN where it is installed."""
     for kind in NOISE:
         _cluster(600 if quick else 34_167, kind, 3)
     if not quick:
         _cluster(200_000, "typical", 1)
+    if DEVICE == "cuda" and find_spec("flashlib"):
+        from flashlib import flash_dbscan
+
+        x = world(34_167, 2048, 843, NOISE["typical"], device=DEVICE)[0]
+        flash_dbscan(x[:500], 0.9, 4)
+        spent = seconds(lambda: flash_dbscan(x, 0.9, 4), DEVICE, 3)[0]
+        say("flashlib's DBSCAN of the features themselves, N=34167", f"{spent:.3g} s, median of 3")
 
 
 def million(quick):
@@ -95,10 +104,8 @@ def million(quick):
 def _cluster(size, kind, n):
     from ecul import emcc
 
-    if size > 100_000:
-        features, *codes = _world_on_device(size, kind)
-    else:
-        features, *codes = (part.to(DEVICE) for part in world(size, 2048, size // 40, NOISE[kind]))
+    dtype = torch.bfloat16 if size > 100_000 else torch.float32
+    features, *codes = world(size, 2048, size // 40, NOISE[kind], device=DEVICE, dtype=dtype)
     emcc(features[:500], *(c[:500] for c in codes), **SIZES, **DBSCAN)
     held = features.numel() * features.element_size()
     reset_peak_memory(DEVICE)
@@ -109,27 +116,8 @@ def _cluster(size, kind, n):
     say(f"emcc, {kind}, N={size}", f"{spent:.3g} s, median of {n}; {peak:.1f} GiB {beyond}; {found}")
 
 
-def _world_on_device(size, kind, dim=2048, cameras=6):
-    """The same kind of features as `world`, made in half precision where they are wanted."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-
-    def directions(count):
-        rows = torch.randn(count, dim, generator=generator, device=DEVICE)
-        return torch.nn.functional.normalize(rows, dim=1)
-
-    identity, camera, modality = directions(size // 40), directions(cameras), directions(2)
-    taken_by = torch.randint(0, cameras, (size,), generator=generator, device=DEVICE)
-    kinds = (taken_by >= cameras - cameras // 3).long()
-    features = torch.empty(size, dim, dtype=torch.bfloat16, device=DEVICE)
-    for part in torch.arange(size, device=DEVICE).split(10_000):
-        noise = torch.randn(len(part), dim, generator=generator, device=DEVICE) * (NOISE[kind] / dim**0.5)
-        mean = identity[part % len(identity)] + 0.45 * camera[taken_by[part]] + 0.4 * modality[kinds[part]]
-        features[part] = torch.nn.functional.normalize(mean + noise, dim=1).bfloat16()
-    return features, taken_by, kinds
-
-
 def waits(quick):
-    """The loop of each method, in which nothing may wait for the device."""
+    """No step of a method's loop may wait for the device."""
     from ecul import Config, open_dataset, synthesize, training
 
     original = training.make_batches
@@ -137,9 +125,11 @@ def waits(quick):
 
     def guarded(*arguments):
         for batch in original(*arguments):  # drawing a batch copies it to the device
-            _forbid_waiting(True)
+            if DEVICE == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
             yield batch
-            _forbid_waiting(False)
+            if DEVICE == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
 
     training.make_batches = guarded
     with tempfile.TemporaryDirectory() as folder:
@@ -152,24 +142,10 @@ def waits(quick):
             say(f"{method}, both stages", "no wait in four batches")
 
 
-def _forbid_waiting(forbidden):
-    if DEVICE == "cuda":
-        torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
-
-
 def tests(quick):
-    """The tests that need a GPU; in small, and without one, a few of the others."""
+    """The tests that need a GPU; without a GPU a few of the others."""
     chosen = ["-m", "gpu"] if DEVICE == "cuda" else ["tests/kernels/test_pairs.py"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x" if quick else "-q",
-        "-p",
-        "no:cacheprovider",
-        *chosen,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     summary = (done.stdout.strip().splitlines() or ["nothing ran"])[-1]
     if done.returncode:
@@ -200,17 +176,15 @@ def sanitizer(quick):
     if tool is None or DEVICE == "cpu":
         say("compute-sanitizer", "not present" if tool is None else "needs a GPU")
         return
-    code = (
+    done = python(
         "import torch; from ecul import emcc; from ecul.kernels import memory_contrast, momentum_update_\n"
         "x = torch.nn.functional.normalize(torch.randn(300, 64, device='cuda'))\n"
         "y = torch.arange(300, device='cuda') % 9\n"
         "emcc(x, k1=8, k2=3, k3=6)\n"
         "memory_contrast(x.requires_grad_(), x.detach().clone(), y, y, 0.05).sum().backward()\n"
         "momentum_update_(x.detach()[:9].clone(), x.detach(), y, 0.1, 'sequential')\n"
-        "torch.cuda.synchronize()\n"
-    )
-    done = subprocess.run(
-        [tool, "--error-exitcode", "9", sys.executable, "-c", code], capture_output=True, text=True
+        "torch.cuda.synchronize()\n",
+        *(tool, "--error-exitcode", "9"),
     )
     if done.returncode:
         raise AssertionError((done.stdout + done.stderr)[-400:])
