@@ -9,7 +9,7 @@ from ecul.common import distributed
 from ecul.config import Config
 from ecul.features import require_model
 from ecul.model import TwoStreamResNet
-from ecul.streams import Backbone, TwoStream
+from ecul.streams import Backbone, TwoStream, row_size
 
 log = logging.getLogger("ecul")
 
@@ -50,6 +50,8 @@ def _own_model(model: torch.nn.Module, config: Config) -> torch.nn.Module:
     size = tuple(model.input_size)  # type: ignore[arg-type]
     if size != config.size:
         raise ValueError(f"model: its input_size is {size}, config.size is {config.size}; make them equal")
+    if not isinstance(model, TwoStreamResNet | Backbone):  # which give what they should
+        row_size(model, size, "training", 2)
     return model
 
 

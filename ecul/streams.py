@@ -177,35 +177,44 @@ def load_model(path: str | Path) -> TwoStreamResNet | Backbone:
 
 
 def output_size(network: nn.Module, size: tuple[int, int]) -> int:
-    """The D of the rows (N, D) that a network gives of images of this size, in evaluation and in training.
+    """The D of the rows (N, D) that a network gives of images of this size, the same in both modes.
 
-    A copy is tried, so the network's statistics and torch's random state stay as they are. Errors: ValueError
-    for a network that cannot take such images, or gives something else in one of the modes.
+    Errors: those of `row_size`; ValueError for a network with two streams, or with other rows in training.
     """
     name = type(network).__name__
     if any(isinstance(module, PerModality) for module in network.modules()):
         raise ValueError(f"model: {name} has a stem for each modality already; give the plain network")
-    tried, device = copy.deepcopy(network), next(network.parameters(), torch.empty(0)).device
-    images, sizes = torch.zeros(2, 3, *size, device=device), []
-    for mode in ("evaluation", "training"):
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            try:
-                rows = tried.train(mode == "training")(images)
-            except Exception as e:  # somebody's code can raise anything
-                raise ValueError(f"model: {name} takes no images of {size} pixels in {mode}: {e}") from e
-        got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
-        if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != 2:
-            raise ValueError(
-                f"model: {name} should give rows (2, num_features) of two images, got {got} in {mode}; "
-                "it needs its pooling, and no classifier (timm: num_classes=0)"
-            )
-        sizes.append(rows.shape[1])
+    sizes = [row_size(network, size, mode) for mode in ("evaluation", "training")]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"model: {name} gives rows of {sizes[0]} features in evaluation and of {sizes[1]} in training; "
             "both must be the features, without the classifier"
         )
     return sizes[0]
+
+
+def row_size(network: nn.Module, size: tuple[int, int], mode: str, streams: int = 1) -> int:
+    """The D of the rows (N, D) that a network gives of two images of this size in each of its inputs.
+
+    mode: "evaluation" or "training". A copy is tried, so the network's statistics, its mode and torch's
+    random state stay as they are. Errors: ValueError where the network cannot take such images, or gives
+    something else.
+    """
+    name, count = type(network).__name__, 2 * streams
+    device = next(network.parameters(), torch.empty(0)).device
+    images = [torch.zeros(2, 3, *size, device=device) for _ in range(streams)]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        try:
+            rows = copy.deepcopy(network).train(mode == "training")(*images)
+        except Exception as e:  # somebody's code can raise anything
+            raise ValueError(f"model: {name} takes no images of {size} pixels in {mode}: {e}") from e
+    got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
+    if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != count:
+        raise ValueError(
+            f"model: {name} should give rows ({count}, num_features) of {count} images, got {got} in {mode}; "
+            "it needs its pooling, and no classifier (timm: num_classes=0)"
+        )
+    return rows.shape[1]
 
 
 def _build(name: str, size: tuple[int, int]) -> nn.Module:

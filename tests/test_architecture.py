@@ -53,16 +53,16 @@ def imported(name):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
 
 
+def room(name):
+    return (name + ".").split(".")[1]
+
+
 def test_a_lazy_name_counts_as_the_module_it_lives_in(tmp_path, monkeypatch):
     (tmp_path / "memory.py").write_text("from ecul import MODALITIES, train\n")
     monkeypatch.setitem(MODULES, "ecul.memory", tmp_path / "memory.py")
     assert list(imported("ecul.memory")) == ["ecul", "ecul.training"]
     with pytest.raises(AssertionError, match="ecul.memory imports ecul.training, which stands above it"):
         test_imports_go_down_or_sideways("ecul.memory")
-
-
-def room(name):
-    return name.split(".")[1]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {"ecul"}))
@@ -74,6 +74,27 @@ def test_imports_go_down_or_sideways(name):
 def test_no_file_imports_in_a_circle():
     graph = {name: set(imported(name)) - {"ecul", name} for name in MODULES}
     TopologicalSorter(graph).prepare()
+
+
+def test_the_method_imports_no_tool():
+    """Not even through others: training needs the method alone, not what people do with a model."""
+    needed, todo = (
+        set(),
+        {"ecul.training", *(name for name in MODULES if room(name) in ("run", "evaluation"))},
+    )
+    while todo:
+        needed |= todo
+        todo = {other for name in todo for other in imported(name)} - needed - {"ecul"}
+    names = "training config trainset labels clustering matching memory stages batches augment model optim"
+    assert {f"ecul.{name}" for name in [*names.split(), "features"]} <= needed
+    assert {room(name) for name in needed} & {
+        "tools",
+        "report",
+        "synthetic",
+        "importers",
+        "cli",
+        "shell",
+    } == set()
 
 
 def test_packages_are_all_shipped():

@@ -13,6 +13,7 @@ from torch import nn
 from ecul import Config, extract, train
 from ecul.cli import main
 from ecul.model import BasicBlock
+from ecul.optim import build_model
 from ecul.streams import Backbone, TwoStream, load_model
 
 SIZE = (32, 32)
@@ -221,12 +222,17 @@ class Reid(nn.Module):
 @pytest.mark.parametrize("wrap", [Backbone, TwoStream])
 def test_what_a_network_gives_in_training_is_looked_at_before_any_work(wrap):
     for kind, got in {"tuple": "got tuple", "dict": "got dict", "map": r"got \(2, 8, 1\)"}.items():
-        with pytest.raises(
-            ValueError, match=f"^model: Reid should give rows .* of two images, {got} in train"
-        ):
+        with pytest.raises(ValueError, match=f"^model: Reid should give rows .* of 2 images, {got} in train"):
             wrap(Reid(kind), SIZE)
     with pytest.raises(ValueError, match="^model: Reid gives rows of 8 features in evaluation and of 5 in"):
         wrap(Reid("logits"), SIZE)
+    own = Reid("tuple")
+    own.input_size, own.embed = (32, 16), lambda x, modality: own.body(x)
+    own.forward = lambda visible, infrared: (own.body(visible), own.body(infrared))
+    with pytest.raises(
+        ValueError, match=r"^model: Reid should give rows \(4, num_features\) of 4 images, got"
+    ):
+        build_model(tiny(), torch.device("cpu"), own)
     network = Reid("same").eval()
     network.body[1].train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -301,7 +307,7 @@ def test_what_does_not_fit_is_said_before_any_work(dataset, tmp_path, monkeypatc
     network.num_features = 64
     with pytest.raises(ValueError, match="its rows have 10 features where num_features says 64"):
         train(dataset, tiny(size=SIZE), model=network)
-    with pytest.raises(ValueError, match=r"rows \(2, num_features\) of two images, got \(2, 8, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"rows \(2, num_features\) of 2 images, got \(2, 8, 16, 16\)"):
         TwoStream(nn.Sequential(network.conv1), SIZE)
 
 
