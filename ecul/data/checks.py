@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from ecul import MODALITIES
 from ecul.common import logs
 from ecul.common.names import printable, shorten
 from ecul.data.decode import find_unreadable
@@ -85,8 +84,8 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
     The expected counts are those in the root's `synthetic.json`, else the published ones of the data set,
     else of the data set whose protocol it borrows. Other counts are errors, unless the data set was opened
     with subset=True. Errors too: missing and empty files, an image listed twice in a split, a file in two
-    splits (by its name or by links), for SYSU-MM01 an identity in both training and test. An unexpected file
-    is a warning. decode=True also decodes every image to its end, which takes minutes.
+    splits (by its name or by links). An unexpected file is a warning. decode=True also decodes every image to
+    its end, which takes minutes.
     """
     result = CheckResult(dataset.name, "no published counts to compare with", extra=list(dataset.extra))
     owners = [LAYOUTS[name] for name in (dataset.name, dataset.protocol) if name in LAYOUTS]
@@ -106,9 +105,14 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
         found += [] if len(images) else ["no images"]
         result.errors += [f"{split.replace('_', ' ')}: {text}" for text in found]
         result.hint = ON_PURPOSE if differs and len(images) else result.hint
-    result.errors += [*_shared_files(files), *(_shared_people(dataset) if dataset.protocol == "sysu" else ())]
+    result.errors += _shared_files(files)
     if decode:
-        _decode(dataset, result, progress)
+        sources = {images.source: None for images in dataset.splits().values()}
+        paths = [path for source in sources if isinstance(source, Files) for path in source.paths()]
+        known = {*result.missing, *result.unreadable}
+        problems = find_unreadable([path for path in paths if str(path) not in known], progress)
+        result.unreadable += problems
+        result.errors += map(str, problems.values())
     if result.extra:
         result.warnings.append(f"{len(result.extra)} unexpected, left out: {shorten(result.extra)}")
     return result
@@ -180,22 +184,3 @@ def _shared_files(files: dict[str, dict[FileId, str]]) -> Iterator[str]:
         if both := sorted(of_a[file] for file in of_a.keys() & of_b.keys()):
             told = f"{a} and {b}".replace("_", " ")
             yield f"{told}: {len(both)} images are in both: {shorten(both)}"
-
-
-def _shared_people(dataset: Any) -> Iterator[str]:
-    for modality in MODALITIES:
-        train, test = getattr(dataset, modality), getattr(dataset, f"test_{modality}")
-        if test is None or not isinstance(test.source, Files):
-            continue
-        if people := sorted({*train.people()} & {*test.people()}):
-            names = [f"{pid:04d}" for pid in people]
-            yield f"{modality}: {len(names)} identities to train and to test on: {shorten(names)}"
-
-
-def _decode(dataset: Any, result: CheckResult, progress: bool) -> None:
-    sources = {images.source: None for images in dataset.splits().values()}
-    paths = [path for source in sources if isinstance(source, Files) for path in source.paths()]
-    known = {*result.missing, *result.unreadable}
-    problems = find_unreadable([path for path in paths if str(path) not in known], progress)
-    result.unreadable += problems
-    result.errors += map(str, problems.values())
