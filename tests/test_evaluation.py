@@ -641,3 +641,10 @@ def test_arrays_of_any_kind_are_evaluated_alike():
     rows = evaluate(None, dataset, features=features).rows
     for kind in (*kinds, lambda a: a.astype(np.longdouble), lambda a: torch.from_numpy(a).requires_grad_()):
         assert evaluate(None, dataset, features={m: kind(f) for m, f in features.items()}).rows == rows
+    for wrong, kind in ((torch.eye(3).to_sparse(), TypeError), (torch.eye(3, device="meta"), TypeError)):
+        with pytest.raises(kind, match="distmat must be a dense tensor"):
+            eval_regdb(wrong, [1, 2, 3], [1, 2, 3])
+    with pytest.raises(ValueError, match="distmat: "):
+        eval_regdb([[1.0], [1.0, 2.0]], [1, 2], [1, 2])
+    with pytest.raises(ValueError, match="g_pids: expected 3 values .* not <U1"):
+        eval_regdb(np.eye(3), [1, 2, 3], ["a", "b", "c"])

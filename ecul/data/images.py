@@ -11,18 +11,25 @@ import torch
 from numpy.typing import ArrayLike
 
 from ecul import MODALITIES
+from ecul.common.arrays import as_tensor
 from ecul.data.pack import Arrays, Files
 
 Pixels = ArrayLike | torch.Tensor
 Column = ArrayLike | None  # one integer for each image
 
 
-def as_numpy(values: Any) -> np.ndarray:
-    """An array of what NumPy reads, or of a tensor on any device; bfloat16 becomes float32."""
-    if not isinstance(values, torch.Tensor):
+def as_numpy(name: str, values: Any) -> np.ndarray:
+    """The argument `name` as an array: a dense tensor (bfloat16 as float32), or what NumPy reads.
+
+    Errors: TypeError for a sparse or meta tensor; ValueError for lists of uneven length.
+    """
+    if isinstance(values, torch.Tensor):
+        values = as_tensor(name, values).detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    try:
         return np.asarray(values)
-    values = values.detach().cpu()
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_modality(modality: Any) -> None:
@@ -53,7 +60,7 @@ class Images:
         self.rows = self._column("rows", np.arange(count) if rows is None else rows)
 
     def _column(self, name: str, values: ArrayLike) -> np.ndarray:
-        values = as_numpy(values)
+        values = as_numpy(name, values)
         if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
             raise TypeError(f"{name}: expected a row of integers, not {values.dtype} of shape {values.shape}")
         if len(values) != len(self):
@@ -65,7 +72,7 @@ class Images:
     @classmethod
     def from_array(cls, pixels: Pixels, modality: str, camids: Column = None, pids: Column = None) -> Images:
         """Images in memory: uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W), NumPy or torch."""
-        pixels = as_numpy(pixels)
+        pixels = as_numpy(modality, pixels)
         if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
             pixels = pixels.transpose(0, 2, 3, 1)
         if pixels.dtype != np.uint8 or not (pixels.ndim == 3 or pixels.ndim == 4 and pixels.shape[3] == 3):

@@ -271,7 +271,7 @@ def _unit_rows(
             require_model(model)
             vectors[m] = extract(model, images, m, batch_size=batch_size, flip=flip, progress=progress)
             continue
-        given = torch.from_numpy(np.array(as_numpy(features[m]), np.float32))
+        given = torch.from_numpy(np.array(as_numpy(f"features[{m!r}]", features[m]), np.float32))
         if given.ndim != 2 or len(given) != len(images) or not torch.isfinite(given).all():
             raise ValueError(f"features[{m!r}]: expected {len(images)} finite rows, not {tuple(given.shape)}")
         vectors[m] = torch.nn.functional.normalize(given, dim=1)
