@@ -226,8 +226,8 @@ def search(args: argparse.Namespace) -> None:
     if args.output:
         prepare_picture(args.output)
     options = {"top": args.top, "rerank": args.rerank, "unknown": args.unknown, **_reading(args)}
-    options["threshold"] = Threshold.load(args.model)
     model = _model(args)
+    options["threshold"] = Threshold.load(args.model, model.sha256)
     ranking = search(model, args.query, args.gallery, args.query_modality, args.gallery_modality, **options)
     _list_unreadable(ranking.query, ranking.gallery)
     print(json.dumps(ranking.to_dict(), indent=2) if args.json else ranking.table())

@@ -25,12 +25,16 @@ LOOKED_AT = 256  # images of a modality
 
 @dataclass(frozen=True)
 class FolderFeatures:
-    """(N, num_features) float32 unit rows of image files, their paths, and the paths of those skipped."""
+    """(N, num_features) float32 unit rows of image files, their paths, and the paths of those skipped.
+
+    model_sha256: the hash of the file of weights that made the rows, where the model was read from one.
+    """
 
     features: torch.Tensor
     paths: list[str]
     modality: str
     unreadable: list[str]
+    model_sha256: str | None = None
 
 
 def extract(
@@ -86,7 +90,8 @@ def extract_files(
             rows.append(embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu())
     if problems and not (skip_unreadable and kept):
         raise unreadable(problems, len(paths), "" if skip_unreadable else SKIP)
-    return FolderFeatures(torch.cat(rows), kept, modality, list(problems))
+    sha256 = getattr(model, "sha256", None)
+    return FolderFeatures(torch.cat(rows), kept, modality, list(problems), sha256)
 
 
 def warn_if_other(pixels: torch.Tensor, modality: str) -> None:

@@ -1,7 +1,7 @@
 """Files of others, files of a bad disk: nothing passes for what it is not, and each error names its file."""
 
 import errno
-import json
+import hashlib
 import os
 import tracemalloc
 import zipfile
@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from ecul import TwoStreamResNet
 from ecul.cli import main
-from ecul.common.files import write_file
+from ecul.common.files import read_json, write_file
 from ecul.common.names import printable, shorten
-from ecul.common.records import parse_json, read_json, require, whole_number
 from ecul.common.weights import read_tensors, read_weights, require_tensors, write_tensors
+from ecul.data.layouts import whole_number
 from ecul.importers import import_checkpoint
 from ecul.model import Backbone
 
@@ -40,16 +40,17 @@ def saved(folder, **metadata):
 def test_one_flipped_bit_of_a_file_of_tensors_is_an_error(tmp_path):
     tensors = {"a": torch.arange(7.0), "b": torch.arange(5), "c": torch.ones(2, 3).half()}
     write_tensors(tmp_path / "t.safetensors", tensors, {"epoch": 3})
-    found, metadata = read_tensors(tmp_path / "t.safetensors")
+    found, metadata, sha256 = read_tensors(tmp_path / "t.safetensors")
     assert metadata["epoch"] == "3" and all(torch.equal(found[k], v) for k, v in tensors.items())
     content = (tmp_path / "t.safetensors").read_bytes()
+    assert sha256 == hashlib.sha256(content).hexdigest()
     header = 8 + int.from_bytes(content[:8], "little")
     assert len(content[header:]) == 7 * 4 + 5 * 8 + 6 * 2
     for place in [*range(header, len(content)), content.index(b'"3"') + 1, content.index(b"F32") + 1]:
         flipped = bytearray(content)
         flipped[place] ^= 1
         (tmp_path / "t.safetensors").write_bytes(flipped)
-        with pytest.raises(ValueError, match="t.safetensors (is damaged|cannot be read as weights)"):
+        with pytest.raises(ValueError, match="t.safetensors is damaged"):
             read_tensors(tmp_path / "t.safetensors")
 
 
@@ -59,11 +60,11 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(tmp_path
     with torch.no_grad():
         model.layer2[0].conv1.weight[0, 0, 0, 0] = wild
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model.safetensors holds NaN or infinite .*layer2.0.conv1.weight"):
+    with pytest.raises(ValueError, match="model.safetensors is damaged: .* NaN .*layer2.0.conv1"):
         TwoStreamResNet.from_pretrained(tmp_path)
     state = {k.removeprefix("visible."): v for k, v in model.state_dict().items() if "infrared" not in k}
     torch.save({k: v for k, v in state.items() if "bottleneck" not in k}, tmp_path / "start.pth")
-    with pytest.raises(ValueError, match="start.pth holds NaN or infinite"):
+    with pytest.raises(ValueError, match="start.pth is damaged: it holds NaN"):
         TwoStreamResNet(**SMALL).load_backbone(tmp_path / "start.pth")
 
 
@@ -82,19 +83,20 @@ def test_weights_of_another_kind_are_refused(tmp_path, other):
 @pytest.mark.parametrize(
     ("claims", "message"),
     [
-        ({"width": "5000"}, "its width is damaged: expected a whole number from 1 to 4096, got 5000"),
-        ({"width": "1000000000"}, "its width is damaged"),
+        ({"width": "5000"}, "is damaged: its width is 5000"),
+        ({"width": "1000000000"}, "its width is 1000000000"),
         ({"width": "4000"}, r"does not fit .* of width 4000.*conv1.weight is \(2,"),
-        ({"width": "2.0"}, "its width is damaged"),
-        ({"width": "true"}, "its width is damaged"),
+        ({"width": "2.0"}, "its width is 2.0"),
+        ({"width": "true"}, "its width is true"),
         ({"width": None}, "'width' is missing"),
         ({"depth": "101"}, "does not fit a ResNet-101"),
-        ({"depth": "11"}, "its depth is damaged: expected one of 10, 101, 18, 34, 50, got 11"),
-        ({"non_local": "maybe"}, "its non_local is damaged: it is no JSON"),
-        ({"input_size": "[100000, 64]"}, "its input_size is damaged: entry 1: expected a whole number"),
-        ({"input_size": "[64]"}, "its input_size is damaged: expected a list of 2"),
-        ({"input_size": "[" * 100_000}, "its input_size is damaged: it is nested too deeply"),
-        ({"input_size": "[" + "9" * 5000 + ", 64]"}, "its input_size is damaged"),
+        ({"depth": "11"}, "its depth is 11"),
+        ({"non_local": "maybe"}, "its non_local is maybe"),
+        ({"stem_stride": "3"}, "its stem_stride is 3"),
+        ({"input_size": "[100000, 64]"}, "its input_size is 100000"),
+        ({"input_size": "[64]"}, "is damaged"),
+        ({"input_size": "[" * 100_000}, "is damaged"),
+        ({"input_size": "[" + "9" * 5000 + ", 64]"}, "its input_size is 999"),
         ({"architecture": "\x1b[2J"}, r"holds \\x1b\[2J, not TwoStreamResNet"),
     ],
 )
@@ -127,11 +129,11 @@ def test_a_backbone_of_ones_own_has_a_bounded_size_too(tmp_path):
 def test_a_checkpoint_holds_what_it_claims_and_no_more(tmp_path):
     small = torch.zeros(1)
     cases = {
-        "holds no weights": {"state_dict": {}},
-        "wide are no tensors|wide claim to be larger": {"wide": small.expand(10**9)},
-        "sparse are no tensors": {"sparse": torch.zeros(9, 9).to_sparse()},
-        "meta are no tensors": {"meta": torch.zeros(9, device="meta")},
-        "a tuple are no tensors": {("a", "b"): small},
+        "no weights": {"state_dict": {}},
+        "wide, no tensors": {"wide": small.expand(10**9)},
+        "sparse, no tensors": {"sparse": torch.zeros(9, 9).to_sparse()},
+        "meta, no tensors": {"meta": torch.zeros(9, device="meta")},
+        r"\('a', 'b'\), no tensors": {("a", "b"): small},
     }
     for message, content in cases.items():
         torch.save(content, tmp_path / "odd.pth")
@@ -147,7 +149,7 @@ def test_a_checkpoint_that_grows_in_memory_is_refused(tmp_path):
             packed.writestr(name, plain.read(name))
     assert (tmp_path / "packed.pth").stat().st_size < 20_000
     require_tensors(read_weights(tmp_path / "plain.pth"), "plain.pth")
-    with pytest.raises(ValueError, match="packed.pth cannot be read as weights alone: it grows to 4,0"):
+    with pytest.raises(ValueError, match="packed.pth is damaged: it grows to 4,0"):
         read_weights(tmp_path / "packed.pth")
 
 
@@ -180,7 +182,7 @@ def test_malformed_numpy_objects_beside_the_weights_are_never_made(tmp_path, par
     with pytest.raises(ValueError, match="odd.pth: 1 of 1 names belong to no known layout"):
         import_checkpoint(tmp_path / "odd.pth")
     torch.save({"net": {"odd.weight": Malformed(*parts)}}, tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match="odd.weight are no tensors"):
+    with pytest.raises(ValueError, match="odd.weight, no tensors"):
         import_checkpoint(tmp_path / "odd.pth")
 
 
@@ -195,50 +197,20 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("schema", "good", "bad", "message"),
-    [
-        (str, "a", 1, "expected str, got 1"),
-        (bool, True, 1, "expected bool, got 1"),
-        (float, 2, float("inf"), "expected a number, got inf"),
-        (float, 2.5, 10**400, "expected a number, got 1000"),
-        (float, 0, True, "expected a number, got True"),
-        (int, 0, True, "expected int, got True"),
-        (str | None, None, 1, "expected str | None, got 1"),
-        (range(1, 4), 3, 4, "expected a whole number from 1 to 3, got 4"),
-        (range(1, 4), 1, 1.0, "expected a whole number from 1 to 3, got 1.0"),
-        (range(1, 4), 1, True, "expected a whole number from 1 to 3, got True"),
-        ({1, 2}, 1, True, "expected one of 1, 2, got True"),
-        ([str], ["a", "b"], ["a", None], "entry 2: expected str, got None"),
-        ((str, int), ["a", 1], ["a"], "expected a list of 2, got list ['a']"),
-        ({"a": str}, {"a": "b", "c": 1}, {"c": 1}, "'a' is missing"),
-        ({"a": {"b": [int]}}, {"a": {"b": [1]}}, {"a": {"b": ["x"]}}, "'a': 'b': entry 1: expected int"),
-        ({"a?": str, ...: float}, {"b": 1.5}, {"a": 2}, "'a': expected str, got 2"),
-        ({"a?": str, ...: float}, {"a": "x"}, {"b\x1b": "x"}, r"'b\x1b': expected a number, got 'x'"),
-        (dict, {}, "x" * 1000, "of 1,002 characters"),
-    ],
-)
-def test_a_schema_names_the_place_that_breaks_it(schema, good, bad, message):
-    require(good, schema, "file")
-    with pytest.raises(ValueError) as error:
-        require(bad, schema, "file")
-    assert str(error.value).startswith("file: ") and message in str(error.value)
-
-
-@pytest.mark.parametrize(
     "text",
-    ["", "{", "NaN", "[Infinity]", "[" * 100_000, "9" * 5000, '"\\ud800', b"\xff\xfe", '{"a": -Infinity}'],
+    ["", "{", "[" * 100_000, "9" * 5000, '"\\ud800', b"\xff\xfe"],
 )
 def test_what_is_no_json_is_told_with_its_file(text, tmp_path):
     (tmp_path / "x.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match="x.json is damaged: it is (no JSON|nested too deeply)") as error:
-        read_json(tmp_path / "x.json", object)
+    with pytest.raises(ValueError, match="x.json is damaged: ") as error:
+        read_json(tmp_path / "x.json")
     assert len(str(error.value)) < 400
 
 
 def test_json_of_a_pipe_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "x.json")
     with pytest.raises(FileNotFoundError, match="there is no file .*x.json"):
-        read_json(tmp_path / "x.json", object)
+        read_json(tmp_path / "x.json")
 
 
 def test_foreign_text_does_not_steer_the_terminal(tmp_path, capsys):
@@ -277,13 +249,12 @@ def test_foreign_text_does_not_steer_the_terminal(tmp_path, capsys):
         assert "\\x1b[" in told and "\x1b" not in told and "\x9b" not in told, command
 
 
-def test_numbers_of_files_have_a_range():
+def test_numbers_of_lists_have_a_range():
     assert whole_number(" 007 ", "x") == 7 and whole_number("9" * 18, "x") == 10**18 - 1
-    for odd in ("9" * 19, "9" * 5000, "-1", "1.0", "1e3", "²", "", "nan", True, None):
+    for odd in ("9" * 19, "9" * 5000, "-1", "1.0", "1e3", "²", "", "nan"):
         with pytest.raises(ValueError, match="^list.txt, line 3 should be a whole number") as error:
             whole_number(odd, "list.txt, line 3")
         assert len(str(error.value)) < 200
-    assert parse_json("[3]", [range(9)], "x") == [3] and json.loads("3") == 3
 
 
 def test_weights_are_written_with_two_copies_at_most(tmp_path):
@@ -295,5 +266,4 @@ def test_weights_are_written_with_two_copies_at_most(tmp_path):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 1.5 * 2**22
-    assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
-    assert torch.equal(read_tensors(tmp_path / "second.safetensors")[0]["x"], tensors["x"])
+    assert torch.equal(read_tensors(tmp_path / "second.safetensors").tensors["x"], tensors["x"])

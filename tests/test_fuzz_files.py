@@ -18,9 +18,10 @@ from test_resume import CONFIG, DATASET, resume
 
 from ecul import TwoStreamResNet, open_dataset, train
 from ecul.clustering import dbscan, extend_encodings, neighbor_graph
+from ecul.common.weights import read_tensors, write_tensors
 from ecul.evaluation import eval_llcm, eval_regdb, eval_sysu
 from ecul.importers import import_checkpoint
-from ecul.run.checkpoint import read_about, read_log
+from ecul.run.saved import find_run
 
 TRIED = {"json": 150, "bytes": 60, "metadata": 60, "pth": 80, "lists": 120, "matrices": 300, "distances": 150}
 JUNK = [
@@ -88,22 +89,19 @@ def whole(tmp_path_factory):
     return train(DATASET, CONFIG, output=tmp_path_factory.mktemp("r") / "run").output
 
 
-def test_json_of_a_run(whole, tmp_path):
-    rng, run = np.random.default_rng(1), shutil.copytree(whole, tmp_path / "run")
-    about, log = (
-        json.loads((whole / "resume.json").read_text()),
-        (whole / "log.jsonl").read_text().splitlines(),
-    )
+def test_what_a_run_says(whole, tmp_path):
+    rng, file = np.random.default_rng(1), tmp_path / "resume.safetensors"
+    tensors, metadata, _ = read_tensors(whole / file.name)
+    about, content = json.loads(metadata["run"]), (whole / file.name).read_bytes()
+    tensors = {"labels": tensors["labels"]}
     for _ in range(TRIED["json"]):
         text = json.dumps(mutated(about, rng)).replace('"' + "[" * 5000 + '"', "[" * 50_000)
-        (run / "resume.json").write_text(text)
-        held(lambda: read_about(run), "resume.json")
-        lines = [json.dumps(mutated(json.loads(line), rng)) for line in log]
-        (run / "log.jsonl").write_text("\n".join(lines))
-        for row in held(lambda: read_log(run), "log.jsonl") or []:
-            assert row["stage"] in (1, 2) and np.isfinite(row["score"])
-        (run / "resume.json").write_bytes(damaged((whole / "resume.json").read_bytes(), rng))
-        held(lambda: read_about(run), "resume.json")
+        write_tensors(file, tensors, {"run": text})
+        found = held(lambda: find_run(tmp_path), file.name)
+        for row in found.history if found else []:
+            assert row["stage"] in (1, 2) and all(map(np.isfinite, row.values()))
+        file.write_bytes(damaged(content[:5000], rng))
+        held(lambda: find_run(tmp_path), file.name)
 
 
 def test_the_state_of_a_run(whole, tmp_path):

@@ -124,7 +124,7 @@ def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
         "layer2.0.conv1.weight is": state | {"base_resnet.base.layer2.0.conv1.weight": torch.zeros(1)},
         "no ResNet with": {k: v for k, v in state.items() if "base.layer3.1" not in k},
         "visible stem": {k: v for k, v in state.items() if "visible" not in k},
-        "epoch are no tensors": {"epoch": 3},
+        "epoch, no tensors": {"epoch": 3},
         "expected a dict of weights": [torch.zeros(1)],
         "is a model of this library already": trained().state_dict(),
     }
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_was_cut_is_named(tmp_path):
     whole = (tmp_path / "old.pth").read_bytes()
     for part in (1, 10, 100, 1000, 5000, 9000, len(whole) // 3, len(whole) // 2, len(whole) - 7):
         (tmp_path / "cut.pth").write_bytes(whole[:part])
-        with pytest.raises(ValueError, match="cut.pth cannot be read as weights alone: it is damaged"):
+        with pytest.raises(ValueError, match="cut.pth is damaged"):
             import_checkpoint(tmp_path / "cut.pth")
 
 
@@ -161,13 +161,13 @@ class Code:
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path, capsys):
     torch.save({"net": published(trained()), "extra": Code()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+    with pytest.raises(ValueError, match="pth is damaged: it "):
         import_checkpoint(tmp_path / "evil.pth")
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="it holds .*print, which is code"):
         import_checkpoint(tmp_path / "evil.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="cannot be read as weights alone"):
+    with pytest.raises(ValueError, match="pth is damaged: it "):
         import_checkpoint(tmp_path / "text.pth")
-    with pytest.raises(FileNotFoundError, match="no weights file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         import_checkpoint(tmp_path / "absent.pth")

@@ -175,7 +175,7 @@ def test_backbone_names_what_does_not_fit(tmp_path):
     save_file(torchvision_names(TwoStreamResNet(18, width=16)), tmp_path / "wide.safetensors")
     with pytest.raises(ValueError, match=r"conv1.weight is \(16, 3, 7, 7\), expected \(8, 3, 7, 7\)"):
         model.load_backbone(tmp_path / "wide.safetensors")
-    with pytest.raises(FileNotFoundError, match="no weights file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         model.load_backbone(tmp_path / "absent.pth")
     for content in (torch.zeros(2), [1], {1: torch.zeros(1)}, {"conv1.weight": 3}, {"model": {}}):
         torch.save(content, tmp_path / "odd.pth")
@@ -195,9 +195,9 @@ def test_save_and_load_give_the_same_embeddings(tmp_path):
 
 def test_loading_something_else_is_a_clear_error(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="no named network, not TwoStreamResNet; give a model"):
+    with pytest.raises(ValueError, match="no network, not TwoStreamResNet; give a model"):
         TwoStreamResNet.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no model file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         TwoStreamResNet.from_pretrained(tmp_path / "absent")
     with pytest.raises(ValueError, match="depth must be one of"):
         TwoStreamResNet(depth=20)

@@ -1,24 +1,59 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and one way to read the files of others.
+
+with reading(path):
+    ...                 # any failure in here is ValueError("PATH is damaged: why")
+"""
 
 import hashlib
 import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from ecul.common.names import clipped
+
+
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Every failure in this block is a ValueError that names the file: it is damaged, or cannot be read.
+
+    Errors: FileNotFoundError where there is no such file, as for a folder or a pipe.
+    """
+    try:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror or clipped(e)}") from e
+    except Exception as e:  # a damaged file can raise anything
+        if str(e).startswith(f"{path} "):
+            raise
+        why = {KeyError: f"{e} is missing", RecursionError: "it is nested too deeply"}
+        why[MemoryError] = "it needs more memory than there is"
+        told = clipped(why.get(type(e), str(e) or type(e).__name__))
+        raise ValueError(f"{path} is damaged: {told}") from e
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value in a JSON file. Errors: those of `reading`."""
+    with reading(path):
+        return json.loads(Path(path).read_bytes())
 
 
 @contextmanager
 def draft(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A new file to write, which takes the place of `path` when the block ends without an error.
+    """A new file to write. It takes the place of `path` when the block ends without an error.
 
-    No other process has it, wherever it runs: its name is drawn, and it must not exist yet. An error in
-    writing, as on a full disk, names `path`.
+    Its name is drawn and must not exist yet, so no other process writes it. An error in writing, as on a full
+    disk, names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -30,11 +65,12 @@ def draft(path: str | os.PathLike) -> Iterator[BinaryIO]:
             raise
         raise OSError(e.errno, e.strerror, str(path)) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has moved, or the disk cannot be written
+            temporary.unlink()
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Write bytes so that `path` holds either its old content or all of the new."""
+    """Write bytes: `path` then holds all of them, or its old content after an error."""
     with draft(path) as file:
         file.write(data)
 
@@ -45,7 +81,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def prepare_output(path: str | os.PathLike, *suffixes: str) -> Path:
-    """The file that will be written, in a folder that is there; before any work is spent on it.
+    """The path of a file to write, checked before any work; its folder is made.
 
     Errors: ValueError for another suffix, a folder in its place, or a place that cannot be written.
     """
@@ -63,8 +99,4 @@ def prepare_output(path: str | os.PathLike, *suffixes: str) -> Path:
 
 def hash_file(path: str | os.PathLike) -> str:
     """A file's SHA-256 in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -7,14 +7,12 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ecul import __version__
-from ecul.common.files import write_json
+from ecul.common.files import reading, write_json
 from ecul.common.names import clipped
-from ecul.common.records import Schema, parse_json, require
-from ecul.common.weights import load_weights, read_tensors, require_fit, write_tensors
+from ecul.common.weights import read_metadata, read_tensors, require_fit, write_tensors
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 SIDE = range(1, 2049)  # pixels; a file that asks for more asks for too much memory
@@ -29,22 +27,32 @@ def weights_file(path: str | os.PathLike) -> Path:
 
 
 class Saved(NamedTuple):
-    """A network's file: its weights, its metadata, and of these the settings that build it."""
+    """A network's file: its weights, its metadata, the settings in it that build the network, its SHA-256."""
 
     file: Path
     state: dict[str, Tensor]
     metadata: dict[str, str]
     about: dict[str, Any]
+    sha256: str | None = None
 
 
 class Pretrained(nn.Module):
-    """A network saved as `model.safetensors` and `config.json`, with the `settings` that build it again."""
+    """A network saved as `model.safetensors` and `config.json`, with the `settings` that build it again.
+
+    sha256: that of the file from which these weights were read; None for other weights, as after training.
+    """
 
     settings: dict
+    sha256: str | None = None
 
     def described(self) -> str:
         """What network this is, for an error message."""
         return f"this {type(self).__name__}"
+
+    def train(self: Network, mode: bool = True) -> Network:
+        """Training mode, in which the weights change; or eval mode."""
+        self.sha256 = None if mode else self.sha256
+        return super().train(mode)
 
     def save_pretrained(
         self,
@@ -54,78 +62,83 @@ class Pretrained(nn.Module):
     ) -> None:
         """Write `model.safetensors` and `config.json` into a directory.
 
-        metadata: a dict for the former's header, beside architecture, sizes, mean, std and version; config: a
-        dict for the latter, beside the model's own settings under "model".
+        metadata: more values for the first file, beside architecture, settings, mean, std and version.
+        config: more values for the second, beside the settings under "model".
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         own = {"architecture": type(self).__name__, "version": __version__, "mean": MEAN, "std": STD}
-        write_tensors(
-            directory / "model.safetensors", self.state_dict(), {**own, **self.settings, **(metadata or {})}
-        )
+        about = {**own, **self.settings, **(metadata or {})}
+        write_tensors(directory / "model.safetensors", self.state_dict(), about)
         write_json(directory / "config.json", {**(config or {}), "model": self.settings})
 
     @classmethod
     def holds(cls, path: str | os.PathLike) -> bool:
-        """Whether a network of this class was saved at this path."""
-        try:
-            with safe_open(weights_file(path), framework="pt") as f:
-                return (f.metadata() or {}).get("architecture") == cls.__name__
-        except (OSError, SafetensorError):
-            return False
+        """Whether a network of this class was saved at this path. Errors: those of `reading`."""
+        return read_metadata(weights_file(path)).get("architecture") == cls.__name__
 
     @classmethod
     def _read(
         cls,
         path: str | os.PathLike,
-        settings: Mapping[str, Schema],
-        optional: Mapping[str, Schema] = MappingProxyType({}),
-    ) -> "Saved":
-        """What is saved in a directory, or in a file, with these settings of its metadata.
+        settings: Mapping[str, Any],
+        optional: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Saved:
+        """What is saved in a directory, or in a file. settings: each by name with its known values.
 
-        Errors: FileNotFoundError; ValueError for another network, and for a file that is damaged.
+        Errors: those of `reading`; ValueError for another network.
         """
         file = weights_file(path)
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"there is no model file {file}; give a directory that save_pretrained or train wrote"
-            )
-        state, metadata = read_tensors(file)
+        state, metadata, sha256 = read_tensors(file)
         found = metadata.get("architecture")
         if found != cls.__name__:
-            home = {"TwoStreamResNet": "model", "Backbone": "model", "TwoStream": "streams"}.get(str(found))
-            hint = (
-                f"in Python ecul.{home}.{found} loads it" if home else "give a model that this library wrote"
+            hint = {"TwoStreamResNet": "model", "Backbone": "model", "TwoStream": "streams"}.get(str(found))
+            told = (
+                f"in Python ecul.{hint}.{found} loads it" if hint else "give a model that this library wrote"
             )
-            told = clipped(found, 60) if found else "no named network"
-            raise ValueError(f"{file} holds {told}, not {cls.__name__}; {hint}")
-        require(metadata, dict.fromkeys(settings, str), f"{file} is damaged")
+            raise ValueError(f"{file} holds {clipped(found or 'no network', 60)}, not {cls.__name__}; {told}")
         known = {**settings, **{k: v for k, v in optional.items() if k in metadata}}
-        about = {
-            name: parse_json(metadata[name].lower(), schema, f"{file}: its {name}")  # False is written so
-            for name, schema in known.items()
-        }
-        return Saved(file, state, metadata, about)
+        with reading(file):
+            about = {name: _setting(name, metadata[name], values) for name, values in known.items()}
+        return Saved(file, state, metadata, about, sha256)
 
     @classmethod
-    def _build(cls: type[Network], saved: "Saved") -> Network:
+    def _build(cls: type[Network], saved: Saved) -> Network:
         """The network of these settings with these weights, in eval mode.
 
-        It takes no memory before every weight is known to fit: what a file claims costs what it holds.
+        It takes memory only when every weight is known to fit: a file costs no more than it holds.
         """
-        with torch.device("meta"):
-            shapes = cls(**saved.about)
-        require_fit(shapes.state_dict(), saved.state, saved.file, shapes.described())
-        return cls(**saved.about)._filled(saved)
+        with reading(saved.file), torch.device("meta"):
+            network = cls(**saved.about)
+        return network._filled(saved)
 
-    def _filled(self: Network, saved: "Saved") -> Network:
+    def _filled(self: Network, saved: Saved) -> Network:
         """This network with these weights, ready to embed."""
         self.load(saved.state, saved.file)
-        return self.eval()
+        self.eval().sha256 = saved.sha256
+        return self
 
     def load(self, state: Mapping[str, Tensor], path: str | os.PathLike, own: tuple[str, ...] = ()) -> None:
         """Take these weights, read from `path`; own: beginnings of names that they need not hold.
 
-        Errors: ValueError that lists what is missing, unknown, of another shape or not finite.
+        Errors: those of `require_fit`.
         """
-        load_weights(self, state, path, self.described(), own)
+        require_fit(self.state_dict(), state, path, self.described(), own)
+        if any(value.is_meta for value in self.state_dict().values()):
+            self.to_empty(device="cpu")
+            state = {k: torch.zeros_like(v) for k, v in self.state_dict().items() if k not in state} | {
+                **state
+            }
+        self.load_state_dict({**self.state_dict(), **state})
+        self.sha256 = None
+
+
+def _setting(name: str, text: str, values: Any) -> Any:
+    """The setting written in a file; values: a container of those known, or a tuple of one for each entry."""
+    if isinstance(values, tuple):
+        parts = zip(text.strip("[]").split(","), values, strict=True)
+        return [_setting(name, part, known) for part, known in parts]
+    for value in (False, True) if values is bool else values:
+        if str(value) == text.strip():
+            return value
+    raise ValueError(f"its {name} is {clipped(text, 60)}")

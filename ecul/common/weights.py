@@ -1,8 +1,4 @@
-"""Dicts of tensors in files: safetensors with a checksum, foreign weights without code, what fits a network.
-
-A file that `write_tensors` wrote has in its metadata the hash of all else in it, so that one flipped bit is
-an error where it is read.
-"""
+"""Dicts of tensors in files: safetensors with a checksum, foreign weights without code, and their fit."""
 
 import hashlib
 import json
@@ -11,99 +7,122 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError  # the name of an error, no file of ours is a pickle
-from typing import Any
+from pickle import UnpicklingError  # the name of an error; no file of ours is a pickle
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ecul.common.files import draft
-from ecul.common.names import clipped, shorten
+from ecul.common.files import draft, reading
+from ecul.common.names import shorten
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CHECKSUM = "checksum"
+CHECKSUM = "checksum"  # in the metadata: the hash of all tensors and of the other metadata
+
+
+class Content(NamedTuple):
+    """What a safetensors file holds, and the SHA-256 of the file, all from one reading."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    sha256: str
 
 
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a dict of tensors as safetensors; metadata values become strings. Equal content, equal bytes.
+    """Write a dict of tensors as safetensors with a checksum; metadata values become strings.
 
     Tensors that share storage (tied weights) are written once each, as the format asks.
     """
     copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    data = save(copies, {k: str(v) for k, v in (metadata or {}).items()})
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    digest = _digest(header)
-    digest.update(memoryview(data)[end:])
-    header.setdefault("__metadata__", {})[CHECKSUM] = digest.hexdigest()
-    written = _dump(header)
-    written += b" " * (-len(written) % 8)
+    # a path may hold bytes that are not UTF-8: they are written as escapes
+    texts = {k: str(v).encode("utf-8", "surrogateescape") for k, v in (metadata or {}).items()}
+    about = {k: text.decode("utf-8", "backslashreplace") for k, text in texts.items()}
+    data = save(copies, {**about, CHECKSUM: _checksum(copies, about)})
     with draft(path) as file:
-        file.write(len(written).to_bytes(8, "little") + written)
-        file.write(memoryview(data)[end:])
+        file.write(data)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike) -> Content:
     """The tensors and the metadata of a safetensors file.
 
-    Errors: FileNotFoundError; ValueError naming the file when it is none, or is not as it was written.
+    Errors: those of `reading`, also where the content does not have the checksum that it was written with.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-        tensors = load_file(path)
-    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        told = clipped(e)
-        raise ValueError(f"{path} cannot be read as weights: damaged, or no safetensors ({told})") from e
-    if CHECKSUM in metadata and metadata[CHECKSUM] != _digest_file(path):
-        raise ValueError(f"{path} is damaged: its content has another checksum than what was written")
-    return tensors, metadata
+    with reading(path), open(path, "rb") as file:
+        metadata = _metadata(file)
+        file.seek(0)
+        data = file.read()
+        digest, tensors = hashlib.sha256(data).hexdigest(), load(data)
+        if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata):
+            raise ValueError("its content has another checksum than the one that was written")
+        return Content(tensors, metadata, digest)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors. Errors: those of `reading`."""
+    with reading(path), open(path, "rb") as file:
+        return _metadata(file)
+
+
+def _metadata(file: Any) -> dict[str, str]:
+    size = min(int.from_bytes(file.read(8), "little"), 10**8)  # the format's own limit
+    return json.loads(file.read(size)).get("__metadata__", {})
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    about = {k: v for k, v in metadata.items() if k != CHECKSUM}
+    shapes = {k: [str(tensors[k].dtype), *tensors[k].shape] for k in sorted(tensors)}
+    digest = hashlib.blake2b(json.dumps([about, shapes], sort_keys=True).encode(), digest_size=16)
+    for name in shapes:
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_weights(path: str | os.PathLike) -> dict:
     """The content of a weights file: `.safetensors`, or what `torch.save` wrote, read with weights only.
 
-    Errors: FileNotFoundError; ValueError naming the file when it cannot be read that way, would grow in
-    memory, or holds no dict.
+    Errors: those of `reading`, also for code, for an archive that grows in memory, and for another content
+    than a dict.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    try:
-        _refuse_packed(path)
-        content = torch.load(path, "cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as e:  # a damaged file can raise anything
-        code = re.search(r"GLOBAL ([\w.]*\w) ", str(e)) if isinstance(e, UnpicklingError) else None
-        reason = f"it holds {code[1]}, which is code" if code else "it is damaged, or no file of weights"
-        reason = str(e) if isinstance(e, _Packed) else reason
-        raise ValueError(f"{path} cannot be read as weights alone: {reason}") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a dict of weights")
-    return content
+    if Path(path).suffix == ".safetensors":
+        return read_tensors(path).tensors
+    with reading(path), open(path, "rb") as file:
+        if zipfile.is_zipfile(file):  # torch.save writes weights as they are, and never packs them
+            held = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+            if held > os.fstat(file.fileno()).st_size:
+                raise ValueError(f"it grows to {held:,} bytes, and no file of torch.save does")
+        file.seek(0)
+        try:
+            content = torch.load(file, "cpu", weights_only=True)
+        except UnpicklingError as e:
+            code = re.search(r"GLOBAL ([\w.]*\w) ", str(e))
+            told = f"it holds {code[1]}, which is code" if code else "it is no file of weights"
+            raise ValueError(told) from e
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}, expected a dict of weights")
+        return content
 
 
 def require_tensors(state: Mapping, path: str | os.PathLike) -> None:
     """A ValueError unless this is a dict of weights: names, each with a tensor that the file holds whole."""
-    if not state:
-        raise ValueError(f"{path} holds no weights")
-    names = [k if isinstance(k, str) else f"a {type(k).__name__}" for k in state]
-    other = [name for name, v in zip(names, state.values(), strict=True) if not _is_plain(v)]
-    other += [name for name, k in zip(names, state, strict=True) if not isinstance(k, str)]
-    if other:
-        raise ValueError(f"{path}: {shorten(other)} are no tensors; expected a state dict")
-    claimed = [name for name, v in state.items() if v.nbytes > v.untyped_storage().nbytes()]
-    if claimed:
-        raise ValueError(f"{path}: {shorten(claimed)} claim to be larger than what the file holds of them")
+    other = [k for k, v in state.items() if not _held(k, v)]
+    if other or not state:
+        told = f"{shorten(map(str, other))}, no tensors of weights" if other else "no weights"
+        raise ValueError(f"{path} is damaged: it holds {told}")
+
+
+def _held(name: Any, value: Any) -> bool:
+    """Whether it is a named tensor as networks hold them: dense, and whole in the file's memory."""
+    return (
+        isinstance(name, str)
+        and type(value) in (Tensor, nn.Parameter)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_nested)
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def require_fit(
@@ -115,9 +134,9 @@ def require_fit(
 ) -> None:
     """A ValueError unless the tensors that were read from `path` can take the place of these, all finite.
 
-    mine: whose names, shapes and kinds are wanted; they may be on the device "meta". told: what they are, for
-    the error, which lists what is missing, unknown, of another shape or kind, or not finite. own: beginnings
-    of names that need not be in the file.
+    mine: the names, shapes and kinds that are wanted, on any device ("meta" too). told: what they are, for
+    the error, which lists the tensors that are missing, unknown, of another shape or kind, or not finite.
+    own: beginnings of names that the file need not hold.
     """
     wanted = {k for k in mine if not k.startswith(own)} if own else set(mine)
     wrong = [f"missing {k}" for k in sorted(wanted - set(state)) if not k.endswith("num_batches_tracked")]
@@ -132,58 +151,4 @@ def require_fit(
         raise ValueError(f"{path} does not fit {told}; keys that differ: {len(wrong)}: {listed}")
     wild = [k for k, v in state.items() if v.dtype in FLOATS and not v.float().isfinite().all()]
     if wild:
-        raise ValueError(f"{path} holds NaN or infinite numbers, of which nothing can come: {shorten(wild)}")
-
-
-def load_weights(
-    network: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike, *told: Any
-) -> None:
-    """Give a network these weights, read from `path`. Errors: those of `require_fit`, which has `told`."""
-    mine = network.state_dict()
-    require_fit(mine, state, path, *told)
-    network.load_state_dict({**mine, **state})
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor as networks hold them: dense, with memory of its own."""
-    kinds = (Tensor, nn.Parameter)
-    return (
-        type(value) in kinds
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and not value.is_nested
-    )
-
-
-class _Packed(Exception):
-    pass
-
-
-def _refuse_packed(path: Path) -> None:
-    """An error for an archive that holds more than its own size, as `torch.save` never writes it."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return
-    with zipfile.ZipFile(path) as archive:
-        held = sum(entry.file_size for entry in archive.infolist())
-    if held > path.stat().st_size:
-        raise _Packed(f"it grows to {held:,} bytes, and torch.save writes weights as they are")
-
-
-def _dump(header: Mapping) -> bytes:
-    return json.dumps(header, sort_keys=True).encode()  # the library's order is arbitrary
-
-
-def _digest(header: Mapping) -> Any:
-    """The hash of a header without its checksum, to go on with the tensors' bytes."""
-    about = {k: v for k, v in header.get("__metadata__", {}).items() if k != CHECKSUM}
-    return hashlib.blake2b(_dump({**header, "__metadata__": about}), digest_size=16)
-
-
-def _digest_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = _digest(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        raise ValueError(f"{path} is damaged: it holds NaN or infinite numbers: {shorten(wild)}")

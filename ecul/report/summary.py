@@ -26,7 +26,7 @@ def summary_rows(
     directory: Path, history: Sequence[dict], epochs: int, dataset: Dataset | None
 ) -> list[tuple[str, str]]:
     """When, how long, on how many images: (name, text) a row."""
-    ended = time.localtime((directory / "log.jsonl").stat().st_mtime)
+    ended = time.localtime((directory / "resume.safetensors").stat().st_mtime)
     seconds = round(sum(row.get("seconds", 0) for row in history))
     hours, minutes = divmod(seconds // 60, 60)
     lasted = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s"

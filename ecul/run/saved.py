@@ -1,43 +1,53 @@
-"""A finished or stopped run as its directory tells of it: for reports, comparisons and evaluation.
+"""A run as its directory describes it: its settings, its history, its data set.
 
 Runs of several trials of a data set lie together, as `trial-1`, `trial-2`, ... in one directory.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from ecul.common.files import reading
 from ecul.common.pretrained import weights_file
+from ecul.common.weights import read_metadata
 from ecul.config import Config
 from ecul.data.dataset import Dataset, open_dataset
-from ecul.run.checkpoint import read_about, read_log
 from ecul.trainset import dataset_fingerprint
+
+FILE = "resume.safetensors"  # of a run directory; its metadata hold what a `SavedRun` is made of
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a run directory says of itself: its configuration, its log, and its data set."""
+    """What a run directory says of itself.
+
+    history: a dict an epoch. dataset: `dataset_fingerprint`, and "root" and "options", with which it was
+    opened. model: its class under "architecture", and its settings.
+    """
 
     directory: Path
     config: Config
     history: list[dict]
     dataset: dict
+    model: dict
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those of the data set, but for a place of `pack`: where to write is never a run's to say."""
+        """The data set's options. Where to write a pack is not for a run to say."""
         options = self.dataset["options"]
         return {name: value for name, value in options.items() if name != "pack" or value is False}
 
     def options_of(self, dataset: str) -> dict[str, Any]:
-        """`options` for a data set of this name; none where the run was trained on one of another."""
+        """`options` for the data set of this name; empty where the run was trained on another."""
         return self.options if self.dataset["dataset"] == dataset else {}
 
     def open(self, root: str | Path | None = None, options: dict | Iterable[tuple[str, Any]] = ()) -> Dataset:
-        """The data set of the run with its options and these, from where it lay or from `root`.
+        """The run's data set with its options and these, from where it lay or from `root`.
 
-        Errors: ValueError where it is no more.
+        Errors: ValueError where it is no longer there.
         """
         known = self.dataset
         if known["root"] is None:
@@ -49,11 +59,10 @@ class SavedRun:
         return open_dataset(known["dataset"], root, **{**kept, **dict(options)})
 
     def require_same(self, dataset: Dataset) -> None:
-        """A ValueError naming what differs, unless the run was trained on this data set."""
+        """A ValueError that names what differs, unless the run was trained on this data set."""
+        now = dataset_fingerprint(dataset).items()
         differs = [
-            f"{name} is {value!r}, in training it was {self.dataset[name]!r}"
-            for name, value in dataset_fingerprint(dataset).items()
-            if self.dataset.get(name, value) != value
+            f"{k} is {v!r}, in training it was {self.dataset[k]!r}" for k, v in now if self.dataset[k] != v
         ]
         if differs:
             raise ValueError(
@@ -61,29 +70,33 @@ class SavedRun:
             )
 
 
-def read_run(directory: str | Path) -> SavedRun:
-    """Read a run directory. Errors: ValueError for a directory that `train` did not write."""
-    directory = Path(directory)
-    try:
-        about, history = read_about(directory), read_log(directory)
-    except OSError as e:
-        raise ValueError(f"{directory} is no run directory ({e})") from e
-    return _saved(directory, about, history)
-
-
-def _saved(directory: Path, about: dict, history: list[dict]) -> SavedRun:
-    dataset = {"root": about["root"], "options": about["options"], **about["dataset"]}
-    return SavedRun(directory, about["config"], history, dataset)
+def parse_run(directory: Path, metadata: Mapping[str, str]) -> SavedRun:
+    """The run that the metadata of its resume.safetensors describe; call it in a block of `reading`."""
+    about = json.loads(metadata["run"])
+    for number, row in enumerate(about["history"]):
+        if row["epoch"] != number or row["stage"] not in (1, 2) or not all(map(isfinite, row.values())):
+            raise ValueError(f"its history has no row of numbers for epoch {number}")
+    dataset, where = about["dataset"], (about["dataset"]["root"] or "", about["dataset"]["dataset"])
+    if not isinstance(dataset["options"], dict) or not all(isinstance(text, str) for text in where):
+        raise ValueError("its data set has no name, root and options")
+    return SavedRun(directory, Config.from_dict(about["config"]), about["history"], dataset, about["model"])
 
 
 def find_run(path: str | Path) -> SavedRun | None:
-    """The run of a run directory, or of the weights in one; None where there is none, as of a model that was
-    imported. It needs no log."""
+    """The run of a run directory, or of the weights in one; None for weights alone, as after an import."""
     directory = weights_file(path).parent
-    if not (directory / "resume.json").is_file():
+    if not (directory / FILE).is_file():
         return None
-    about = read_about(directory)
-    return _saved(directory, about, about["history"])
+    with reading(directory / FILE):
+        return parse_run(directory, read_metadata(directory / FILE))
+
+
+def read_run(directory: str | Path) -> SavedRun:
+    """The run of a directory. Errors: ValueError for a directory that `train` did not write."""
+    run = find_run(Path(directory) / FILE)
+    if run is None:
+        raise ValueError(f"{directory} is no run directory: it has no {FILE}")
+    return run
 
 
 def trial_directory(output: str | Path, trial: int | None) -> Path:
@@ -100,9 +113,9 @@ def find_trials(path: str | Path) -> list[Path]:
 
 
 def trained_trial(run: SavedRun | None, dataset: str, trial: int | None) -> int | None:
-    """The trial of `dataset` to evaluate a model on: the one that its run (`find_run`) knows, else this one.
+    """The trial of `dataset` to evaluate a model on: that of its run (`find_run`) if known, else `trial`.
 
-    Errors: ValueError for another one than the run knows: some of its test people were trained on.
+    Errors: ValueError for a trial that is not the run's: some of its test people were trained on.
     """
     trained = None if run is None else run.options_of(dataset).get("trial")
     if run is None or trained is None:

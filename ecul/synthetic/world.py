@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ecul.common import logs
+from ecul.common.files import read_json
 from ecul.common.names import printable
-from ecul.common.records import read_json
 from ecul.synthetic.figures import CLOTH, Canvas, Person, Tones, draw_person, draw_tones, mixed, reflectance
 
 VERSION = 1
@@ -122,11 +122,11 @@ def _holds_world(root: Path, parameters: dict[str, Any]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = read_json(root / "synthetic.json", {"version": int, "parameters": dict})
+        found = read_json(root / "synthetic.json")
         if found["version"] == VERSION and found["parameters"] == parameters:
             return True
         reason = printable(f"a world of {found['parameters']}, version {found['version']}")[:500]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError):
         reason = "files that are not a synthetic world"
     raise ValueError(
         f"root: {root} holds {reason}; asked for {parameters}, version {VERSION}: "

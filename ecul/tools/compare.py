@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from ecul.common.distributed import choose_device
-from ecul.common.files import hash_file, write_json
+from ecul.common.files import hash_file, read_json, reading, write_json
 from ecul.common.names import shorten
 from ecul.common.pretrained import weights_file
-from ecul.common.records import read_json
 from ecul.common.tables import render_table
 from ecul.config import METHODS
 from ecul.evaluation.protocols import Results, evaluate
@@ -172,17 +171,20 @@ def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Re
     """
     file = run.directory / "accuracy.json"
     try:
-        weights = hash_file(weights_file(run.directory))
-        kept = read_json(file, {"model_sha256": str, "rows": [dict]}) if file.is_file() else {}
-        if kept.get("model_sha256") == weights:
-            return Results(kept["rows"])
+        if file.is_file():
+            with reading(file):
+                kept = read_json(file)
+                found = Results(kept["rows"])
+                found.table()  # every name and figure is there
+                if kept["model_sha256"] == hash_file(weights_file(run.directory)):
+                    return found
         dataset = run.open(root)
         model = load_model(run.directory).to(device)
         found = evaluate(model, dataset)
     except (ValueError, OSError) as e:
         log.warning("%s: no accuracy: %s", run.directory, e)
         return None
-    write_json(file, {"model_sha256": weights, **found.to_dict()})
+    write_json(file, {"model_sha256": model.sha256, **found.to_dict()})
     return found
 
 

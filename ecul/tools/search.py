@@ -94,7 +94,7 @@ def save_features(path: str | os.PathLike, found: FolderFeatures, model_path: st
     """Write a `FolderFeatures` as safetensors: tensor "features", and names, modality, model hash beside it.
 
     The metadata's values are strings: `names` and `unreadable` JSON lists of paths, `modality`, `model` and
-    `model_sha256`, the file that made the rows. Read back with `safetensors.safe_open(path, "pt")`.
+    `model_sha256`, the weights that made the rows. Read back with `safetensors.safe_open(path, "pt")`.
     Errors: ValueError for another suffix; FileNotFoundError when there is no model at model_path.
     """
     path = prepare_output(path, ".safetensors")
@@ -104,7 +104,7 @@ def save_features(path: str | os.PathLike, found: FolderFeatures, model_path: st
         "unreadable": json.dumps(found.unreadable),
         "modality": found.modality,
         "model": file,
-        "model_sha256": hash_file(file),
+        "model_sha256": found.model_sha256 or hash_file(file),
     }
     write_tensors(path, {"features": found.features}, metadata)
 

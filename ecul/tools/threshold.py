@@ -7,7 +7,7 @@ variable's, which reaches to the rare ones that a search among thousands of imag
 
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ import torch
 from scipy.stats import norm
 
 from ecul import MODALITIES
-from ecul.common.files import hash_file, write_json
+from ecul.common.files import hash_file, read_json, reading, write_json
 from ecul.common.pretrained import weights_file
-from ecul.common.records import Schema, read_json
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.data.images import check_modality
@@ -27,12 +26,6 @@ from ecul.labels import cluster
 
 log = logging.getLogger("ecul")
 FILE = "threshold.json"  # beside the model
-PAIR: Schema = {"location": float, "scale": float, "own": [float]}
-ABOUT: Schema = {
-    "source": {"clusters", "identities"},
-    "model_sha256": str,
-    "pairs": {f"{query}-{gallery}": PAIR for query in MODALITIES for gallery in MODALITIES},
-}
 TAIL = (0.1, 0.01)  # the shares of pairs of different people that the normal variable is laid through
 MOST = 1000  # queries that are compared
 
@@ -52,10 +45,15 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Thresholds of similarity for every pair of modalities; source: "clusters" or "identities"."""
+    """Thresholds of similarity for every pair of modalities.
+
+    source: "clusters" or "identities". model_sha256: the hash of the weights that made the features, where
+    they were read from a file.
+    """
 
     pairs: dict[str, Pairs]
     source: str
+    model_sha256: str | None = field(default=None, compare=False)
 
     def at(self, query: str, gallery: str, images: int, unknown: float = 0.1) -> float:
         """The similarity that the best of so many images reaches for a share `unknown` of unknown people.
@@ -103,25 +101,32 @@ class Threshold:
         """Write it beside the model, whose hash goes with it. Returns the file."""
         file = weights_file(model_path)
         pairs = {name: asdict(found) for name, found in self.pairs.items()}
-        about = {"source": self.source, "model_sha256": hash_file(file), "pairs": pairs}
+        sha256 = self.model_sha256 or hash_file(file)
+        about = {"source": self.source, "model_sha256": sha256, "pairs": pairs}
         write_json(file.parent / FILE, about)
         return file.parent / FILE
 
     @classmethod
-    def load(cls, model_path: str | os.PathLike) -> "Threshold | None":
+    def load(cls, model_path: str | os.PathLike, sha256: str | None = None) -> "Threshold | None":
         """The thresholds beside a model; None where there are none, or those of another model's weights.
 
-        Errors: ValueError naming the file that is damaged, and where.
+        sha256: that of the weights that were loaded (`model.sha256`), by default that of the file now.
+        Errors: ValueError naming the file that is damaged.
         """
         model = weights_file(model_path)
         if not (model.parent / FILE).is_file():
             return None
-        saved = read_json(model.parent / FILE, ABOUT)
-        if saved["model_sha256"] != hash_file(model):
+        with reading(model.parent / FILE):
+            saved = read_json(model.parent / FILE)
+            told = {f"{q}-{g}": saved["pairs"][f"{q}-{g}"] for q in MODALITIES for g in MODALITIES}
+            pairs = {k: Pairs(p["location"], p["scale"], tuple(p["own"])) for k, p in told.items()}
+            if not all(np.isfinite([p.location, p.scale, *p.own]).all() for p in pairs.values()):
+                raise ValueError("its numbers are not finite")
+            found = cls(pairs, str(saved["source"]), saved["model_sha256"])
+        if found.model_sha256 != (sha256 or hash_file(model)):
             log.warning("%s is of other weights than %s: nobody is marked; make it anew", FILE, model)
             return None
-        pairs = {k: Pairs(p["location"], p["scale"], tuple(p["own"])) for k, p in saved["pairs"].items()}
-        return cls(pairs, saved["source"])
+        return found
 
 
 def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold:
@@ -137,12 +142,15 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
     for m, side in images.items():
         features[m] = extract(model, side, m)
     if all(side.pids is not None for side in images.values()):
-        return estimate_threshold(features, {m: images[m].pids for m in MODALITIES}, "identities")
-    counts = [len(side) for side in images.values()]
-    sides = torch.arange(2).repeat_interleave(torch.tensor(counts))
-    cameras = torch.from_numpy(np.concatenate([side.camids for side in images.values()]))
-    joint = cluster(torch.cat([*features.values()]), cameras, sides, config, "_joint")
-    return estimate_threshold(features, dict(zip(MODALITIES, joint.split(counts), strict=True)), "clusters")
+        labels, source = {m: images[m].pids for m in MODALITIES}, "identities"
+    else:
+        counts = [len(side) for side in images.values()]
+        sides = torch.arange(2).repeat_interleave(torch.tensor(counts))
+        cameras = torch.from_numpy(np.concatenate([side.camids for side in images.values()]))
+        joint = cluster(torch.cat([*features.values()]), cameras, sides, config, "_joint")
+        labels, source = dict(zip(MODALITIES, joint.split(counts), strict=True)), "clusters"
+    found = estimate_threshold(features, labels, source)
+    return replace(found, model_sha256=getattr(model, "sha256", None))
 
 
 def estimate_threshold(features: dict[str, torch.Tensor], labels: dict[str, Any], source: str) -> Threshold:

@@ -20,6 +20,7 @@ import ecul
 from ecul import Config, evaluate, open_dataset, optim, train
 from ecul.batches import make_batches
 from ecul.common.files import hash_file
+from ecul.common.weights import read_tensors, write_tensors
 from ecul.config import METHODS
 from ecul.labels import Labels
 from ecul.stages import make_terms
@@ -106,8 +107,9 @@ def train_shared(dataset, config: Config, epochs: int, folder: Path):
     shutil.rmtree(own, ignore_errors=True)
     try:
         shutil.copytree(begun, own)
-        saved = json.loads((own / "resume.json").read_text())
-        (own / "resume.json").write_text(json.dumps({**saved, "config": config.to_dict()}))
+        tensors, metadata, _ = read_tensors(own / "resume.safetensors")
+        about = {**json.loads(metadata["run"]), "config": config.to_dict()}
+        write_tensors(own / "resume.safetensors", tensors, {"run": json.dumps(about)})
         run = train(dataset, config, output=own, resume=True)
     finally:
         shutil.rmtree(own, ignore_errors=True)
