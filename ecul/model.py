@@ -219,8 +219,9 @@ class TwoStreamResNet(Pretrained):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "TwoStreamResNet":
         """The model saved in a directory (a run directory, too) or in a `model.safetensors` file."""
-        schema = {"depth": set(BLOCKS), "width": WIDTH, "non_local": bool, "input_size": (SIDE, SIDE)}
-        return cls._build(cls._read(path, schema, {"stem_stride": {1, 2}, "gem": bool}))
+        flag, sides = (False, True), (SIDE, SIDE)
+        settings = {"depth": BLOCKS, "width": WIDTH, "non_local": flag, "input_size": sides}
+        return cls._build(cls._read(path, {**settings, "stem_stride": (1, 2), "gem": flag}))
 
 
 def _checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:

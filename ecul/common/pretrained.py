@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -78,14 +77,10 @@ class Pretrained(nn.Module):
         return read_metadata(weights_file(path)).get("architecture") == cls.__name__
 
     @classmethod
-    def _read(
-        cls,
-        path: str | os.PathLike,
-        settings: Mapping[str, Any],
-        optional: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Saved:
-        """What is saved in a directory, or in a file. settings: each by name with its known values.
+    def _read(cls, path: str | os.PathLike, settings: Mapping[str, Any]) -> Saved:
+        """What is saved in a directory, or in a file.
 
+        settings: each setting by name, with a container of its known values; two of `SIDE` for (H, W).
         Errors: those of `reading`; ValueError for another network.
         """
         file = weights_file(path)
@@ -97,9 +92,8 @@ class Pretrained(nn.Module):
                 f"in Python ecul.{hint}.{found} loads it" if hint else "give a model that this library wrote"
             )
             raise ValueError(f"{file} holds {clipped(found or 'no network', 60)}, not {cls.__name__}; {told}")
-        known = {**settings, **{k: v for k, v in optional.items() if k in metadata}}
         with reading(file):
-            about = {name: _setting(name, metadata[name], values) for name, values in known.items()}
+            about = {name: _setting(name, metadata[name], known) for name, known in settings.items()}
         return Saved(file, state, metadata, about, sha256)
 
     @classmethod
@@ -133,12 +127,12 @@ class Pretrained(nn.Module):
         self.sha256 = None
 
 
-def _setting(name: str, text: str, values: Any) -> Any:
-    """The setting written in a file; values: a container of those known, or a tuple of one for each entry."""
-    if isinstance(values, tuple):
-        parts = zip(text.strip("[]").split(","), values, strict=True)
-        return [_setting(name, part, known) for part, known in parts]
-    for value in (False, True) if values is bool else values:
-        if str(value) == text.strip():
+def _setting(name: str, text: str, known: Any) -> Any:
+    """The value among these that is written so; a list of them where `known` is (SIDE, SIDE)."""
+    if known == (SIDE, SIDE):
+        height, width = text.strip("[]").split(", ")
+        return [_setting(name, height, SIDE), _setting(name, width, SIDE)]
+    for value in known:
+        if str(value) == text:
             return value
     raise ValueError(f"its {name} is {clipped(text, 60)}")
