@@ -1,8 +1,8 @@
 """Batched augmentation on the device where the images are; every image draws for itself.
 
 The transforms are those of ECUL's and MBCCM's published code (pad-crop, flip, random erasing, channel
-exchange, channel adapt, linear transform), exact in distribution. All functions take and return
-(B, 3, H, W) float32 images; `rand` draws (B,) uniform numbers.
+exchange, channel adapt, linear transform), exact in distribution. All functions take and return (B, 3, H, W)
+images, float32 but for `crop` and `flip`. The generator lives on the images' device; None is the default one.
 """
 
 import functools
@@ -11,7 +11,7 @@ import torch
 
 from ecul.common.pretrained import MEAN, STD
 
-Random = torch.Generator | None  # on the device of the images; None: the device's default generator
+Random = torch.Generator | None
 
 ERASED = (0.4914, 0.4822, 0.4465)
 GRAY = (0.2989, 0.5870, 0.1140)
@@ -31,19 +31,15 @@ def train_view(
 
     Pad by `pad` zeros, crop, flip, normalise, erase; then by `view`: "visible" nothing more, "exchanged"
     channel exchange, "infrared" channel adapt. `linear_transform` scales rectangles before normalising
-    (MBCCM, its visible view 1). The generator must live on the images' device.
+    (MBCCM, its visible view 1).
     """
-    if view not in ("visible", "exchanged", "infrared"):
+    last = {"visible": lambda x, _: x, "exchanged": exchange_channels, "infrared": adapt_channels}
+    if view not in last:
         raise ValueError(f'view must be "visible", "exchanged" or "infrared", got {view!r}')
     x = flip(crop(images, pad, generator), generator).float() / 255
     if linear_transform:
         x = scale_rectangles(x, 0.8, generator)
-    x = erase(_standardize(x), 0.5, generator)
-    if view == "exchanged":
-        x = exchange_channels(x, generator)
-    if view == "infrared":
-        x = adapt_channels(x, generator)
-    return x
+    return last[view](erase(_standardize(x), 0.5, generator), generator)
 
 
 def crop(images: torch.Tensor, pad: int, generator: Random = None) -> torch.Tensor:
@@ -51,37 +47,35 @@ def crop(images: torch.Tensor, pad: int, generator: Random = None) -> torch.Tens
     if pad == 0:
         return images
     b, _, h, w = images.shape
-    device = images.device
     rows, columns = (
-        torch.arange(n, device=device) + _integers(b, 2 * pad + 1, generator, device)[:, None] for n in (h, w)
+        torch.arange(n, device=images.device) + _integers(images, 2 * pad + 1, generator)[:, None]
+        for n in (h, w)
     )
-    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-    batch = torch.arange(b, device=device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    padded = torch.nn.functional.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    batch = torch.arange(b, device=images.device)[:, None, None]
+    return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def flip(images: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Mirror each image with probability one half."""
-    chosen = _rand(len(images), generator, images.device) < 0.5
-    return torch.where(chosen[:, None, None, None], images.flip(3), images)
+    return torch.where(_chosen(images, 0.5, generator), images.flip(3), images)
 
 
 def erase(images: torch.Tensor, probability: float, generator: Random = None) -> torch.Tensor:
     """Random erasing: fill a rectangle of area U(.02, .4) and aspect U(.3, 1/.3) with a constant colour."""
-    chosen = _rand(len(images), generator, images.device) < probability
-    inside = _rectangles(images, generator) & chosen[:, None, None, None]
-    return torch.where(inside, _channels(ERASED, images), images)
+    chosen = _chosen(images, probability, generator)
+    return torch.where(_rectangles(images, generator) & chosen, _channels(ERASED, images.device), images)
 
 
 def exchange_channels(images: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Copy one of the three channels, drawn uniformly, into all of them."""
-    return _copy_channel(images, _integers(len(images), 3, generator, images.device))
+    return _copy_channel(images, _integers(images, 3, generator))
 
 
 def adapt_channels(images: torch.Tensor, generator: Random = None) -> torch.Tensor:
     """Each channel copied into all with 25 %, the gray image with 12.5 %, unchanged with 12.5 %."""
-    kind = _integers(len(images), 8, generator, images.device)
-    gray = (images * _channels(GRAY, images)).sum(1, keepdim=True).expand_as(images)
+    kind = _integers(images, 8, generator)
+    gray = (images * _channels(GRAY, images.device)).sum(1, keepdim=True).expand_as(images)
     copied = _copy_channel(images, (kind // 2).clamp(max=2))
     kind = kind[:, None, None, None]
     return torch.where(kind < 6, copied, torch.where(kind == 6, gray, images))
@@ -93,20 +87,17 @@ def scale_rectangles(images: torch.Tensor, probability: float, generator: Random
     Again and again a rectangle is drawn and each of its channels scaled by b / its maximum, b ~ Beta(.5, .5),
     until some pixel's factors multiply to at most 1e-6, or SCALINGS rectangles were drawn.
     """
-    active = _rand(len(images), generator, images.device) < probability
-    product = torch.ones_like(images)
+    active, product = _chosen(images, probability, generator), torch.ones_like(images)
     for _ in range(SCALINGS):
         if images.device.type == "cpu" and not active.any():  # a GPU would wait for this look
             break
-        inside = _rectangles(images, generator) & active[:, None, None, None]
+        inside = _rectangles(images, generator) & active
         highest = torch.where(inside, images, 0).amax(dim=(2, 3), keepdim=True)
-        angle = torch.rand(highest.shape, generator=generator, dtype=torch.float32, device=images.device) * (
-            torch.pi / 2
-        )
-        factor = torch.sin(angle).square() / highest.clamp(min=1e-12)
+        uniform = torch.rand(highest.shape, generator=generator, dtype=torch.float32, device=images.device)
+        factor = torch.sin(uniform * (torch.pi / 2)).square() / highest.clamp(min=1e-12)
         factor = torch.where(inside & (highest > 0), factor, 1.0)
         images, product = images * factor, product * factor
-        active = active & (product.amin(dim=(1, 2, 3)) > 1e-6)
+        active = active & (product.amin(dim=(1, 2, 3), keepdim=True) > 1e-6)
     return images
 
 
@@ -121,8 +112,7 @@ def _rectangles(images: torch.Tensor, generator: Random) -> torch.Tensor:
     first = fits.to(torch.uint8).argmax(dim=1, keepdim=True)
     height, width, down, right = (t.gather(1, first) for t in (heights, widths, draws[2], draws[3]))
     top, left = ((h - height + 1) * down).floor(), ((w - width + 1) * right).floor()
-    rows = torch.arange(h, device=images.device)
-    columns = torch.arange(w, device=images.device)
+    rows, columns = (torch.arange(n, device=images.device) for n in (h, w))
     inside_rows = (rows >= top) & (rows < top + height) & fits.any(dim=1, keepdim=True)
     inside_columns = (columns >= left) & (columns < left + width)
     return (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
@@ -133,22 +123,21 @@ def _copy_channel(images: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
 
 
 def _standardize(x: torch.Tensor) -> torch.Tensor:
-    return (x - _channels(MEAN, x)) / _channels(STD, x)
-
-
-def _channels(values: tuple[float, float, float], images: torch.Tensor) -> torch.Tensor:
-    return _constant(values, images.device)
+    return (x - _channels(MEAN, x.device)) / _channels(STD, x.device)
 
 
 @functools.lru_cache
-def _constant(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
     """(3, 1, 1) numbers, sent to a device once: each copy would make it wait."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
-def _rand(count: int, generator: Random, device: torch.device) -> torch.Tensor:
-    return torch.rand(count, generator=generator, dtype=torch.float32, device=device)
+def _chosen(images: torch.Tensor, probability: float, generator: Random) -> torch.Tensor:
+    """(B, 1, 1, 1) bool: whether each image is chosen."""
+    size = (len(images), 1, 1, 1)
+    return torch.rand(size, generator=generator, dtype=torch.float32, device=images.device) < probability
 
 
-def _integers(count: int, high: int, generator: Random, device: torch.device) -> torch.Tensor:
-    return torch.randint(high, (count,), generator=generator, device=device)
+def _integers(images: torch.Tensor, high: int, generator: Random) -> torch.Tensor:
+    """(B,) whole numbers below `high`."""
+    return torch.randint(high, (len(images),), generator=generator, device=images.device)

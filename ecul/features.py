@@ -45,19 +45,32 @@ def extract(
         F.normalize(model.embed(x, modality) + model.embed(x.flip(3), modality), dim=1)
 
     model: anything with `embed(x, modality)`, `input_size` and `num_features`, on any device; it is put back
-    into the mode it was in. images: an `Images`, a list of paths, a uint8 array (N, H, W, 3) or (N, H, W), or
-    a uint8 tensor (N, 3, H, W). flip=False skips the mirror image. Returns (N, num_features) float32 unit
+    into the mode it was in. images: an `Images`, a list of paths, or uint8 images (N, H, W, 3), (N, 3, H, W)
+    or (N, H, W), NumPy or torch. flip=False skips the mirror image. Returns (N, num_features) float32 unit
     rows on the CPU. Errors: ValueError for an unknown modality, images of another kind, or files that cannot
     be read, naming them all; TypeError for a path in the place of the model or of the list.
     Source: the test feature of ECUL's and MBCCM's published code.
     """
+    check_modality(modality)
     require_model(model)
-    images = _accepted(images, modality, model.input_size)
-    if isinstance(images, list):
-        found = extract_files(model, images, modality, batch_size=batch_size, flip=flip, progress=progress)
-        return found.features
-    pixels = images.load(model.input_size, progress) if isinstance(images, Images) else images
-    return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
+    if isinstance(images, np.ndarray | torch.Tensor):
+        images = Images.from_array(images, modality)
+    if isinstance(images, Images):
+        pixels = images.load(model.input_size, progress)
+        return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
+    if isinstance(images, str | os.PathLike):
+        raise TypeError(
+            f"images: got the one path {os.fspath(images)!r}; give a list of paths, or read a folder, whose "
+            "names you will want, with ecul.tools.search.extract_folder"
+        )
+    if not isinstance(images, Iterable):
+        kinds = "an Images, a list of paths, or a uint8 array or tensor"
+        raise TypeError(f"images must be {kinds}, got {type(images).__name__}")
+    paths = list(images)
+    if other := [type(path).__name__ for path in paths if not isinstance(path, str | os.PathLike)]:
+        raise TypeError(f"images: a list must hold paths, not {other[0]}; stack arrays into one")
+    found = extract_files(model, paths, modality, batch_size=batch_size, flip=flip, progress=progress)
+    return found.features
 
 
 def extract_files(
@@ -72,8 +85,8 @@ def extract_files(
 ) -> FolderFeatures:
     """`extract` of image files, a chunk at a time: memory is bounded however many there are.
 
-    skip_unreadable: leave out and list files that cannot be read; otherwise, or when no other is left, they
-    are a ValueError that names them all.
+    skip_unreadable: leave out and list files that cannot be read. Otherwise, or where no file can be read,
+    a ValueError names them all.
     """
     check_modality(modality)
     require_model(model)
@@ -98,18 +111,16 @@ def warn_if_other(pixels: torch.Tensor, modality: str) -> None:
     """Warn where images, uint8 (N, 3, H, W), look like the other modality's: nearly all gray, or coloured."""
     looked = pixels[:: 1 + len(pixels) // LOOKED_AT]
     spread = (looked.amax(1) - looked.amin(1)).float().mean((1, 2))
-    odd, kind, other = (
-        (spread <= GRAY, "gray", "infrared")
-        if modality == "visible"
-        else (spread >= COLOURED, "coloured", "visible")
-    )
+    odd, kind, other = spread >= COLOURED, "coloured", "visible"
+    if modality == "visible":
+        odd, kind, other = spread <= GRAY, "gray", "infrared"
     if 10 * int(odd.sum()) > 9 * len(looked):
         told = (modality, int(odd.sum()), len(looked), kind, other)
         log.warning("%s: %d of %d images looked at are %s, as %s ones are; is the modality right?", *told)
 
 
 def require_model(model: Any) -> None:
-    """A TypeError unless this can embed: not for a path that is to be loaded first, nor a bare backbone."""
+    """A TypeError unless the model can embed: a path, or a backbone without `embed`, cannot."""
     lacking = [name for name in ("embed", "input_size", "num_features") if not hasattr(model, name)]
     if lacking:
         got = repr(model) if isinstance(model, str | os.PathLike) else type(model).__name__
@@ -131,38 +142,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this error says that the memory of a GPU or of the machine is full."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def _accepted(images: Any, modality: str, size: tuple[int, int]) -> torch.Tensor | Images | list:
-    """A uint8 tensor (N, 3, H, W) of this size, an `Images`, or a list of paths, from whatever was given."""
-    check_modality(modality)
-    if isinstance(images, str | os.PathLike):
-        raise TypeError(
-            f"images: got the one path {os.fspath(images)!r}; give a list of paths, or read a folder, whose "
-            "names you will want, with ecul.tools.search.extract_folder"
-        )
-    if isinstance(images, torch.Tensor):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"a tensor of images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}"
-            )
-        if tuple(images.shape[2:]) == tuple(size):
-            return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
-    if isinstance(images, np.ndarray):
-        return Images.from_array(images, modality)
-    if isinstance(images, Images):
-        return images
-    if not isinstance(images, Iterable):
-        kinds = "an Images, a list of paths, or a uint8 array or tensor"
-        raise TypeError(f"images must be {kinds}, got {type(images).__name__}")
-    paths = list(images)
-    if other := [type(path).__name__ for path in paths if not isinstance(path, str | os.PathLike)]:
-        raise TypeError(f"images: a list must hold paths, not {other[0]}; stack arrays into one")
-    return paths
+    """Whether the memory of a GPU or of the machine was too small."""
+    full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return full or "can't allocate memory" in str(error)  # a RuntimeError of torch on a CPU
 
 
 @torch.no_grad()
@@ -177,8 +159,9 @@ def embed_pixels(
 ) -> torch.Tensor:
     """`extract` for a uint8 tensor (N, 3, H, W); the rows stay on the model's device.
 
+    autocast: embed in bf16; otherwise in the model's own precision, whatever the caller's autocast.
     batch_size is halved while a batch does not fit the memory. Errors: ValueError for a batch_size below 1,
-    and for features that are not finite; torch.OutOfMemoryError when one image does not fit.
+    and for features that are not finite; torch's own error when one image does not fit.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -192,7 +175,7 @@ def embed_pixels(
                 with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                     rows[done : done + len(part)] = _embed(model, part.to(device), modality, flip)
             except (RuntimeError, MemoryError) as error:
-                if len(part) <= 1 or not out_of_memory(error):
+                if len(part) == 1 or not out_of_memory(error):
                     raise
                 batch_size = len(part) // 2
                 continue
@@ -206,5 +189,5 @@ def embed_pixels(
 
 def _embed(model: Any, pixels: torch.Tensor, modality: str, flip: bool) -> torch.Tensor:
     x = normalize(pixels).contiguous(memory_format=torch.channels_last)
-    features = model.embed(x, modality)
+    features = model.embed(x, modality).float()
     return F.normalize(features + model.embed(x.flip(3), modality), dim=1) if flip else features

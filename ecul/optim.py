@@ -6,6 +6,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ecul.common import distributed
+from ecul.common.draws import drawing
 from ecul.config import Config
 from ecul.features import require_model
 from ecul.model import TwoStreamResNet
@@ -19,8 +20,7 @@ def build_model(
 ) -> torch.nn.Module:
     """The network of this configuration, initialised from its seed alone, or one's own."""
     if model is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with drawing(config.seed):
             if config.backbone is None:
                 sizes = (config.depth, config.width, config.non_local, config.size, config.stem_stride)
                 model = TwoStreamResNet(*sizes)

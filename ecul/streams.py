@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ecul.common.draws import drawing
 from ecul.common.foreign import load_foreign
 from ecul.common.names import printable
 from ecul.common.pretrained import SIDE, Pretrained
@@ -106,7 +107,9 @@ class Backbone(Pretrained):
                 f"{saved.file} holds one's own {printable(name)}: "
                 f"{cls.__name__}.from_pretrained(path, network) loads it"
             )
-        return cls(name if network is None else network, tuple(saved.about["input_size"]))._filled(saved)
+        with drawing(0):
+            model = cls(name if network is None else network, tuple(saved.about["input_size"]))
+        return model._filled(saved)
 
 
 class TwoStream(Backbone):

@@ -15,7 +15,7 @@ from ecul.common import distributed
 from ecul.common.names import shorten
 from ecul.config import Config
 from ecul.data.dataset import Dataset
-from ecul.evaluation.validation import check_validation, validation_figures
+from ecul.evaluation.protocols import check_validation, validation_figures
 from ecul.features import out_of_memory
 from ecul.optim import build_model, build_optimizer, trainable, warn_about_start
 from ecul.run.checkpoint import holds_run, load_run, run_directory, save_run
@@ -135,11 +135,11 @@ def open_run(
     """A run that is checked, locked and ready for its epochs; arguments and errors are those of `train`."""
     hook, place = as_hook(on_epoch), distributed.start(device)
     _check(dataset, config)
-    if validate:
-        check_validation(dataset, validate)
+    check_validation(dataset, validate)
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     data = dataset_fingerprint(dataset)
-    with run_directory(output, hold=distributed.rank() == 0) as directory:
+    hold, autocast = distributed.rank() == 0, torch.autocast(place.type, enabled=False)
+    with run_directory(output, hold) as directory, autocast:
         goes_on = directory is not None and holds_run(directory)
         if goes_on and not resume:
             raise ValueError(
