@@ -198,7 +198,7 @@ def test_regdb_trials_differ_and_share_one_pack(tmp_path):
 
 def test_regdb_says_what_is_wrong(tmp_path):
     root = layouts.regdb(tmp_path, trials=(1,))
-    with pytest.raises(ValueError, match="(?s)missing list .*train_visible_2.txt.*should hold Visible"):
+    with pytest.raises(ValueError, match="(?s)missing file .*train_visible_2.txt.*should hold Visible"):
         open_dataset("regdb", root, trial=2)
     with pytest.raises(ValueError, match="trials 1 to 10, not 11"):
         open_dataset("regdb", root, trial=11)

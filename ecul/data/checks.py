@@ -105,7 +105,10 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
         found += [] if len(images) else ["no images"]
         result.errors += [f"{split.replace('_', ' ')}: {text}" for text in found]
         result.hint = ON_PURPOSE if differs and len(images) else result.hint
-    result.errors += _shared_files(files)
+    for (a, of_a), (b, of_b) in combinations(files.items(), 2):
+        if both := sorted(of_a[file] for file in of_a.keys() & of_b.keys()):
+            told = f"{a} and {b}".replace("_", " ")
+            result.errors.append(f"{told}: {len(both)} images are in both: {shorten(both)}")
     if decode:
         sources = {images.source: None for images in dataset.splits().values()}
         paths = [path for source in sources if isinstance(source, Files) for path in source.paths()]
@@ -177,10 +180,3 @@ def _look_at_files(
         yield f"{len(empty)} images are empty files{images.source.advice}: {shorten(empty)}"
     result.missing += missing
     result.unreadable += empty
-
-
-def _shared_files(files: dict[str, dict[FileId, str]]) -> Iterator[str]:
-    for (a, of_a), (b, of_b) in combinations(files.items(), 2):
-        if both := sorted(of_a[file] for file in of_a.keys() & of_b.keys()):
-            told = f"{a} and {b}".replace("_", " ")
-            yield f"{told}: {len(both)} images are in both: {shorten(both)}"

@@ -16,7 +16,7 @@ from ecul.data.checks import CheckResult, check_dataset
 from ecul.data.decode import SKIP
 from ecul.data.folders import find_images
 from ecul.data.images import Column, Images, Pixels
-from ecul.data.layouts import LAYOUTS, SPLITS, Layout
+from ecul.data.layouts import LAYOUTS, SPLITS, Folder, Layout
 from ecul.data.pack import Files
 
 PROTOCOLS = ("sysu", "regdb", "llcm")
@@ -174,12 +174,15 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
 def _open_layout(
     name: str, layout: Layout, root: Path, subset: bool, validation: Any, pack: Any, **options: Any
 ) -> Dataset:
-    found, extra = layout.read(root, **options)
+    folder = Folder(root, layout.holds)
+    found = layout.reader(folder, **options)
     trial = options.get("trial")
     label = name if layout.shared or trial is None else f"{name}{trial}"
     sources: dict[str, Files] = {}
     splits: dict[str, Any] = {}
     for split, entries in found.items():
+        if not entries:
+            folder.fail(f"no image for {split.replace('_', ' ')} in {str(root)!r}")
         modality = split.removeprefix("test_")
         names, pids, camids = (list(column) for column in zip(*entries, strict=True))
         home = modality if layout.shared else split.replace("_", "-")
@@ -196,7 +199,7 @@ def _open_layout(
         protocol=layout.protocol or options.get("protocol"),
         trial=trial,
         subset=subset,
-        extra=tuple(extra),
+        extra=tuple(folder.extra),
         options={option: value for option, value in given.items() if value is not None} | _packing(pack),
     )
     return whole if validation is None else _hold_out(whole, validation)

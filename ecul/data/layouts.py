@@ -57,27 +57,26 @@ class Folder:
         self.extra += others + inner
         return images
 
-    def lines(self, file: str, kind: str) -> list[str]:
-        """Lines of an index file; a path with bytes that are not UTF-8 is still found."""
+    def lines(self, file: str) -> list[tuple[int, str]]:
+        """The lines of an index file that are not blank, and their numbers; paths need not be UTF-8."""
         path = self.root / file
         if not path.is_file():
-            self.fail(f"missing {kind} {str(path)!r}")
-        return path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+            self.fail(f"missing file {str(path)!r}")
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
     def ids(self, file: str) -> list[int]:
         """The identities of a file with one comma-separated line."""
         path = repr(str(self.root / file))
-        lines = [line for line in self.lines(file, "id file") if line.strip()]
+        lines = self.lines(file)
         if len(lines) != 1:
             raise ValueError(f"{path} should hold one line of comma-separated identities, not {len(lines)}")
-        entries = lines[0].split(",")
+        entries = lines[0][1].split(",")
         if not entries[-1].strip():
             raise ValueError(f"{path}: entry {len(entries)} should be an identity number (a trailing comma?)")
         ids = [whole_number(text, f"{path}: entry {n} (an identity)") for n, text in enumerate(entries, 1)]
-        if len(set(ids)) < len(ids):
-            raise ValueError(
-                f"{path} names an identity twice: {sorted({i for i in ids if ids.count(i) > 1})}"
-            )
+        if twice := sorted({i for i in ids if ids.count(i) > 1}):
+            raise ValueError(f"{path} names an identity twice: {twice}")
         return ids
 
     def entries(self, file: str, camid: int | None = None) -> list[Entry]:
@@ -86,12 +85,9 @@ class Folder:
         A path that leaves the root, by `..` or by a link, is an error.
         """
         found = []
-        for number, line in enumerate(self.lines(file, "list"), 1):
-            if not line.strip():
-                continue
+        for number, line in self.lines(file):
             place = f"{str(self.root / file)!r}, line {number}"
-            name, _, label = line.strip().rpartition(" ")
-            name = name.strip()
+            name, label = (part.strip() for part in ("", *line.rsplit(" ", 1))[-2:])
             if not name or not label.isdecimal():
                 raise ValueError(f"{place}: expected 'relative/path label', not {line[:200]!r}")
             if "\0" in name or not os.path.realpath(self.root / name).startswith(self.real):
@@ -227,18 +223,6 @@ class Layout:
     protocol: str | None = None
     counts: Counts = field(default_factory=dict)
     shared: bool = False
-
-    def read(self, root: Path, **options: Any) -> tuple[Splits, list[str]]:
-        """The images of each split in the folder `root`, and the unexpected paths.
-
-        Errors: ValueError that names the missing or unreadable path, and the expected content of the root.
-        """
-        folder = Folder(root, self.holds)
-        splits = self.reader(folder, **options)
-        for split, entries in splits.items():
-            if not entries:
-                folder.fail(f"no image for {split.replace('_', ' ')} in {str(root)!r}")
-        return splits, folder.extra
 
 
 LAYOUTS = {
