@@ -67,7 +67,7 @@ def problem(seed, queries, gallery, ids, levels):
 @given(
     st.integers(0, 10**6),
     st.integers(1, 12),
-    st.integers(1, 30),
+    st.integers(1, 80),  # more than 32 images of one person are ranked by a sort
     st.integers(1, 30),
     st.sampled_from([0, 1, 2, 5]),
     st.sampled_from([1, 5, 20, 40]),
@@ -94,13 +94,6 @@ def test_ties_go_to_the_lower_gallery_index():
         assert cmc.tolist() == [0.0] * place + [1.0] * (3 - place) and mean_precision == 1 / (place + 1)
 
 
-def test_few_gallery_identities_give_a_full_curve():
-    arrays = problem(0, 9, 12, 3, 0)
-    for rule in ("sysu", "regdb", "llcm"):
-        cmc, *_ = call(rule, *arrays)
-        assert cmc.shape == (20,) and cmc[-1] == 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 def test_torch_and_numpy_give_the_same(dtype):
     arrays = problem(1, 8, 20, 5, 6)
@@ -118,28 +111,6 @@ def test_metrics_in_blocks_are_the_same(rule, monkeypatch):
     monkeypatch.setattr(ecul.evaluation.metrics, "_BLOCK", 20)
     for ours, theirs in zip(call(rule, *arrays), whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("rule", [eval_sysu, eval_regdb, eval_llcm])
-def test_many_images_of_one_person_are_sorted_once_and_not_compared_one_by_one(rule, monkeypatch):
-    rng = np.random.default_rng(5)
-    queries, gallery = 20, 400
-    arguments = [rng.integers(0, 30, (queries, gallery)) / 8.0]  # with many ties
-    for low, high in ((0, 2), (1, 5)) if rule is not eval_regdb else ((0, 2),):
-        arguments += [rng.integers(low, high, queries), rng.integers(low, high, gallery)]
-    compared, ahead = [], ecul.evaluation.metrics._ahead
-
-    def counted(distances, target):
-        compared.append(distances.shape)
-        return ahead(distances, target)
-
-    monkeypatch.setattr(ecul.evaluation.metrics, "_ahead", counted)
-    few = rule(*arguments)
-    assert len(compared) <= 1  # for the CMC by identity
-    monkeypatch.setattr(ecul.evaluation.metrics, "_FEW", gallery)
-    for ours, plain in zip(few, rule(*arguments), strict=True):
-        np.testing.assert_array_equal(ours, plain)
-    assert len(compared) > 150
 
 
 def test_features_that_are_not_finite_are_never_ranked(world):
@@ -423,28 +394,6 @@ def test_a_model_is_evaluated_like_its_features(world):
     ours = evaluate(model, dataset, trials=3, progress=False)
     for row, other in zip(ours.rows, evaluate(None, dataset, features=features, trials=3).rows, strict=True):
         assert row == other
-
-
-def test_blocks_of_any_size_give_the_same(world, monkeypatch):
-    dataset = open_dataset("sysu", world)
-    features = features_of(dataset)
-    whole = evaluate(None, dataset, features=features, trials=2)
-    widths = []
-
-    block_scores = ecul.evaluation.metrics._block_scores
-
-    def watched(distmat, *arrays):
-        widths.append(distmat.size)
-        return block_scores(distmat, *arrays)
-
-    monkeypatch.setattr(ecul.evaluation.metrics, "_block_scores", watched)
-    monkeypatch.setattr(ecul.evaluation.metrics, "_BLOCK", 100)
-    small = evaluate(None, dataset, features=features, trials=2)
-    assert max(widths) <= 100 and len(widths) > 4
-    for row, other in zip(whole.rows, small.rows, strict=True):
-        assert row.keys() == other.keys()
-        for name in row:
-            assert row[name] == pytest.approx(other[name])
 
 
 def test_evaluate_refuses_what_it_cannot_measure(world, tmp_path):
