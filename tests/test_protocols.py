@@ -9,7 +9,6 @@ import pytest
 from ecul import Config, Dataset, evaluate, open_dataset, train
 from ecul.cli import main
 from ecul.data.layouts import LAYOUTS
-from ecul.evaluation import average
 
 TINY = Config.preset(
     "demo", epochs_intra=1, epochs_cross=1, tsmem_switch=1, iterations=2, identities=2, instances=2, width=8,
@@ -38,14 +37,6 @@ def test_from_folder_to_results(name, make, options, rows, tmp_path):
     results = evaluate(trained(dataset), dataset, progress=False)
     assert len(results.rows) == rows and all(0 < row["mAP"] <= 100 for row in results.rows)
     assert all(row["reranking"] == "no re-ranking" for row in results.rows)
-
-
-def test_regdb_over_two_trials_and_models(tmp_path):
-    layouts.regdb(tmp_path / "data")
-    trials = [open_dataset("regdb", tmp_path / "data", trial=t, subset=True) for t in (1, 2)]
-    results = average(evaluate(trained(dataset), dataset, progress=False) for dataset in trials)
-    assert [row["direction"] for row in results.rows] == ["visible-to-infrared", "infrared-to-visible"]
-    assert all(row["trials"] == 2 and 0 < row["mAP"] <= 100 for row in results.rows)
 
 
 def test_the_report_of_a_trial_opens_that_trial_again(tmp_path, capsys):
