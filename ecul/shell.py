@@ -111,7 +111,7 @@ def pair(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    name, words = name.replace("-", "_"), {"none": None, "true": True, "false": False}
+    name, words = name.replace("-", "_"), {"none": None, "null": None, "true": True, "false": False}
     if name in PATHS or value.lower() in words:
         return name, words.get(value.lower(), value)
     try:
