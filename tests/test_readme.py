@@ -45,6 +45,7 @@ def run_python_blocks(text, directory, monkeypatch):
         folder.mkdir(parents=True)
         for image in sorted((directory / "SYSU-MM01").glob(f"cam[{cameras}]/*/*.jpg")):
             (folder / f"{image.parent.parent.name}-{image.parent.name}-{image.name}").symlink_to(image)
+        (folder / "1.jpg").write_bytes(image.read_bytes())
     preset = Config.preset.__func__
     monkeypatch.setattr(
         Config, "preset", classmethod(lambda cls, *a, **k: preset(cls, *a, **k).replace(**SMALL))
