@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from tiny import TINY
 
 import ecul
@@ -24,7 +23,7 @@ from ecul.cli import main, parser
 from ecul.features import embed_pixels
 from ecul.shell import EXAMPLES
 from ecul.tools import export
-from ecul.tools.search import extract_folder, save_features, search
+from ecul.tools.search import extract_folder, load_features, save_features, search
 
 COMMANDS = {"train", "config", "evaluate", "compare", "report", "extract", "search", "import", "export"}
 COMMANDS |= {"tune", "threshold", "check", "synthesize", "demo"}
@@ -152,13 +151,14 @@ def test_extract_writes_features_names_and_the_models_hash(photos, model, saved,
     assert main([*command, "--skip-unreadable"]) == 0
     skipped = re.findall(r"skipped, cannot be read: .*?(\w+\.\w+)\n", caplog.text)
     assert skipped == ["broken.jpg", "cut.png"]
-    with safe_open(out, "pt") as f:
-        metadata, features = f.metadata(), f.get_tensor("features")
-    names = json.loads(metadata["names"])
-    assert len(names) == 6 and torch.allclose(features, extract(model, names, "infrared", progress=False))
-    assert metadata["modality"] == "infrared" and len(json.loads(metadata["unreadable"])) == 2
+    found = load_features(out)
+    assert len(found.paths) == 6 and found.modality == "infrared" and len(found.unreadable) == 2
+    assert torch.allclose(found.features, extract(model, found.paths, "infrared", progress=False))
     file = tmp_path / "model" / "model.safetensors"
-    assert metadata["model_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found.model_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    out.write_bytes(out.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="features.safetensors is damaged"):
+        load_features(out)
 
 
 def test_search_ranks_as_a_plain_sort_does(photos, model, saved, tmp_path, capsys):
@@ -404,6 +404,7 @@ DOCUMENTED = [
     (extract_folder, ERRORS),
     (embed_pixels, SHAPES, ERRORS),
     (save_features, ERRORS),
+    (load_features, ERRORS),
     (search, ERRORS),
     (export.export, SHAPES, ERRORS),
     (importers.import_checkpoint, SHAPES, ERRORS, SOURCE),

@@ -1,6 +1,5 @@
 """Whether a data set is complete: counts, missing and extra files, unreadable images, overlapping splits."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ecul.common import logs
+from ecul.common.files import read_json, reading
 from ecul.common.names import printable, shorten
 from ecul.data.decode import find_unreadable
 from ecul.data.images import Images
@@ -125,15 +125,16 @@ def _read_counts(path: Path, result: CheckResult) -> None:
     """Take the expected counts from `synthetic.json`."""
     result.expected, result.source = {}, "as synthetic.json says"
     try:
-        counts = json.loads(path.read_text(encoding="utf-8"))["counts"]
-        for split, prefix in (("train", ""), ("test", "test_")):
-            for modality, camids in (("visible", SYSU_VISIBLE), ("infrared", SYSU_INFRARED)):
-                held = {str(c): whole_number(counts[split]["cameras"][str(c)], str(c)) for c in camids}
-                images = whole_number(counts[split][modality], modality)
-                cameras = {camera: number for camera, number in held.items() if number}
-                result.expected[prefix + modality] = {"images": images, "cameras": cameras}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        result.errors.append(f"{path} is damaged: {error!r}")
+        with reading(path):
+            counts = read_json(path)["counts"]
+            for split, prefix in (("train", ""), ("test", "test_")):
+                for modality, camids in (("visible", SYSU_VISIBLE), ("infrared", SYSU_INFRARED)):
+                    held = {str(c): whole_number(counts[split]["cameras"][str(c)], str(c)) for c in camids}
+                    images = whole_number(counts[split][modality], modality)
+                    cameras = {camera: number for camera, number in held.items() if number}
+                    result.expected[prefix + modality] = {"images": images, "cameras": cameras}
+    except (OSError, ValueError) as error:
+        result.errors.append(str(error))
 
 
 def _count(images: Images) -> dict[str, Any]:

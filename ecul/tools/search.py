@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ecul.common.files import hash_file, prepare_output
+from ecul.common.files import hash_file, prepare_output, reading
 from ecul.common.names import printable
 from ecul.common.pretrained import weights_file
-from ecul.common.weights import write_tensors
+from ecul.common.weights import read_tensors, write_tensors
 from ecul.data.folders import find_images
 from ecul.data.images import check_modality
 from ecul.evaluation.rerank import RERANKINGS, reranked
@@ -20,8 +20,7 @@ from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
 from ecul.tools.threshold import Threshold
 
-__all__ = ["FolderFeatures", "Ranking", "extract_folder", "save_features", "search"]
-
+__all__ = ["FolderFeatures", "Ranking", "extract_folder", "load_features", "save_features", "search"]
 
 STRIP = 256  # queries re-ranked at a time
 
@@ -94,7 +93,7 @@ def save_features(path: str | os.PathLike, found: FolderFeatures, model_path: st
     """Write a `FolderFeatures` as safetensors: tensor "features", and names, modality, model hash beside it.
 
     The metadata's values are strings: `names` and `unreadable` JSON lists of paths, `modality`, `model` and
-    `model_sha256`, the weights that made the rows. Read back with `safetensors.safe_open(path, "pt")`.
+    `model_sha256`, the weights that made the rows. `load_features` reads it back.
     Errors: ValueError for another suffix; FileNotFoundError when there is no model at model_path.
     """
     path = prepare_output(path, ".safetensors")
@@ -107,6 +106,19 @@ def save_features(path: str | os.PathLike, found: FolderFeatures, model_path: st
         "model_sha256": found.model_sha256 or hash_file(file),
     }
     write_tensors(path, {"features": found.features}, metadata)
+
+
+def load_features(path: str | os.PathLike) -> FolderFeatures:
+    """Read the file of `save_features`. Errors: FileNotFoundError; ValueError that names a damaged file."""
+    with reading(path):
+        tensors, about, _ = read_tensors(path)
+        names, unreadable = json.loads(about["names"]), json.loads(about["unreadable"])
+        check_modality(about["modality"])
+        if tensors["features"].ndim != 2 or len(tensors["features"]) != len(names):
+            raise ValueError(f"{len(names)} names for features of {tuple(tensors['features'].shape)}")
+        return FolderFeatures(
+            tensors["features"], names, about["modality"], unreadable, about["model_sha256"]
+        )
 
 
 def search(
