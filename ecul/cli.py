@@ -180,7 +180,7 @@ def compare(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def report(args: argparse.Namespace) -> None:
     from ecul.common.distributed import choose_device
-    from ecul.report.build import report
+    from ecul.report.page import report
 
     options = {"root": args.root, "options": args.option, "queries": args.queries, "top": args.top}
     print(report(args.run_directory, **options, device=choose_device(args.device)))

@@ -133,7 +133,7 @@ def test_from_a_world_to_a_report(tmp_path, capsys):
     out = capsys.readouterr().out
     assert len(json.loads(out[out.index("{") :])["rows"]) == 2
     assert main(["report", run, "--queries", "2", "--top", "3"]) == 0  # the run knows where its images are
-    assert all((tmp_path / "run" / "report" / f"{name}.png").is_file() for name in ("matches", "clusters"))
+    assert all((tmp_path / "run" / "report" / f"{name}.png").is_file() for name in ("pairs", "clusters"))
     assert main(["export", run, "-o", str(tmp_path / "m.pt2"), "--modality", "visible", "--no-flip"]) == 0
     pixels = torch.zeros(3, 3, 32, 16)
     program = torch.export.load(tmp_path / "m.pt2").module()

@@ -12,24 +12,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from tiny import rewrite
 
 from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
 from ecul.data import Images
 from ecul.labels import Labels, assign_labels
 from ecul.model import Backbone
-from ecul.report.build import (
-    _accuracy,
-    _labels,
-    _mosaic_section,
+from ecul.report import report
+from ecul.report.measured import (
+    MIXED,
+    Embedded,
+    activation,
     choose_queries,
+    cluster_margins,
     commonest,
+    counted,
     ignored,
-    read_run,
-    report,
+    measure_clusters,
+    next_labels,
 )
-from ecul.report.embedded import Embedded, embed
+from ecul.report.page import _accuracy, _cluster_section, match_rows
 from ecul.report.pictures import (
     GAP,
     HEIGHT,
@@ -37,16 +39,14 @@ from ecul.report.pictures import (
     RIGHT,
     WRONG,
     Cell,
-    _diagonal,
+    Row,
     draw_curves,
-    draw_matches,
     draw_ranking,
     draw_sheet,
     short_name,
     short_path,
 )
-from ecul.report.summary import cluster_margins, counted, verdict
-from ecul.report.views import activation, match_rows
+from ecul.run.saved import read_run
 from ecul.tools.search import FolderFeatures, Ranking
 from ecul.training import extract_exchanged
 from ecul.trainset import TrainImages
@@ -77,14 +77,15 @@ def pictures(folder):
 def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
     page = report(run.output, dataset, queries=3, top=4, progress=False)
     assert page == run.output / "report" / "index.html"
-    names = {
-        f"{name}.png" for name in ("curves", "ranked", "clusters", "matches", "pairs", "map", "activations")
+    assert set(pictures(page.parent)) == {
+        f"{n}.png" for n in ("curves", "ranked", "clusters", "pairs", "map")
     }
-    assert set(pictures(page.parent)) == names
     text = page.read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
-    assert len(sources) == 7 and all(s.startswith("data:image/png;base64,") for s in sources)
-    assert "Infrared queries drawn at random (3)" in text and f"<td>{len(dataset.test_visible)}</td>" in text
+    assert all(s.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for s in sources)
+    ranked = text[text.index("<h2>Ranked lists") : text.index("<h2>Clusters")]
+    assert ranked.count("<img ") == 3 * (1 + 4) == ranked.count("<figure")  # each its own: lines may wrap
+    assert "3 random infrared queries" in text and f"<td>{len(dataset.test_visible)}</td>" in text
     for heading in ("Curves", "Ranked lists", "Clusters", "Visible-infrared matches", "Data", "Settings"):
         assert f"<h2>{heading}</h2>" in text
     assert "united on sysu" in text and "k1_joint" in text and "2 of 2 epochs done, stage 2" in text
@@ -98,7 +99,6 @@ def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
     assert re.fullmatch(r"rank-1 [\d.]+ %, mAP [\d.]+ %", happened["all, infrared-to-visible"])
     assert "visible cluster" in happened["verdict"] and "separation" in happened["verdict"]
     assert '<meta name="viewport"' in text and "<p></p>" not in text
-    assert text.count('<div class="wide"><img ') == len(sources)  # scrolled sideways where a screen is narrow
 
 
 def test_without_the_data_there_are_curves_and_settings(run, dataset, tmp_path, caplog):
@@ -123,7 +123,7 @@ def test_images_without_identities_and_a_first_stage_alone(tmp_path):
     config = Config.preset("demo", **{**TINY, "epochs_cross": 0})
     run = train(dataset, config, output=tmp_path / "run")
     text = report(run.output, dataset, queries=2, progress=False).read_text()
-    assert "Identities are not known" in text and "one-modality clusters" in text
+    assert "Identities are not known" in text and "each of one modality" in text
     assert "commonest person" not in text and "<td>unknown</td>" in text
 
 
@@ -142,7 +142,7 @@ def color_at(path, x, y):
 
 def test_frames_have_their_colours_and_images_their_places(tmp_path):
     black, wide = np.zeros((20, 10, 3), np.uint8), HEIGHT // 2
-    rows = [("query", [Cell(black, "a"), Cell(black + 90, "b", RIGHT), Cell(black + 200, "c", WRONG)])]
+    rows = [Row("query", [Cell(black, "a"), Cell(black + 90, "b", RIGHT), Cell(black + 200, "c", WRONG)])]
     draw_sheet(tmp_path / "sheet.png", rows, lead=1)
     middle = GAP + HEIGHT // 2
     second = LABEL + wide + GAP + 2 * GAP
@@ -174,24 +174,6 @@ def test_the_curves_of_one_epoch_stand_at_a_whole_number(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", drawn)
     draw_curves(tmp_path / "curves.png", [{"epoch": 0, "stage": 1, "loss_a": 1.0, "clusters_visible": 1}])
     assert ticks and all(tick == int(tick) for tick in ticks)
-
-
-@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 1000))
-def test_matches_are_ordered_along_the_diagonal(infrared, visible, seed):
-    similarity = np.random.default_rng(seed).normal(size=(infrared, visible))
-    rows, columns = _diagonal(similarity)
-    assert sorted(rows) == list(range(infrared)) and sorted(columns) == list(range(visible))
-    diagonal = similarity[rows][:, columns].diagonal()
-    assert (np.diff(diagonal) <= 0).all()
-    assert np.isclose(diagonal.sum(), similarity[linear_sum_assignment(similarity, maximize=True)].sum())
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 60), (60, 2)])
-def test_odd_match_matrices_are_drawn(shape, tmp_path):
-    similarity = np.random.default_rng(0).normal(size=shape)
-    draw_matches(tmp_path / "m.png", similarity, similarity > 0, similarity > 1)
-    width, height = Image.open(tmp_path / "m.png").size
-    assert 400 < width < 3000 and 400 < height < 3000
 
 
 @given(st.integers(2, 5), st.integers(0, 1000))
@@ -260,36 +242,56 @@ def test_the_accuracy_is_that_of_evaluate(run, dataset):
         report(run.output, dataset, queries=0)
 
 
-def test_the_mosaic_has_the_extremes_and_shows_a_cluster_once(monkeypatch, tmp_path):
-    """Four clusters of 2, 3, 4 and 5 images, the smallest one between two others."""
-    angles = np.repeat([0.0, 2.0, 4.0, 4.3], [5, 4, 3, 2])
-    features = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
-    labels = torch.tensor(np.repeat([0, 1, 2, 3], [5, 4, 3, 2]))
-    images = pile("visible", [1] * 14, None), pile("infrared", [3] * 14, None)
-    table = Embedded(images, [torch.zeros(14, 3, 4, 2, dtype=torch.uint8)] * 2, features.repeat(2, 1))
-    shown = []
-    monkeypatch.setattr("ecul.report.pictures.draw_sheet", lambda path, rows, bad: shown.extend(rows))
-    _mosaic_section(tmp_path, table, torch.cat([labels, torch.full((14,), -1)]), None, each=2)
-    told = [(label.splitlines()[0], len(cells)) for label, cells in shown]
-    assert told == [
-        ("largest", 5),
-        ("largest", 4),
-        ("smallest, least certain", 2),
-        ("smallest, least certain", 3),
+def table_of(*features):
+    """Blank images of both modalities with these features."""
+    cameras = zip(MODALITIES, ([1], [3]), features, strict=True)
+    images = tuple(pile(name, camera * len(rows), None) for name, camera, rows in cameras)
+    blank = tuple(torch.zeros(len(rows), 3, 4, 2, dtype=torch.uint8) for rows in features)
+    return Embedded(images, blank, torch.cat(features))
+
+
+def around(*angles):
+    """Unit rows at these angles of a circle."""
+    angles = np.concatenate(angles)
+    return torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
+
+
+def test_the_rows_of_clusters_are_red_where_the_verdict_counts_them(tmp_path):
+    """Margins lie within a modality: matched clusters are near each other, and that is good."""
+    own = torch.arange(4).repeat_interleave(torch.tensor([5, 4, 3, 2]))
+    spread = [np.full(n, a) for n, a in ((5, 0.0), (4, 1.5), (3, 3.0), (2, 4.5))]
+    near = [np.full(n, a) for n, a in ((5, 0.01), (4, 1.51), (3, 1.6), (2, 4.51))]  # two are mixed
+    features = around(*spread, *near)
+    table, labels = table_of(features[:14], features[14:]), Labels.from_own(features, own.repeat(2), 14)
+    clusters = measure_clusters(features, labels)
+    assert [int((side.margins < MIXED).sum()) for side in clusters] == [0, 2]
+    assert clusters[0].told().endswith("none look mixed, 0% of the images are outliers")
+    assert clusters[1].told().startswith("bad: 4 infrared") and ", 2 look mixed" in clusters[1].told()
+    section = _cluster_section(tmp_path, table, clusters, each=4)
+    named = [tuple(row.label.splitlines()[:2]) for row in section.sheet]
+    assert [(first.split(",")[0], size) for first, size in named[:2]] == [
+        ("largest", "5 visible images"),
+        ("largest", "5 infrared images"),
+    ]
+    assert ("smallest, least certain", "3 infrared images") in named and len(set(named)) == 8  # each once
+    assert [n[1] for n, row in zip(named, section.sheet, strict=True) if row.bad] == [
+        "4 infrared images",
+        "3 infrared images",
     ]
 
 
 def test_accuracy_rows_say_their_direction_and_a_failure_leaves_the_rest(run, dataset, tmp_path):
     rng = np.random.default_rng(0)
-    pids, rows = np.arange(24) // 4, rng.normal(size=(24, 5))
+    pids, rows = np.arange(24) // 4, torch.tensor(rng.normal(size=(24, 5)))
     tested = {m: pile(m, [1] * 24, pids) for m in MODALITIES}
+    table = Embedded(tuple(tested.values()), (), rows.repeat(2, 1))
     regdb = Dataset("regdb", None, *tested.values(), *tested.values(), protocol="regdb", trial=2)
-    short, (section,) = _accuracy(regdb, {m: torch.tensor(rows) for m in MODALITIES})
-    assert "RegDB trial 2" in section.text and len({tuple(row[:-6]) for row in section.rows}) == 3
+    (section,), short = _accuracy(regdb, table)
+    assert "RegDB trial 2" in section.text and len({tuple(row[:-6]) for row in section.table}) == 3
     blind = Dataset("sysu", None, *tested.values(), *tested.values(), protocol="sysu")
     assert [name for name, _ in short] == ["all, visible-to-infrared", "all, infrared-to-visible"]
-    short, (section,) = _accuracy(blind, {m: torch.tensor(rows) for m in MODALITIES})
-    assert "Not to be had" in section.text and not section.rows and short == []
+    (section,), short = _accuracy(blind, table)
+    assert "Not to be had" in section.text and not section.table and short == []
 
 
 def test_the_images_are_found_where_they_lay(run, dataset):
@@ -318,7 +320,7 @@ def test_a_run_does_not_choose_where_we_write(run, dataset, tmp_path):
 
 def test_a_sheet_holds_so_many_images_and_no_more(tmp_path):
     cell = Cell(np.zeros((4, 2, 3), np.uint8), "1")
-    for rows in ([], [("a", [cell] * 301)] * 2):
+    for rows in ([], [Row("a", [cell] * 301)] * 2):
         with pytest.raises(ValueError, match="holds 1 to 600 images"):
             draw_sheet(tmp_path / "sheet.png", rows)
 
@@ -360,12 +362,12 @@ def test_a_model_that_the_shell_cannot_build_leaves_the_curves(dataset, tmp_path
 def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):
     model = TwoStreamResNet(10, 4, False, (32, 16)).eval()
     page = report(run.output, dataset, model=model, queries=1, top=100, progress=False)
-    assert "Infrared queries drawn at random (1)" in page.read_text()
+    assert "1 random infrared queries" in page.read_text()
 
 
 def test_a_sheet_of_any_shape_stays_within_what_a_png_holds(tmp_path):
     cell = Cell(np.zeros((4, 2, 3), np.uint8), "")
-    for name, rows in (("tall", [("", [cell])] * 260), ("wide", [("", [cell] * 520)])):
+    for name, rows in (("tall", [Row("", [cell])] * 260), ("wide", [Row("", [cell] * 520)])):
         draw_sheet(tmp_path / f"{name}.png", rows)
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert 50_000 < max(picture.size) < 2**16
@@ -375,7 +377,7 @@ def test_a_sheet_of_any_shape_stays_within_what_a_png_holds(tmp_path):
 def test_letters_that_no_font_has_are_told_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("ecul.report.pictures.SCRIPTS", ("none",))
     cell = Cell(np.zeros((4, 2, 3), np.uint8), "監視 $x_1$ caf\udce9")
-    draw_sheet(tmp_path / "sheet.png", [("監視カメラ", [cell] * 3)])
+    draw_sheet(tmp_path / "sheet.png", [Row("監視カメラ", [cell] * 3)])
     assert [record.message.partition(": ")[2][:12] for record in caplog.records] == ["no font here"]
 
 
@@ -392,24 +394,14 @@ def test_what_happened_is_told_in_words():
         "3 of 75 epochs",
         "1 image",
     ]
-    angles = np.repeat([0.0, 2.0, 4.0], 5)
-    apart = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], 1), dtype=torch.float32)
-    own = torch.arange(3).repeat_interleave(5)
-    near = apart.clone()
-    near[5:10] = torch.nn.functional.normalize(apart[5:10] + 40 * apart[:5], dim=1)
+
+
+def test_outliers_and_structure_are_told():
+    own, features = torch.arange(3).repeat_interleave(5), around(*(np.full(5, a) for a in (0.0, 2.0, 4.0)))
     own[14] = -1
-    told = verdict(
-        torch.cat([apart, near]), Labels.from_own(torch.cat([apart, near]), own.repeat(2), 15)
-    ).split("; ")
-    assert (
-        told[0]
-        == "3 visible clusters far apart (separation 0.93), none of them look mixed, 7% of the images in none"
-    )
-    assert told[1].startswith("bad: 3 infrared clusters") and "2 of them look mixed" in told[1]
-    none = torch.full((30,), -1)
-    assert verdict(torch.cat([apart, near]), Labels.from_own(torch.cat([apart, near]), none, 15)).startswith(
-        "bad: fewer"
-    )
+    features, own = features.repeat(2, 1), own.repeat(2)
+    told = measure_clusters(features, Labels.from_own(features, own, 15))[0].told()
+    assert told == "3 visible clusters far apart (separation 0.93), none look mixed, 7% of the images are outliers"
 
 
 def test_matches_are_shown_from_the_best_to_the_worst():
@@ -417,19 +409,18 @@ def test_matches_are_shown_from_the_best_to_the_worst():
     labels = torch.arange(6).repeat_interleave(3)
     centers = torch.nn.functional.normalize(torch.tensor(rng.normal(size=(6, 8)), dtype=torch.float32), dim=1)
     features = torch.cat([centers[labels], centers[labels]])
-    images = pile("visible", [1] * 18, None), pile("infrared", [3] * 18, None)
-    table = Embedded(images, [torch.zeros(18, 3, 4, 2, dtype=torch.uint8)] * 2, features)
+    table = table_of(features[:18], features[18:])
     similarity = np.diag(np.linspace(0.9, 0.2, 6))
     rows, lead = match_rows(
         table, Labels.from_own(features, labels.repeat(2), 18), similarity, similarity > 0, None
     )
-    assert [label for label, _ in rows] == [
+    assert [row.label for row in rows] == [
         f"{name}\ncosine {value:.3f}"
         for name, value in zip(
             ("best", "best", "middle", "middle", "worst", "worst"), np.linspace(0.9, 0.2, 6), strict=True
         )
     ]
-    assert lead == 3 and all(len(cells) == 6 for _, cells in rows)
+    assert lead == 3 and all(len(row.cells) == 6 for row in rows)
 
 
 def test_thumbnails_are_those_of_the_files(tmp_path):
@@ -449,10 +440,7 @@ def test_an_activation_map_is_high_where_the_network_responds():
     seen = []
     model.layer4[-1].register_forward_hook(lambda _, __, out: seen.append(out[0].norm(dim=0)))
     strength = activation(model, torch.randint(0, 256, (3, 64, 32), dtype=torch.uint8), "infrared")
-    assert strength.shape == (64, 32) and strength.min() == 0 and strength.max() == 1
-    row, column = np.unravel_index(strength.argmax(), strength.shape)
-    best = np.unravel_index(int(seen[0].argmax()), seen[0].shape)
-    assert (row * seen[0].shape[0] // 64, column * seen[0].shape[1] // 32) == best
+    assert np.allclose(strength, seen[0]) and strength.shape == (4, 2)
 
     class Flat(torch.nn.Module):
         def __init__(self):
@@ -468,8 +456,8 @@ def test_an_activation_map_is_high_where_the_network_responds():
 def test_clusters_are_matched_as_the_next_epoch_would(run, dataset):
     """By the exchanged views too: the labels of one more epoch of the same run."""
     saved = read_run(run.output)
-    table = embed(run.model, (dataset.visible, dataset.infrared), False)
-    shown = _labels(table, saved, run.model)
+    table = Embedded.by(run.model, (dataset.visible, dataset.infrared), False)
+    shown = next_labels(table, saved, run.model)
     images = TrainImages(table.pixels, torch.cat([torch.as_tensor(i.camids) for i in table.images]))
     exchanged = extract_exchanged(run.model, images, saved.config, 2)
     learnt = assign_labels(table.features, images, saved.config, 2, exchanged)
@@ -477,4 +465,4 @@ def test_clusters_are_matched_as_the_next_epoch_would(run, dataset):
     blind = assign_labels(table.features, images, saved.config, 2)
     assert not np.array_equal(shown.match, blind.match)
     before = dataclasses.replace(saved, history=saved.history[: saved.config.epochs_intra - 1])
-    assert _labels(table, before, run.model).match is None
+    assert next_labels(table, before, run.model).match is None

@@ -1,5 +1,5 @@
 """What a run looks like: pictures, and one page that holds them."""
 
-from ecul.report.build import report
+from ecul.report.page import report
 
 __all__ = ["report"]

@@ -3,14 +3,12 @@
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from ecul.common.files import prepare_output, write_file
 from ecul.data.decode import read_image
@@ -35,13 +33,20 @@ PANELS = (  # of the curves: title, beginning of the names in the log, unit
 )
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One image of a sheet, uint8 (H, W, 3), with the text below it and the colour of its frame."""
 
     image: np.ndarray
     caption: str
     color: str = NEUTRAL
+
+
+class Row(NamedTuple):
+    """A row of a sheet: a label of a few short lines, its images, and whether the label is red."""
+
+    label: str
+    cells: list[Cell]
+    bad: bool = False
 
 
 def prepare_picture(path: str | Path) -> None:
@@ -76,21 +81,13 @@ def _picture(path: str | Path, width: float, height: float, **options: Any) -> I
     write_file(prepare_output(path, ".png"), content.getvalue())
 
 
-def draw_sheet(
-    path: str | Path,
-    rows: Sequence[tuple[str, Sequence[Cell]]],
-    lead: int = 0,
-    title: str = "",
-    bad: Collection[int] = (),
-) -> None:
-    """Write rows of framed images as a PNG.
+def draw_sheet(path: str | Path, rows: Sequence[Row], lead: int = 0, title: str = "") -> None:
+    """Write rows of framed images, each right of its label, as a PNG.
 
-    rows: list of (label, list of `Cell`); the label, a few short lines, stands left of its row, its first
-    line in bold. lead: how many first cells of each row are set apart, as a query is from its answers. title:
-    a line above all. bad: rows whose label is red.
-    Errors: ValueError for no rows, or more than `MOST_IMAGES` images; ImportError that says what to install.
+    lead: how many first cells of each row are set apart, as a query is from its answers. title: a line above.
+    Errors: ValueError for no images, or more than `MOST_IMAGES`; ImportError that says what to install.
     """
-    everything = [cell for _, cells in rows for cell in cells]
+    everything = [cell for row in rows for cell in row.cells]
     if not 0 < len(everything) <= MOST_IMAGES:
         many = f"1 to {MOST_IMAGES} images, got {len(everything)}"
         raise ValueError(f"a picture holds {many}; ask for fewer queries or answers")
@@ -98,21 +95,21 @@ def draw_sheet(
     width = max(40, round(HEIGHT * width / height))
     lines = max(len(cell.caption.splitlines()) for cell in everything)
     step = HEIGHT + LINE * lines + 2 * GAP
-    right = LABEL + max(len(cells) for _, cells in rows) * (width + GAP) + 2 * GAP * bool(lead) + GAP
+    right = LABEL + max(len(row.cells) for row in rows) * (width + GAP) + 2 * GAP * bool(lead) + GAP
     head_room = 26 * bool(title)
     bottom = head_room + len(rows) * step + GAP
     rectangle = _matplotlib().patches.Rectangle
     with _picture(path, right / 100, bottom / 100) as figure:
         axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[])
         axes.text(GAP, GAP, _printable(title), color=INK, fontsize=10, va="top", fontweight="bold")
-        for i, (label, cells) in enumerate(rows):
+        for i, row in enumerate(rows):
             top = head_room + GAP + i * step
-            ink = WRONG if i in bad else INK
-            head, _, rest = _printable(label).partition("\n")
+            text: dict[str, Any] = {"color": WRONG if row.bad else INK, "fontsize": 7.5}
+            head, _, rest = _printable(row.label).partition("\n")
             middle = top + HEIGHT / 2 - 7.5 * rest.count("\n")
-            axes.text(GAP, middle - 3, head, color=ink, fontsize=7.5, va="bottom", fontweight="bold")
-            axes.text(GAP, middle + 3, rest, color=ink, fontsize=7.5, va="top", linespacing=1.45)
-            for j, cell in enumerate(cells):
+            axes.text(GAP, middle - 3, head, va="bottom", fontweight="bold", **text)
+            axes.text(GAP, middle + 3, rest, va="top", linespacing=1.45, **text)
+            for j, cell in enumerate(row.cells):
                 left = LABEL + j * (width + GAP) + 2 * GAP * (lead > 0 and j >= lead)
                 extent = (left, left + width, top + HEIGHT, top)
                 axes.imshow(cell.image, extent=extent, aspect="auto", interpolation="antialiased")
@@ -136,25 +133,27 @@ def draw_ranking(
     queries: int = 5,
     answers: int = 10,
 ) -> int:
-    """Write a `Ranking` as a PNG of a screen: a sample of its queries with the first answers to each.
+    """Write a sample of the queries of a `Ranking`, each with its first answers, as a PNG of a screen.
 
-    Returns how many queries it shows. Errors: those of `prepare_picture`; ValueError for an image that can be
-    read no more.
+    Returns how many queries it shows. Errors: those of `prepare_picture`; ValueError for an image that cannot
+    be read any more.
     """
     count, rows = len(ranking.rows), []
-    chosen = np.linspace(0, count - 1, min(queries, count)).round().astype(int).tolist()
-    found, scores = (part[chosen, :answers].tolist() for part in (ranking.rows, ranking.scores))
-    for query, *answered in zip([ranking.query.paths[i] for i in chosen], found, scores, strict=True):
-        nobody = ranking.threshold is not None and not any(map(ranking.is_same, answered[1]))
+    for i in np.linspace(0, count - 1, min(queries, count)).round().astype(int).tolist():
+        query, scores = ranking.query.paths[i], ranking.scores[i, :answers].tolist()
+        nobody = ranking.threshold is not None and not any(map(ranking.is_same, scores))
         cells = [Cell(read_image(query, size), "query\nnobody" if nobody else "query", INK)]
-        for rank, (row, score) in enumerate(zip(*answered, strict=True), 1):
+        for rank, (row, score) in enumerate(zip(ranking.rows[i].tolist(), scores, strict=False), 1):
             name = ranking.gallery.paths[row]
             mark, color = (" =", RIGHT) if ranking.is_same(score) else ("", NEUTRAL)
-            text = f"{rank}{mark}\n{score:.3f}\n{short_name(name)}"
-            cells.append(Cell(read_image(name, size), text, color))
-        rows.append((short_path(query), cells))
-    told = f"{len(rows)} of {count} {ranking.query.modality} queries"
-    title = f"{told}, answers of {len(ranking.gallery.paths):,} {ranking.gallery.modality} images, best first"
+            cells.append(
+                Cell(read_image(name, size), f"{rank}{mark}\n{score:.3f}\n{short_name(name)}", color)
+            )
+        rows.append(Row(short_path(query), cells))
+    title = (
+        f"{len(rows)} of {count} {ranking.query.modality} queries, answers of {len(ranking.gallery.paths):,} "
+        f"{ranking.gallery.modality} images, best first"
+    )
     draw_sheet(path, rows, lead=1, title=title)
     return len(rows)
 
@@ -176,15 +175,19 @@ def _end(text: str, width: int) -> str:
 
 
 def heated(image: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) uint8, in gray, under the colours of a map of strengths 0 to 1 of any size."""
-    rows, columns = (
-        np.linspace(0, n - 1, m).round().astype(int)
-        for n, m in zip(strength.shape, image.shape[:2], strict=True)
-    )
-    fitted = strength[np.ix_(rows, columns)][..., None]
-    gray = image.mean(2, keepdims=True).repeat(3, 2)
-    heat = _matplotlib().colormaps["turbo"](fitted[..., 0])[..., :3] * 255
-    return (gray * (1 - 0.6 * fitted) + heat * 0.6 * fitted).astype(np.uint8)
+    """The image (H, W, 3) uint8, in gray, under a map (h, w) in colours: a block for each of its cells."""
+    places = (np.arange(m) * n // m for n, m in zip(strength.shape, image.shape[:2], strict=True))
+    strength = (strength - strength.min()) / max(np.ptp(strength), 1e-9)
+    blocks = strength[np.ix_(*places)][..., None]
+    heat = _matplotlib().colormaps["turbo"](blocks[..., 0])[..., :3] * 255
+    return (image.mean(2, keepdims=True) * (1 - 0.6 * blocks) + heat * 0.6 * blocks).astype(np.uint8)
+
+
+def _dress(axes: Any, title: str) -> None:
+    """The title and the look that all panels share."""
+    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
 
 
 def draw_map(path: str | Path, points: np.ndarray, infrared: np.ndarray, pids: np.ndarray | None) -> None:
@@ -192,29 +195,24 @@ def draw_map(path: str | Path, points: np.ndarray, infrared: np.ndarray, pids: n
 
     infrared: bool (n,); pids: (n,) identities, or None.
     """
-    with _picture(path, 11 if pids is not None else 6, 5, layout="constrained") as figure:
-        panels = figure.subplots(1, 1 + (pids is not None), squeeze=False)[0]
-        kinds = (("visible", ~infrared, "o"), ("infrared", infrared, "^"))
-        for name, chosen, marker in kinds:
-            panels[0].scatter(
-                *points[chosen].T, s=9, c=MODALITY[name], marker=marker, label=name, linewidths=0
-            )
-        panels[0].set_title("modalities", fontsize=10, loc="left", fontweight="bold")
-        panels[0].legend(fontsize=7, frameon=False)
-        for panel in panels:
-            panel.set(xticks=[], yticks=[])
-        if pids is None:
-            return
+    order = np.arange(len(points))
+    if pids is not None:
         names, counts = np.unique(pids, return_counts=True)
-        people, colors = names[np.argsort(-counts, kind="stable")[:10]], _matplotlib().colormaps["tab10"]
-        for _, chosen, marker in kinds:
-            rest = chosen & ~np.isin(pids, people)
-            panels[1].scatter(*points[rest].T, s=5, c="#dddddd", marker=marker, linewidths=0)
-            for color, person in enumerate(people):
-                mine = chosen & (pids == person)
-                panels[1].scatter(*points[mine].T, s=14, color=colors(color), marker=marker, linewidths=0)
-        told = f"{len(people)} people, circles visible, triangles infrared"
-        panels[1].set_title(told, fontsize=10, loc="left", fontweight="bold")
+        people = names[np.argsort(-counts, kind="stable")[:10]].tolist()
+        colors = np.array([f"C{people.index(p)}" if p in people else "#dddddd" for p in pids.tolist()])
+        order = np.argsort(colors != "#dddddd", kind="stable")  # gray ones below
+    with _picture(path, 11 if pids is not None else 6, 5, layout="constrained") as figure:
+        panels = figure.subplots(
+            1, 1 + (pids is not None), squeeze=False, subplot_kw={"xticks": [], "yticks": []}
+        )[0]
+        for name, side, marker in (("visible", ~infrared, "o"), ("infrared", infrared, "^")):
+            chosen, look = order[side[order]], {"marker": marker, "s": 12, "linewidths": 0}
+            panels[0].scatter(*points[chosen].T, c=MODALITY[name], label=name, **look)
+            if pids is not None:
+                panels[1].scatter(*points[chosen].T, c=colors[chosen], **look)
+                _dress(panels[1], f"{len(people)} people, circles visible, triangles infrared")
+        _dress(panels[0], "modalities")
+        panels[0].legend(fontsize=7, frameon=False)
 
 
 def draw_curves(path: str | Path, history: Sequence[dict]) -> None:
@@ -241,13 +239,11 @@ def draw_curves(path: str | Path, history: Sequence[dict]) -> None:
                 line |= {"label": " ".join(words) or "whole epoch", "marker": "o", "markersize": 2.5}
                 axes.plot([row["epoch"] + 1 for row in history], values, linewidth=1.4, **line)
                 shown += values
-            axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+            _dress(axes, title)
             axes.set(xlabel="epoch", ylabel=unit)
             axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
             if unit in ("number", "images"):
                 axes.locator_params(axis="y", integer=True)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
             low, high = np.nanmin(shown), np.nanmax(shown) or 1
             axes.set_ylim(low, high + 0.13 * (high - low))  # room for the word above the lines
             if second > 1:
@@ -275,10 +271,8 @@ def draw_overlaid(path: str | Path, panels: Sequence[tuple[str, Sequence[tuple[s
                 line = {"color": color, "linewidth": 1.4, "marker": "o", "markersize": 2}
                 axes.plot(epochs, mean, linestyle=("-", "--", ":")[number // 10 % 3], label=name, **line)
                 axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
-            axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+            _dress(axes, title)
             axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.25)
         handles, names = max(
             (axes.get_legend_handles_labels() for axes in figure.axes), key=lambda h: len(h[1])
         )
@@ -301,50 +295,8 @@ def draw_tuning(path: str | Path, tables: dict[str, list[dict]], chosen: dict[st
                     of_k1 = [(row["eps"], row[kind]) for row in rows if row["k1"] == k1]
                     panel.plot(*zip(*of_k1, strict=True), marker="o", markersize=2.5, label=f"k1 {k1}")
                 panel.axvline(best["eps"], color=NEUTRAL, linestyle=(0, (2, 2)), linewidth=1)
-                panel.set_title(f"{name}: {kind}", fontsize=10, loc="left", fontweight="bold")
+                panel.plot(best["eps"], best[kind], "o", color=INK, markersize=8, fillstyle="none")
+                _dress(panel, f"{name}: {kind}")
                 panel.set(xlabel="eps")
-                panel.spines[["top", "right"]].set_visible(False)
-                panel.grid(alpha=0.25)
             told = f"recommended: k1 {best['k1']}, eps {best['eps']}"
             line[-1].legend(title=told, fontsize=7, title_fontsize=7, frameon=False)
-
-
-def draw_matches(
-    path: str | Path, similarity: np.ndarray, match: np.ndarray, same: np.ndarray | None = None
-) -> None:
-    """Write the visible-infrared match matrix as a PNG.
-
-    similarity: (B infrared, A visible) cosines of cluster centres; match: the same shape, bool, as
-    `match_clusters` gives; same: the same shape, bool, whether two clusters are mostly one person, or None.
-    The pairs of the best one-to-one assignment lie on the diagonal, the most similar first; the rest follow.
-    """
-    order = np.ix_(*_diagonal(similarity))
-    infrared, visible = similarity.shape
-    groups = [(match, MODALITY["visible"], "o", "match")]
-    if same is not None:
-        groups = [(match & same, RIGHT, "o", "match, same person")]
-        groups += [(match & ~same, WRONG, "X", "match, another person")]
-    wide = min(10.0, max(5.0, 2.2 + 0.06 * visible))
-    height = min(9.0, max(3.6, 1.6 + (wide - 1) * infrared / visible))
-    with _picture(path, wide + 1.2, height, layout="constrained") as figure:
-        axes = figure.add_subplot(
-            xlabel=f"{visible} visible clusters", ylabel=f"{infrared} infrared clusters"
-        )
-        shown = axes.imshow(similarity[order], cmap="Greys", aspect="auto", interpolation="nearest")
-        figure.colorbar(shown, ax=axes, label="cosine of the centres", fraction=0.04, pad=0.02)
-        size = np.clip((380 / max(match.shape)) ** 2, 2, 40)
-        for chosen, color, marker, label in groups:
-            y, x = np.nonzero(chosen[order])
-            axes.scatter(x, y, s=size, c=color, marker=marker, label=f"{label} ({len(x)})", linewidths=0)
-        axes.locator_params(integer=True)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, markerscale=1.2)
-
-
-def _diagonal(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Orders of rows and columns: assigned pairs first, the most similar before the others."""
-    rows, columns = linear_sum_assignment(similarity, maximize=True)
-    best = np.argsort(-similarity[rows, columns], kind="stable")
-    rest = [
-        np.setdiff1d(np.arange(n), taken) for n, taken in zip(similarity.shape, (rows, columns), strict=True)
-    ]
-    return np.append(rows[best], rest[0]), np.append(columns[best], rest[1])

@@ -1,0 +1,198 @@
+"""The figures of a report: features, clusters and how certain they are, answers, and activations."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ecul import MODALITIES
+from ecul.augment import normalize
+from ecul.data.decode import read_image
+from ecul.data.images import Images
+from ecul.data.pack import Arrays
+from ecul.evaluation.metrics import SCORING
+from ecul.features import embed_pixels, evaluating
+from ecul.labels import Labels, assign_labels
+from ecul.memory import cluster_means
+from ecul.report.pictures import HEIGHT, MODALITY, Cell
+from ecul.run.saved import SavedRun
+from ecul.run.scores import separation
+from ecul.training import extract_exchanged
+from ecul.trainset import TrainImages
+
+MIXED = 0.1  # a cluster with a smaller margin looks mixed
+STRUCTURE = ((0.7, "far apart"), (0.5, "apart"), (0.25, "partly apart"), (-1, "hardly apart"))
+# Words for silhouettes: Kaufman and Rousseeuw, Finding Groups in Data (1990)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Visible and infrared images, pixels uint8 (n, 3, H, W) each, and features (N, D), visible first."""
+
+    images: tuple[Images, Images]
+    pixels: tuple[torch.Tensor, torch.Tensor]
+    features: torch.Tensor
+
+    @classmethod
+    def by(cls, model: Any, images: tuple[Images, Images], progress: bool) -> "Embedded":
+        """Both modalities' images with their features by this model."""
+        visible, infrared = (side.load(model.input_size, progress=progress) for side in images)
+        pairs = zip((visible, infrared), MODALITIES, strict=True)
+        features = torch.cat([embed_pixels(model, *pair, progress=progress).cpu() for pair in pairs])
+        return cls(images, (visible, infrared), features)
+
+    @property
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The visible and the infrared features."""
+        visible, infrared = self.features.tensor_split([len(self.images[0])])
+        return visible, infrared
+
+    def pids(self) -> np.ndarray | None:
+        """(N,) identities, None where they are not known."""
+        known = [images.pids for images in self.images if images.pids is not None]
+        return np.concatenate(known) if len(known) == len(self.images) else None
+
+    def find(self, row: int) -> tuple[Images, int, torch.Tensor]:
+        """The images of the modality of this row, the row's place among them, and its pixels."""
+        side = int(row >= len(self.images[0]))
+        place = row - side * len(self.images[0])
+        return self.images[side], place, self.pixels[side][place]
+
+    def thumbnail(self, row: int) -> np.ndarray:
+        """The image of this row as in its file, (H, W, 3) uint8, twice as high as in a sheet."""
+        images, place, pixels = self.find(row)
+        size = (2 * HEIGHT, max(1, round(2 * HEIGHT * pixels.shape[2] / pixels.shape[1])))
+        if isinstance(images.source, Arrays):
+            return images.source.load(images.rows[[place]], size, False)[0].permute(1, 2, 0).numpy()
+        try:
+            return read_image(images.source.paths(images.rows[[place]])[0], size)
+        except ValueError:  # the file is gone, the pack is there
+            return pixels.permute(1, 2, 0).numpy()
+
+    def cell(self, row: int, color: str | None = None, head: str = "", foot: str = "") -> Cell:
+        """The image of this row with its camera between two lines; the default colour is the modality's."""
+        images, place, _ = self.find(row)
+        camera = f"camera {images.camids[place]}" if images.camids[place] else ""
+        caption = "\n".join(filter(None, (head, camera, foot)))
+        return Cell(self.thumbnail(row), caption, color or MODALITY[images.modality])
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The clusters of one modality: labels (n,), a margin (C,) for each, and how separate all are."""
+
+    modality: str
+    labels: torch.Tensor
+    margins: torch.Tensor
+    separation: float
+
+    def told(self) -> str:
+        """A judgement without identities: how far apart, how many look mixed, how many outliers."""
+        mixed, outliers = int((self.margins < MIXED).sum()), float((self.labels < 0).float().mean())
+        words = next(word for least, word in STRUCTURE if self.separation >= least)
+        bad = "bad: " * (self.separation < 0.25 or 5 * mixed > len(self.margins) or outliers > 0.5)
+        found = f"{bad}{counted(len(self.margins), f'{self.modality} cluster')} {words}"
+        looks = f"{mixed or 'none'} look{'s' * (mixed == 1)} mixed"
+        return f"{found} (separation {self.separation:.2f}), {looks}, {outliers:.0%} of the images are outliers"
+
+
+def measure_clusters(features: torch.Tensor, labels: Labels) -> list[Clusters]:
+    """The clusters of each modality; features: (N, D) unit rows, visible ones first."""
+    parts = features.tensor_split([labels.num_visible])
+    return [
+        Clusters(name, own, cluster_margins(rows, own), separation(rows, own))
+        for (name, own), rows in zip(labels.sides.items(), parts, strict=True)
+    ]
+
+
+def cluster_margins(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over each cluster's members of (cosine to the own centre - cosine to the nearest other one).
+
+    features: (N, D) unit rows of one modality: across modalities the nearest other centre may be the same
+    person's. labels: (N,) int64, -1 = outlier, contiguous from 0. Returns (C,) float32; with a single cluster
+    the other cosine is taken as -1.
+    """
+    kept = labels >= 0
+    cosines = features[kept] @ cluster_means(features, labels).T
+    own = labels[kept][:, None]
+    other = cosines.scatter(1, own, -1.0).amax(1)
+    margins = cosines.gather(1, own)[:, 0] - other
+    return cosines.new_zeros(cosines.shape[1]).index_add_(0, own[:, 0], margins) / torch.bincount(own[:, 0])
+
+
+def next_labels(table: Embedded, saved: SavedRun, model: Any) -> Labels:
+    """The labels that the next epoch would learn from."""
+    cameras = torch.cat([torch.as_tensor(images.camids) for images in table.images])
+    images, config = TrainImages(table.pixels, cameras), saved.config
+    stage = 2 if config.epochs_cross and len(saved.history) >= config.epochs_intra else 1
+    exchanged = extract_exchanged(model, images, config, stage)
+    return assign_labels(
+        table.features, images, config, stage, None if exchanged is None else exchanged.cpu()
+    )
+
+
+def commonest(labels: np.ndarray, pids: np.ndarray) -> np.ndarray:
+    """(C,): the identity that most members of each cluster have, the smallest among equals."""
+    groups = [np.unique(pids[labels == c], return_counts=True) for c in range(labels.max() + 1)]
+    return np.array([people[counts.argmax()] for people, counts in groups])
+
+
+def choose_queries(images: Images, count: int, seed: int = 0) -> list[int]:
+    """`count` random rows of images; of different people where identities are known."""
+    drawn = np.random.default_rng(seed).permutation(len(images))
+    if images.pids is not None:
+        drawn = drawn[np.sort(np.unique(images.pids[drawn], return_index=True)[1])]
+    return drawn[:count].tolist()
+
+
+def ignored(protocol: str | None, query: Images, row: int, gallery: Images) -> np.ndarray:
+    """bool (len(gallery),): the answers that the protocol does not count for this query."""
+    rule = SCORING[protocol].ignored if protocol else None
+    if rule is None or query.pids is None or gallery.pids is None:
+        return np.zeros(len(gallery), bool)
+    return rule(query.pids[[row]], gallery.pids, query.camids[[row]], gallery.camids)[0]
+
+
+def flattened(rows: np.ndarray) -> tuple[np.ndarray, str]:
+    """Points (n, 2) of features (n, D), and how: t-SNE if scikit-learn is installed, else two components."""
+    centred = rows - rows.mean(0)
+    points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return points, "principal components"
+    if len(rows) < 8:  # too few for neighbourhoods
+        return points, "principal components"
+    start = (points / max(points[:, 0].std(), 1e-9) * 1e-4).astype(np.float32)
+    tsne = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), init=start, random_state=0)
+    return tsne.fit_transform(rows), "t-SNE"
+
+
+@torch.no_grad()
+def activation(model: Any, pixels: torch.Tensor, modality: str) -> np.ndarray | None:
+    """How strongly a network responds: (h, w) norms of its last feature map, None where it has no map.
+
+    pixels: uint8 (3, H, W).
+    """
+    maps: list[torch.Tensor] = []
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
+            maps.append(output)
+
+    handles = [module.register_forward_hook(keep) for module in model.modules()]
+    try:
+        with evaluating(model):
+            model.embed(normalize(pixels[None].to(next(model.parameters()).device)), modality)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps[-1].float().norm(dim=1)[0].cpu().numpy() if maps else None
+
+
+def counted(number: int, noun: str, of: int | None = None) -> str:
+    """A number in words: "3 of 75 epochs" or "1 of 1 epoch"."""
+    total = number if of is None else of
+    return f"{number:,}{'' if of is None else f' of {of:,}'} {noun}{'s' * (total != 1)}"
