@@ -401,7 +401,10 @@ def test_outliers_and_structure_are_told():
     own[14] = -1
     features, own = features.repeat(2, 1), own.repeat(2)
     told = measure_clusters(features, Labels.from_own(features, own, 15))[0].told()
-    assert told == "3 visible clusters far apart (separation 0.93), none look mixed, 7% of the images are outliers"
+    assert (
+        told
+        == "3 visible clusters far apart (separation 0.93), none look mixed, 7% of the images are outliers"
+    )
 
 
 def test_matches_are_shown_from_the_best_to_the_worst():

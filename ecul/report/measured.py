@@ -94,7 +94,9 @@ class Clusters:
         bad = "bad: " * (self.separation < 0.25 or 5 * mixed > len(self.margins) or outliers > 0.5)
         found = f"{bad}{counted(len(self.margins), f'{self.modality} cluster')} {words}"
         looks = f"{mixed or 'none'} look{'s' * (mixed == 1)} mixed"
-        return f"{found} (separation {self.separation:.2f}), {looks}, {outliers:.0%} of the images are outliers"
+        return (
+            f"{found} (separation {self.separation:.2f}), {looks}, {outliers:.0%} of the images are outliers"
+        )
 
 
 def measure_clusters(features: torch.Tensor, labels: Labels) -> list[Clusters]:

@@ -203,7 +203,10 @@ def draw_map(path: str | Path, points: np.ndarray, infrared: np.ndarray, pids: n
         order = np.argsort(colors != "#dddddd", kind="stable")  # gray ones below
     with _picture(path, 11 if pids is not None else 6, 5, layout="constrained") as figure:
         panels = figure.subplots(
-            1, 1 + (pids is not None), squeeze=False, subplot_kw={"xticks": [], "yticks": []}
+            1,
+            1 + (pids is not None),
+            squeeze=False,
+            subplot_kw={"xticks": [], "yticks": [], "frame_on": False},
         )[0]
         for name, side, marker in (("visible", ~infrared, "o"), ("infrared", infrared, "^")):
             chosen, look = order[side[order]], {"marker": marker, "s": 12, "linewidths": 0}
