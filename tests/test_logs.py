@@ -1,9 +1,12 @@
 """What long steps say: a bar with the time left, or a line of the log where there is no terminal."""
 
+import errno
+import io
 import logging
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 from ecul import MODALITIES, TwoStreamResNet, evaluate, extract
@@ -42,6 +45,30 @@ def test_at_a_terminal_there_is_a_bar(capsys, monkeypatch, caplog):
     monkeypatch.setattr(logs, "tqdm", lambda *args, delay, **rest: real(*args, mininterval=0, **rest))
     steps()
     assert "count:  67%" in capsys.readouterr().err and caplog.text == ""
+
+
+class Full(io.StringIO):
+    """A stream on a full disk."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stream", [None, Full(False), Full(True), closed := io.StringIO()])
+def test_what_stderr_cannot_take_is_lost_and_the_work_goes_on(stream, monkeypatch, capsys):
+    closed.close()
+    monkeypatch.setattr(logs, "MINUTE", 0)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(logs.log, "hasHandlers", lambda: False)
+    with logs.logging_to_stderr():
+        steps()
+        logs.log.info("a line")
+        assert list(logs.progress(3, "epochs", items=range(3), lines=False)) == [0, 1, 2]
+    assert capsys.readouterr().out == ""  # which is for answers
 
 
 def test_every_long_step_tells_how_far_it_is(caplog, monkeypatch, dataset):

@@ -11,7 +11,7 @@ from ecul import Config, open_dataset, synthesize, train
 from ecul.run.saved import read_run
 
 CONFIG = Config.preset(
-    "demo", epochs_intra=1, epochs_cross=1, iterations=3, identities=4, instances=2, width=8, tsmem_switch=1,
+    "demo", epochs_intra=1, epochs_cross=2, iterations=3, identities=4, instances=2, width=8, tsmem_switch=1,
     k1=6, k2=2, k3=4, k1_joint=8, k2_joint=2, k3_joint=6, weight_joint=0.5,
 )  # fmt: skip
 
@@ -30,7 +30,7 @@ def torchrun(world, output, *more):
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
 
 
-def test_two_processes_hold_equal_banks_and_label_as_one(world, tmp_path):
+def test_two_processes_hold_equal_banks_label_as_one_and_end_together(world, tmp_path):
     done = torchrun(world, tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "equal banks in 2 epochs" in done.stdout

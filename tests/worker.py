@@ -1,7 +1,8 @@
 """One process of a torchrun job: `torchrun --nproc-per-node 2 tests/worker.py WORLD CONFIG OUTPUT [KILL]`.
 
-Trains, then checks from inside that every process takes its turn in each clustering, and that all hold equal
-labels, banks and weights. With KILL, process 1 ends itself in the second epoch.
+Trains until on_epoch of process 0 ends the run, then checks from inside that every process takes its turn in
+each clustering, and that all hold equal labels, banks and weights. With KILL, process 1 ends itself in the
+second epoch.
 """
 
 import json
@@ -45,9 +46,14 @@ def main(world, config, output, kill=""):
 
     training.train_batches, training.assign_labels = watched, labelled
     clustering.jaccard_pairs = counted
-    run = training.train(
-        open_dataset("sysu", world), Config.from_dict(json.loads(config)), output=output, device="cpu"
-    )
+
+    def stop(row):
+        if row["epoch"] == 1:
+            raise StopIteration
+
+    config = Config.from_dict(json.loads(config))
+    run = training.train(open_dataset("sysu", world), config, output=output, device="cpu", on_epoch=stop)
+    assert distributed.broadcast(torch.full((2,), dist.get_rank())).tolist() == [0, 0]
     assert [views is None for views in seen] == [True, False]  # stage 2 matches by the exchanged views too
     assert turns == [(dist.get_rank(), dist.get_world_size())] * 5  # each modality twice, and both once
     for held in [*tables, *banks, torch.cat([p.flatten() for p in run.model.parameters()])]:

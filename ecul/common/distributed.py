@@ -1,8 +1,8 @@
-"""Several processes, one run: what torchrun starts, seen through four small functions.
+"""Helpers for running under torchrun: several processes share one run.
 
-Every process draws the same batches and holds the same memories. It embeds its share of the images; the
+Every process draws the same batches and holds the same memories, and embeds its share of the images. The
 features are gathered in a fixed order, so that losses, gradients and updates are those of one process. On
-GPUs batch norm is synchronised; on CPUs, where torch has none, each process normalises its own share.
+GPUs batch norm is synchronised; on CPUs torch cannot do that, and each process normalises its own share.
 """
 
 import gc
@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """The device asked for, by default the GPU when there is one; a ValueError for a GPU that is absent."""
+    """This device, by default the GPU if there is one. Errors: ValueError for a GPU that is absent."""
     found = torch.cuda.is_available()
     try:
         device = torch.device(device or ("cuda" if found else "cpu"))
@@ -48,30 +48,33 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def _bounds(count: int) -> list[int]:
+    return [round(count * r / size()) for r in range(size() + 1)]
+
+
 def share(count: int) -> slice:
-    """The slice of `count` rows that is this process's own: contiguous, sizes differing by at most one."""
-    bounds = [round(count * r / size()) for r in range(size() + 1)]
-    return slice(bounds[rank()], bounds[rank() + 1])
+    """This process's slice of `count` rows: contiguous, sizes differing by at most one."""
+    return slice(*_bounds(count)[rank() : rank() + 2])
 
 
 def require_shares(count: int, advice: str) -> None:
-    """A ValueError unless every process gets one of `count` rows or more; advice: what to do otherwise."""
+    """A ValueError, which ends in `advice`, where `count` rows are too few to give each process one."""
     if size() > count:
         raise ValueError(f"{size()} processes share batches of as few as {count} images a modality: {advice}")
 
 
 def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """All processes' rows (n, D) of a table of `count`, in order; gradients flow into one's own rows."""
+    """The table (count, D) of all processes' shares, in order; gradients flow into one's own rows."""
     if size() == 1:
         return rows
-    bounds = [round(count * r / size()) for r in range(size() + 1)]
+    bounds = _bounds(count)
     parts = _collect(rows.detach(), [b - a for a, b in zip(bounds, bounds[1:], strict=False)])
     parts[rank()] = rows
     return torch.cat(parts)
 
 
 def join(rows: torch.Tensor) -> torch.Tensor:
-    """All processes' rows, however many each has, in the order of the processes."""
+    """All processes' rows, of any number each, in the order of the processes."""
     if size() == 1:
         return rows
     counts = _collect(torch.tensor([len(rows)], device=rows.device), [1] * size())
@@ -79,7 +82,7 @@ def join(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _collect(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-    """The rows of each process, which has so many."""
+    """The rows of each process, and their numbers."""
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
@@ -96,26 +99,25 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 def first_says(answer: bool, device: torch.device) -> bool:
     """Process 0's answer, on every process."""
-    return bool(broadcast(torch.tensor(int(answer), device=device))) if size() > 1 else answer
+    return bool(broadcast(torch.tensor(int(answer), device=device)))
 
 
 def require_same(text: str, what: str) -> None:
     """A RuntimeError in each process whose text is not process 0's."""
-    if size() > 1:
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        own = torch.tensor(list(hashlib.sha256(text.encode()).digest()), device=device)
-        if not torch.equal(broadcast(own.clone()), own):
-            raise RuntimeError(f"{what} are not those of process 0; every process must see the same files")
+    device = "cuda" if size() > 1 and dist.get_backend() == "nccl" else "cpu"
+    own = torch.tensor(list(hashlib.sha256(text.encode()).digest()), device=device)
+    if not torch.equal(broadcast(own.clone()), own):
+        raise RuntimeError(f"{what} are not those of process 0; every process must see the same files")
 
 
 def wait() -> None:
-    """Go on when every process has come this far."""
+    """Wait until every process has come this far."""
     if size() > 1:
         dist.barrier()
 
 
 def finish(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it, so that a clock may be read."""
+    """Wait until the device has finished its work, so that a clock may be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

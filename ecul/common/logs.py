@@ -1,10 +1,10 @@
-"""What people read: log lines, and bars beside them or lines in their place."""
+"""Log lines for people, and progress: bars at a terminal, a line a minute elsewhere."""
 
 import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -16,24 +16,23 @@ MINUTE = 60.0  # seconds between two lines about a step, where there is no termi
 log = logging.getLogger("ecul")
 
 
-def progress(
-    total: int, what: str, unit: str = "it", shown: bool = True, items: Iterable | None = None
-) -> tqdm:
-    """A bar with the time left of a step that takes long; without a terminal a line of the log a minute.
+class _Stderr:
+    """Standard error as it is now. It may be full or closed: then the text is lost, and the work goes on."""
 
-    what: the step's name. shown=False: nothing at all. items: what to iterate over, where it is not updated
-    by hand.
-    """
-    options: dict[str, Any] = {"total": total, "desc": what, "disable": not shown, "leave": False}
-    if sys.stderr is not None and sys.stderr.isatty():
-        return tqdm(items, unit=unit, delay=2, **options)
-    form = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left"
-    every = {"mininterval": MINUTE, "maxinterval": MINUTE, "miniters": 1, "delay": MINUTE}
-    return tqdm(items, file=_Lines(), bar_format=form, **every, **options)  # type: ignore[call-overload]
+    def write(self, text: str) -> None:
+        with suppress(AttributeError, OSError, ValueError):  # it is None, full, or closed
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(AttributeError, OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 class _Lines:
-    """What a bar writes, as lines of the log."""
+    """Takes the text of a bar and logs it."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
@@ -47,16 +46,40 @@ class _BesideBars(logging.Handler):
     """Lines on stderr that do not tear a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(printable(self.format(record), "\n"), file=sys.stderr)
+        tqdm.write(printable(self.format(record), "\n"), file=_STDERR)
+
+
+_STDERR = _Stderr()
+
+
+def progress(
+    total: int,
+    what: str,
+    unit: str = "it",
+    shown: bool = True,
+    items: Iterable | None = None,
+    lines: bool = True,
+) -> tqdm:
+    """A bar with the time left of a long step; without a terminal, a line of the log each minute.
+
+    what: the step's name. shown=False: nothing at all. items: what to iterate over; without them, call
+    `update`. lines=False: nothing without a terminal.
+    """
+    terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+    options: dict[str, Any] = {"total": total, "desc": what, "disable": not (shown and (terminal or lines))}
+    if terminal:
+        return tqdm(items, unit=unit, delay=2, leave=False, file=_STDERR, **options)
+    options |= {"bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left"}
+    options |= {"mininterval": MINUTE, "maxinterval": MINUTE, "miniters": 1, "delay": MINUTE, "leave": False}
+    return tqdm(items, file=_Lines(), **options)
 
 
 @contextmanager
 def logging_to_stderr() -> Iterator[None]:
-    """Log lines on stderr in here, where nobody has set up logging; of several processes the first speaks.
+    """Log to stderr in this block, unless logging is set up already; of several processes the first logs.
 
     `logging.getLogger("ecul").setLevel("ERROR")` makes it quiet.
     """
-    log = logging.getLogger("ecul")
     if log.hasHandlers():
         yield
         return

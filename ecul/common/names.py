@@ -1,4 +1,4 @@
-"""Names for people: hints for misspelt ones, long lists shortened, foreign ones made harmless."""
+"""Names for people: hints for misspelt ones, short lists, and foreign text made harmless."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,24 +13,23 @@ def did_you_mean(value: object, names: Iterable[object]) -> str:
 
 
 def shorten(names: Iterable[str], most: int = 10, between: str = ", ") -> str:
-    """The first `most` names, and how many more there are; fit for a terminal, whoever gave the names."""
+    """The first `most` names, and the number of the others; safe to print, whoever gave the names."""
     names = list(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return between.join(map(clipped, names[:most])) + more
 
 
 def clipped(text: object, most: int = 300) -> str:
-    """`printable` text of at most so many characters, and how many there were."""
+    """`printable` text of at most so many characters, and their number where there were more."""
     told = printable(text)
     return told if len(told) <= most else f"{told[:most]}... of {len(told):,} characters"
 
 
 def printable(text: object, keep: str = "") -> str:
-    r"""Text from files, fit for a terminal: what would steer it or hide is shown as in `repr`, `\x1b` say.
+    r"""Text from files that is safe to print: control and hidden characters become escapes like `\x1b`.
 
-    keep: characters that stay as they are, such as "\n" where lines are meant. Bytes of a name that are not
-    UTF-8 stay too, but for those that steer, as the surrogates that Python has for them: encoded again they
-    are the name's own bytes.
+    keep: characters that stay, such as "\n" in several lines. Bytes of a name that are not UTF-8 stay as
+    Python's surrogates and are written as they were, except those that could steer a terminal.
     """
     return "".join(
         c if c.isprintable() or c in keep or "\udca0" <= c <= "\udcff" else repr(c)[1:-1] for c in str(text)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from ecul.common import distributed
+from ecul.common import distributed, logs
 from ecul.common.names import shorten
 from ecul.config import Config
 from ecul.data.dataset import Dataset
@@ -54,7 +53,8 @@ class Session:
         """The numbers of the epochs that are left, until on_epoch ends the run."""
         log.info(LEGEND)
         left = range(len(self.state.history), self.config.epochs)
-        for epoch in tqdm(left, desc="epochs", disable=True if distributed.rank() else None):
+        shown = distributed.rank() == 0
+        for epoch in logs.progress(len(left), "epochs", "epoch", shown, left, lines=False):
             yield epoch
             if self.stopped:
                 log.info(
