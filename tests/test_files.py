@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import os
+import threading
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +15,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ecul import TwoStreamResNet
+from ecul import Config, TwoStreamResNet
 from ecul.cli import main
-from ecul.common.files import read_json, write_file
+from ecul.common.files import hash_file, read_json, write_file
 from ecul.common.names import printable, shorten
-from ecul.common.weights import read_tensors, read_weights, require_tensors, write_tensors
+from ecul.common.weights import read_metadata, read_tensors, read_weights, require_tensors, write_tensors
 from ecul.data.layouts import whole_number
 from ecul.importers import import_checkpoint
 from ecul.model import Backbone
+from ecul.streams import load_model
+from ecul.tools.search import extract_folder, save_features
+from ecul.tools.threshold import Threshold, measure_threshold
 
 SMALL = {"depth": 10, "width": 2, "input_size": (32, 16)}
 
@@ -186,14 +191,70 @@ def test_malformed_numpy_objects_beside_the_weights_are_never_made(tmp_path, par
         import_checkpoint(tmp_path / "odd.pth")
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+def test_a_disk_that_cannot_be_written_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def fixed(path, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device: .*model.safetensors'") as error:
-        write_file(tmp_path / "model.safetensors", b"x")
-    assert error.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left on device: .*model.safetensors'") as error:
+            write_file(tmp_path / "model.safetensors", b"x")
+        assert error.value.errno == errno.ENOSPC
+        monkeypatch.setattr(Path, "unlink", fixed)  # a disk that became read-only
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
+    write_file(tmp_path / ("x" * 255), b"y")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"y"]
+
+
+def test_names_that_are_not_utf_8_are_written_and_read(tmp_path):
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    TwoStreamResNet(**SMALL).save_pretrained(place, {"imported_from": place.name})
+    assert load_model(place).input_size == (32, 16)
+    assert read_metadata(place / "model.safetensors")["imported_from"] == r"caf\xe9"
+
+
+def test_a_file_is_whole_while_others_take_its_place(tmp_path):
+    """One opened file gives header, tensors and hash: under a writer, no load mixes two files."""
+    known = {}
+    for width in (2, 3):
+        TwoStreamResNet(**{**SMALL, "width": width}).save_pretrained(tmp_path / str(width))
+        content = (tmp_path / str(width) / "model.safetensors").read_bytes()
+        known[hashlib.sha256(content).hexdigest()] = width, content
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            for _, content in known.values():
+                write_file(tmp_path / "model.safetensors", content)
+
+    write_file(tmp_path / "model.safetensors", content)
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        found = [TwoStreamResNet.from_pretrained(tmp_path) for _ in range(60)]
+    finally:
+        stop.set()
+        writer.join()
+    assert all(known[model.sha256][0] == model.settings["width"] for model in found)
+
+
+def test_a_hash_is_that_of_the_weights_that_were_loaded(tmp_path, dataset):
+    file, config = saved(tmp_path), Config.preset("demo")
+    model, sha256 = load_model(tmp_path), hash_file(file)
+    TwoStreamResNet(**{**SMALL, "width": 3}).save_pretrained(tmp_path)  # as a run writes its next epoch
+    assert hash_file(file) != sha256
+    Image.new("RGB", (16, 32)).save(tmp_path / "1.png")
+    save_features(tmp_path / "f.safetensors", extract_folder(model, tmp_path, "visible"), tmp_path)
+    assert read_metadata(tmp_path / "f.safetensors")["model_sha256"] == sha256
+    measure_threshold(model, dataset, config).save(tmp_path)
+    assert Threshold.load(tmp_path) is None and Threshold.load(tmp_path, sha256) is not None
+    assert model.train().sha256 is None  # weights that learn are no file's
 
 
 @pytest.mark.parametrize(
