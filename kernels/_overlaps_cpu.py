@@ -8,8 +8,8 @@ import torch
 from scipy.sparse import csr_matrix
 
 from ._overlaps import UNIT, rare_first, rarity, share_of
-from ._shortlist import largest_error, random_order
-from ._shortlist_cpu import COARSE, DTYPE, round_rows
+from ._shortlist import largest_error, power_of_two, random_order, round_rows
+from ._shortlist_cpu import COARSE, product_dtype
 
 ROWS, PARTS = 256, 8  # so many rows are compared with one of so many parts at a time
 BUCKETS = 512  # sums in a sketch
@@ -112,9 +112,11 @@ def _by_sketches(encodings: csr_matrix, least: int) -> Candidates:
     sketches = np.empty((size, BUCKETS), np.float32)
     for start in range(0, size, ROWS):
         np.sqrt(sums[start : start + ROWS].toarray(), out=sketches[start : start + ROWS])
-    rounded, *norms = round_rows(torch.from_numpy(sketches), DTYPE)
+    dtype = product_dtype()
+    rounded, *norms = round_rows(torch.from_numpy(sketches), torch.arange(size), dtype)
     margin = float(largest_error(norms, norms, BUCKETS, 2.0**-22).max())
-    reach = (least / UNIT - margin) * (1 - 2 * COARSE[DTYPE])
+    scale = float(power_of_two(torch.from_numpy(sketches)))
+    reach = (least / UNIT * scale**2 - margin) * (1 - 2 * COARSE[dtype])
 
     def candidates(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         near = rounded[start : start + ROWS] @ rounded[start:].T >= reach

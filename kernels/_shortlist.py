@@ -1,6 +1,7 @@
 """Short lists that hold the k best columns of every row: the first two steps of `topk_similarity`."""
 
 import torch
+from torch import Tensor
 
 from ._triton import Launch, TensorDescriptor, has_tma, jit, tl, triton
 
@@ -124,41 +125,41 @@ ROOM = 256  # columns that a list holds at least
 CLOSEST = 65536  # rows whose lists are cut short at a time
 
 
-def random_order(count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def random_order(count: int, device: torch.device | str = "cpu") -> Tensor:
     """(count,) int32, the same in every run."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randperm(count, generator=generator, device=device).int()
 
 
-def _round(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float16 rows in a random order, zeros in the padding; that order; norms of the rows and of the errors.
+def round_rows(
+    matrix: Tensor, order: Tensor, dtype: torch.dtype, block: int = 1, block_d: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in this order and dtype, padded with zeros to whole blocks; their norms and those of the errors.
 
-    A power of two brings the entries into float16's range: it rescales all products alike.
+    A power of two brings the entries into the range of the dtype: it rescales all products alike. The norms
+    stay in the order of `matrix`.
     """
-    (count, D), device = matrix.shape, matrix.device
-    block, block_d = LAUNCH.blocks["BLOCK"], LAUNCH.blocks["BLOCK_D"]
-    shape = (triton.cdiv(count, block) * block, triton.cdiv(D, block_d) * block_d)
-    rounded = torch.zeros(shape, dtype=torch.float16, device=device)
-    sizes, errors = torch.empty(2, count, dtype=torch.float32, device=device)
-    order, scale = random_order(count, device), power_of_two(matrix)
+    count, D = matrix.shape
+    shape = -(-count // block) * block, -(-D // block_d) * block_d
+    rounded = torch.zeros(shape, dtype=dtype, device=matrix.device)
+    sizes, errors = torch.empty(2, count, dtype=torch.float32, device=matrix.device)
+    scale = power_of_two(matrix)
     for start in range(0, count, 8192):
         index = order[start : start + 8192]
-        scaled = matrix[index].float() * scale
-        half = scaled.half()
-        rounded[start : start + 8192][: len(half), :D] = half
-        sizes[index], errors[index] = scaled.norm(dim=1), (scaled - half).norm(dim=1)
-    return rounded, order, sizes, errors
+        rows = matrix[index].float().mul_(scale)
+        sizes[index] = rows.norm(dim=1)
+        part = rounded[start : start + len(rows), :D].copy_(rows)
+        errors[index] = rows.sub_(part).norm(dim=1)
+    return rounded, sizes, errors
 
 
-def power_of_two(matrix: torch.Tensor) -> torch.Tensor:
+def power_of_two(matrix: Tensor) -> Tensor:
     """The scale that brings the largest entry to 1 at most: exact, and the same for all products."""
     largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
     return torch.exp2(-largest.clamp_min(1e-30).log2().ceil())
 
 
-def largest_error(
-    x_norms: list[torch.Tensor], y_norms: list[torch.Tensor], D: int, unit: float
-) -> torch.Tensor:
+def largest_error(x_norms: list[Tensor], y_norms: list[Tensor], D: int, unit: float) -> Tensor:
     """What a product of rounded rows may differ by from that of the rows, for each row of x.
 
     Norms: of the rows and of their errors, in float32, where squares of entries below 2**-63 are lost. unit:
@@ -174,7 +175,7 @@ def largest_error(
 LOWEST = torch.finfo(torch.float32).min  # above the padding's minus infinity
 
 
-def bounds(best: torch.Tensor, k: int, margin: torch.Tensor, coarse: float = 0.0) -> torch.Tensor:
+def bounds(best: Tensor, k: int, margin: Tensor, coarse: float = 0.0) -> Tensor:
     """Below these no column can be among the row's k best, given its best products, in descending order.
 
     coarse: the share of itself by which rounding may have changed a product, after its sum, and the bound.
@@ -186,15 +187,15 @@ def bounds(best: torch.Tensor, k: int, margin: torch.Tensor, coarse: float = 0.0
 
 
 # (M, few) int32 columns, -1 for none, and (M,) whether a list was too short for its row
-Shortlist = tuple[torch.Tensor, torch.Tensor]
+Shortlist = tuple[Tensor, Tensor]
 
 
 def closest(
-    lists: torch.Tensor,
-    scores: torch.Tensor,
-    counts: torch.Tensor,
+    lists: Tensor,
+    scores: Tensor,
+    counts: Tensor,
     k: int,
-    margin: torch.Tensor,
+    margin: Tensor,
     coarse: float = 0.0,
 ) -> Shortlist:
     """Of each list, (M, room) with `counts` entries, those that reach the bound of its own scores."""
@@ -206,14 +207,16 @@ def closest(
     return torch.where(within, lists.gather(1, order), -1), overflowed
 
 
-def shortlist(x: torch.Tensor, y: torch.Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
+def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
     """The short lists of the rows of x, without a wait on the host."""
     (M, D), N = x.shape, y.shape[0]
     width = next((w for w in (128, 32) if 2 * k * w <= N // PART), 4)
-    y_rounded, y_order, *y_norms = _round(y)
-    x_rounded, x_order, *x_norms = (y_rounded, y_order, *y_norms) if symmetric else _round(x)
-    margin = largest_error(x_norms, y_norms, D, 2.0**-22)
+    x_order, y_order = random_order(M, x.device), random_order(N, x.device)
     block, block_d = LAUNCH.blocks["BLOCK"], LAUNCH.blocks["BLOCK_D"]
+    rounding = torch.float16, block, block_d
+    y_rounded, *y_norms = round_rows(y, y_order, *rounding)
+    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, x_order, *rounding)
+    margin = largest_error(x_norms, y_norms, D, 2.0**-22)
     tiles = x_rounded.shape[0] // block, y_rounded.shape[0] // block
     shapes = (M, N, x_order, y_order)
     options = {"D": x_rounded.shape[1], "EXCLUDE": exclude_self, "TMA": has_tma()}

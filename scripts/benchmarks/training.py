@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.kernels import published_update
 from benchmarks.sysu import in_memory
 from benchmarks.table import peak_memory, reset_peak_memory, seconds, table_row
 from ecul import MODALITIES, Config, open_dataset, synthesize
@@ -36,7 +37,6 @@ def rows(device, quick):
         root = synthesize(Path(folder) / "world", identities=16 if quick else 96, progress=False)
         demo = Config.preset("demo", **({"iterations": 2} if quick else {}))
         yield from epochs("demo recipe", open_dataset("sysu", root), demo, device)
-    yield from _kept(quick)
     if device == "cuda" or quick:
         yield from epochs("SYSU-MM01's numbers", *of_sysu_size(quick), device)
     else:
@@ -164,8 +164,7 @@ def _plain_step(model, optimizer, banks, x, y, config):
     loss.backward()
     optimizer.step()
     for m in MODALITIES:
-        for f, c in zip(features[m].detach(), y[m], strict=True):
-            banks[m][c] = F.normalize(config.momentum * banks[m][c] + (1 - config.momentum) * f, dim=0)
+        published_update(banks[m], features[m].detach(), y[m])
 
 
 def _product_rate(config, device):
@@ -175,42 +174,6 @@ def _product_rate(config, device):
     square = torch.randn(size, size, device=device, dtype=dtype)
     seconds(lambda: square @ square, device.type)
     return 2 * size**3 / seconds(lambda: square @ square, device.type, n=9)[0]
-
-
-def _kept(quick):
-    """MiB an image that a step keeps for its backward pass, counted on the CPU; the plain loop is fp32."""
-    config = Config.preset("sysu", **({"depth": 10, "width": 16, "size": (64, 32)} if quick else {}))
-    h, w = config.size
-
-    def per_image(precision, checkpointing):
-        model = build_model(config.replace(checkpointing=checkpointing), torch.device("cpu"))
-        few, many = (_saved_bytes(model, images, precision == "bf16") for images in (2, 4))
-        return (many - few) / 4 / 2**20
-
-    plain = per_image("fp32", False)
-    for name, checkpointing in (("bf16", False), ("bf16, checkpointing", True)):
-        kept = per_image("bf16", checkpointing)
-        sizes = f"ResNet-{config.depth}, {h}×{w}; published: fp32"
-        yield table_row(f"kept for the backward pass, {name}", sizes, "MiB an image", kept, plain, n=1)
-
-
-def _saved_bytes(model, images, autocast):
-    """Bytes of all storage that the forward pass of `images` a modality saves, the parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved = {}
-
-    def hold(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    views = torch.randn(2, images, 3, *model.input_size)
-    visible, infrared = (v.contiguous(memory_format=torch.channels_last) for v in views)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        model.train()(visible, infrared)
-    return sum(storage.nbytes() for place, storage in saved.items() if place not in own)
 
 
 def epochs(work, dataset, config, device):

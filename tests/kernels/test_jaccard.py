@@ -167,7 +167,7 @@ def test_torch_compile_keeps_it_in_one_graph(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_to_find_candidates_finds_few_and_no_pair_is_lost(monkeypatch, sketched, dtype):
     monkeypatch.setattr(_overlaps_cpu, "SKETCHED", sketched)
-    monkeypatch.setattr(_overlaps_cpu, "DTYPE", dtype)
+    monkeypatch.setattr(_overlaps_cpu, "product_dtype", lambda: dtype)
     rng = np.random.default_rng(0)
     encodings = np.zeros((900, 900))
     for i in range(900):  # thirty rows a group, a third of their mass anywhere

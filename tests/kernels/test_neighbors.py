@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from ecul.kernels import (
     _shortlist,
@@ -73,6 +74,10 @@ def quarters(rows, features, seed, dtype=torch.float32, device="cpu"):
 def unit(rows, features, seed, dtype=torch.float32, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(rows, features, generator=generator)).to(device, dtype)
+
+
+def on_grid(x):
+    return torch.round(F.normalize(x) * 2**26) / 2**26
 
 
 @settings(max_examples=12)
@@ -212,7 +217,7 @@ def test_many_rows_and_few_columns():
     + [
         pytest.param(module, name, size, 1100, marks=pytest.mark.host)
         for module, name, size in [
-            (_shortlist_cpu, "ROWS", 64),
+            (_shortlist_cpu, "HEIGHT", 64),
             (_shortlist_cpu, "PRODUCTS", 2**13),
             (_shortlist_cpu, "PRODUCTS", 2**15),
             (_shortlist_cpu, "EVEN", 16),
@@ -227,85 +232,102 @@ def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, module, na
     assert_as_reference(x, x, 3, True)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finds_the_same_without_tensor_descriptors(monkeypatch, dtype):
+    """GPUs before compute capability 9.0, and those of AMD, load tiles by pointers."""
+    monkeypatch.setattr(_shortlist, "has_tma", lambda: False)
+    x, y = quarters(140, 70, 3, dtype), quarters(300, 70, 4, dtype)
+    assert_as_reference(x, y, 5)
+    assert_as_reference(y, y, 3, True)
+
+
+def test_bounds_count_the_maxima():
+    """The bound is the k-th largest, less twice the error. Fewer than k maxima give no bound."""
+    best, margin = torch.tensor([[0.9, 0.5, 0.25], [0.75, 0.5, -torch.inf]]), torch.tensor([0.125, 0.0])
+    lowest = torch.finfo(torch.float32).min
+    assert _shortlist.bounds(best, 3, margin).tolist() == [0.0, lowest]
+    assert _shortlist.bounds(best, 2, margin).tolist() == [0.25, 0.5]
+    assert _shortlist.bounds(best, 4, margin).tolist() == [lowest, lowest]
+
+
+def shortest(monkeypatch, dtype, x, k):
+    """The mean length of the short lists from products in this dtype. No neighbour may be lost."""
+    monkeypatch.setattr(_shortlist_cpu, "product_dtype", lambda: dtype)
+    lists, overflowed = _shortlist_cpu.shortlist(x, x, k, True, True)
+    best = topk_similarity_reference(x, x, k, True)[1]
+    assert not overflowed.any()
+    assert all(set(own) <= set(row) for own, row in zip(best.tolist(), lists.tolist(), strict=True))
+    assert_as_reference(x, x, k, True)
+    return (lists >= 0).sum(1).float().mean()
+
+
 @pytest.mark.host
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spread", [0.02, 0.3, 3.0], ids=["crowded", "near", "far"])
 def test_short_lists_lose_no_neighbour_and_are_short(monkeypatch, dtype, spread):
     """With products in either dtype: crowded rows cannot be told apart in bfloat16."""
-    monkeypatch.setattr(_shortlist_cpu, "DTYPE", dtype)
-    centres = unit(40, 64, 18).repeat(20, 1)
-    x = F.normalize(centres + spread / 8 * unit(800, 64, 19))
-    x = torch.round(x * 2**26) / 2**26
-    lists, overflowed = _shortlist_cpu.shortlist(x, x, 9, True, True)
-    best = topk_similarity_reference(x, x, 9, True)[1]
-    kept = ~overflowed
-    assert kept.all()
-    assert (lists[kept, None, :] == best[kept, :, None]).any(2).all()
-    assert (lists[kept] >= 0).sum(1).float().mean() < 60
-    assert_as_reference(x, x, 9, True)
+    x = on_grid(unit(40, 64, 18).repeat(20, 1) + spread / 8 * unit(800, 64, 19))
+    assert shortest(monkeypatch, dtype, x, 9) < 60
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("size, k", [(1000, 251), (1001, 500), (1003, 1001), (17, 16)])
+def test_short_lists_hold_more_neighbours_than_a_part_has_columns(monkeypatch, size, k):
+    """With sizes that are no multiple of a group: the padding, zeros, is nearer than most rows."""
+    x = on_grid(unit(size, 24, 30))
+    assert k <= shortest(monkeypatch, torch.float32, x, k) <= size - 1
 
 
 @pytest.mark.host
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_rows_too_close_for_bfloat16_are_told_apart_in_float32(monkeypatch, precision):
-    """Where float32 is float32; else the reference looks at them."""
-    monkeypatch.setattr(_shortlist_cpu, "DTYPE", torch.bfloat16)
+    """Where float32 is float32; else the reference ranks them."""
+    monkeypatch.setattr(_shortlist_cpu, "BRAIN", True)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    x = F.normalize(unit(2, 64, 27).repeat(400, 1) + 0.04 * unit(800, 64, 28))
-    x = torch.round(x * 2**26) / 2**26
-    itself = torch.arange(800)
-    assert _shortlist_cpu._Search(x, x, 9, itself, True, torch.bfloat16).run()[1].all()
-    assert _shortlist_cpu.shortlist(x, x, 9, True, True)[1].any() == (precision == "medium")
+    x = on_grid(unit(2, 64, 27).repeat(400, 1) + 0.04 * unit(800, 64, 28))
+    assert _shortlist_cpu.shortlist(x, x, 9, True, True)[1].all() == (precision == "medium")
     assert_as_reference(x, x, 9, True)
 
 
 @pytest.mark.host
-def test_a_column_that_stands_in_gives_no_bound(monkeypatch):
-    """The last group of the part holds its first column again: a maximum of that would count twice."""
-    monkeypatch.setattr(_shortlist_cpu, "DTYPE", torch.float32)
-    x = unit(1100, 64, 3)
-    lists, _ = _shortlist_cpu.shortlist(x, x, 2, True, True)
-    best = topk_similarity_reference(x, x, 2, True)[1]
-    assert (lists[:, None, :] == best[:, :, None]).any(2).all()
+@pytest.mark.parametrize("brain", [False, True])
+def test_products_are_float32_only_where_torch_keeps_them_so(monkeypatch, brain):
+    monkeypatch.setattr(_shortlist_cpu, "BRAIN", brain)
+    assert _shortlist_cpu.product_dtype() == (torch.bfloat16 if brain else torch.float32)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert _shortlist_cpu.product_dtype() == torch.bfloat16
 
 
 @pytest.mark.host
-def test_full_lists_take_no_more(monkeypatch):
+def test_full_lists_take_no_more():
     """Else equal rows, each in the list of each, would cost the time and the room of all pairs."""
-    for name, size in (("ROOM", 1), ("ROWS", 32), ("PRODUCTS", 2**10)):
-        monkeypatch.setattr(_shortlist_cpu, name, size)
-    search = _shortlist_cpu._Search(torch.ones(900, 4), torch.ones(900, 4), 2, None, True, torch.float32)
-    rows = torch.arange(900)
-    search.begin(rows[:200], rows[:200])
-    search.begin(rows[200:], rows[:200], mutual=True)
-    search.go_on(rows[200:], rows[200:], mutual=True)
-    room, columns = search.columns.shape[1], 2**10 // 32
-    assert (search.counts > room).all() and search.counts.max() <= room + columns + 128
+    lists = _shortlist_cpu._Lists(2, 20, torch.float32)
+    lists.bounds[:] = 0.5
+    products = torch.tensor([1.0, 0.0]).repeat(32, 1)
+    products[7, 1] = 0.5
+    lists.add(products, 0, 0)
+    lists.add(products, 0, 32)
+    assert lists.counts.tolist() == [32, 2] and lists.columns[1, :2].tolist() == [7, 39]
 
 
 @pytest.mark.host
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_hardly_a_product_is_made_twice(monkeypatch, symmetric):
     """Of one set about half of the pairs, and those of its part twice; of two sets every pair once."""
-    made, products = [], _shortlist_cpu._Search._products
-    monkeypatch.setattr(_shortlist_cpu, "ROWS", 64)
-    monkeypatch.setattr(
-        _shortlist_cpu._Search,
-        "_products",
-        lambda *arguments: made.append(products(*arguments)) or made[-1],
-    )
+    monkeypatch.setattr(_shortlist_cpu, "HEIGHT", 64)
     x = unit(1600, 24, 20)
     y = x if symmetric else unit(1600, 24, 21)
-    lists, overflowed = _shortlist_cpu.shortlist(x, y, 5, symmetric, symmetric)
-    assert not overflowed.any() and (lists >= 0).any()
-    assert sum(part.numel() for part, _ in made) < (0.56 if symmetric else 1.01) * len(x) * len(y)
+    with FlopCounterMode(display=False) as counter:
+        _shortlist_cpu.shortlist(x, y, 5, symmetric, symmetric)
+    share = counter.get_total_flops() / (2 * 24 * len(x) * len(y))
+    assert 0.5 <= share <= 0.56 if symmetric else share == 1
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_rows_on_a_grid_have_the_same_neighbours_on_every_path(device, few):
     """Values summed exactly and rounded once are equal bits, and so are the ranks: also near ties."""
-    x = F.normalize(unit(1, 96, 20) + 3e-3 * unit(few(80, 700), 96, 21))
-    x = torch.round(x * 2**26) / 2**26
+    x = on_grid(unit(1, 96, 20) + 3e-3 * unit(few(80, 700), 96, 21))
     want = topk_similarity_reference(x, x, 30, True)
     assert (want[0].diff() == 0).any()
     assert ((x @ x.T).fill_diagonal_(-2).topk(30).indices != want[1]).any()
