@@ -19,8 +19,9 @@ from scipy.sparse.csgraph import connected_components
 
 from ecul.common import distributed, logs
 from ecul.common.arrays import as_tensor, same_kind
-from ecul.common.exact import STRIP_ROWS, exp, on_grid, unit_rows
-from ecul.common.sparse import CSR, coalesced, entries, lengths, product, stacked, times
+from ecul.common.duplicates import distinct_encodings, equal_rows, nearest_members
+from ecul.common.exact import exp, on_grid, unit_rows
+from ecul.common.sparse import CSR, STRIP_ROWS, coalesced, entries, lengths, product, stacked, times
 from ecul.kernels import jaccard_neighbors, pair_similarity, topk_similarity
 from ecul.kernels._checks import check_csr
 from ecul.kernels.jaccard import graph_of, jaccard_pairs
@@ -90,9 +91,10 @@ def emcc(
         del points
         encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2, k3, together)
         bar.update()
+        encodings, first = distinct_encodings(encodings, eps)
         graph = neighbor_graph(*encodings, eps, together)
         bar.update()
-        labels = dbscan(*graph, min_samples)
+        labels = dbscan(*graph, min_samples, first.bincount(minlength=len(first)))[first]
         bar.update()
     return labels
 
@@ -106,16 +108,21 @@ def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torc
     """
     _check_sizes(k=k)
     _check_points(points)
-    itself = torch.arange(len(points), device=points.device)[:, None]
+    itself = torch.arange(len(points), device=points.device)
     k = min(k, len(points))
     if k <= 1:
-        return itself[:, :k]
-    if not together or distributed.size() == 1:
-        return torch.cat([itself, topk_similarity(points, points, k - 1, exclude_self=True)[1]], 1)
-    own = itself[distributed.share(len(points))]
-    near = topk_similarity(points[own[:, 0]], points, k)[1]
-    others = near.gather(1, (near == own).int().sort(dim=1, stable=True).indices)[:, : k - 1]
-    return distributed.join(torch.cat([own, others], 1))
+        return itself[:, None][:, :k]
+    first = equal_rows(points)
+    rows, group = first.unique(return_inverse=True)
+    if len(rows) < len(points):
+        points = points[rows]
+    own = points[distributed.share(len(points))] if together else points
+    values, near = topk_similarity(own, points, min(k, len(points)))
+    if len(rows) < len(first):
+        near = nearest_members(values, near, group, k)
+    near = (distributed.join(near) if together else near)[group]
+    others = near.gather(1, (near == itself[:, None]).int().sort(dim=1, stable=True).indices)[:, : k - 1]
+    return torch.cat([itself[:, None], others], 1)
 
 
 @same_kind
@@ -249,7 +256,9 @@ def neighbor_graph(
 
 
 @same_kind
-def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) -> torch.Tensor:
+def dbscan(
+    indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4, counts: torch.Tensor | None = None
+) -> torch.Tensor:
     """DBSCAN labels from the graph of the pairs within eps, as scikit-learn's: (N,) int64, -1 = outlier.
 
     Clusters count from 0 in the order of their smallest core point; a point that is no core joins the
@@ -259,6 +268,7 @@ def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) ->
         indptr, indices: CSR of a symmetric graph, (N + 1,) and (nnz,) integers, no pair twice. A point counts
             as its own neighbour whether or not the graph says so.
         min_samples: neighbours, the point included, that make a core point.
+        counts: (N,) how many equal points, all neighbours of each other, a row stands for; None: one each.
 
     The work is done on the host: the graph is small, and finding connected components is sequential.
     """
@@ -267,7 +277,8 @@ def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) ->
     size = len(indptr) - 1
     rows, cols = np.repeat(np.arange(size), indptr.diff().cpu().numpy()), indices.cpu().numpy()
     rows, cols = rows[rows != cols], cols[rows != cols]
-    core = np.bincount(rows, minlength=size) + 1 >= min_samples
+    weights = np.ones(size) if counts is None else counts.cpu().numpy()
+    core = np.bincount(rows, weights[cols], minlength=size) + weights >= min_samples
     inner = core[rows] & core[cols]
     links = csr_matrix((np.ones(inner.sum(), bool), (rows[inner], cols[inner])), shape=(size, size))
     component = connected_components(links, directed=False)[1][core]

@@ -8,7 +8,7 @@ import torch
 
 from ecul.common.arrays import same_kind
 
-STRIP_ROWS = 8192  # rows that a step handles at a time, where it needs more than O(k) memory a row
+FEATURE_ROWS = 1024  # rows of features that are widened to float64 at a time
 
 
 @same_kind
@@ -23,14 +23,14 @@ def unit_rows(features: torch.Tensor) -> torch.Tensor:
         raise TypeError(f"features must be real numbers, got {features.dtype}")
     if features.ndim != 2:
         raise ValueError(f"features must have shape (N, D), got {tuple(features.shape)}")
-    strips = features.detach().split(STRIP_ROWS)
+    strips = features.detach().split(FEATURE_ROWS)
     norms = torch.cat([_row_sums(rows.float().double().square_()).sqrt().float()[:, None] for rows in strips])
     for bad, what in ((~norms.isfinite(), "not finite"), (norms == 0, "all zeros")):
         if bad.any():
             row, count = int(bad.flatten().nonzero()[0]), int(bad.sum())
             raise ValueError(f"features must be finite, no row zero; row {row} is {what} ({count} such rows)")
     points = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-    for rows, part, sizes in zip(strips, points.split(STRIP_ROWS), norms.split(STRIP_ROWS), strict=True):
+    for rows, part, sizes in zip(strips, points.split(FEATURE_ROWS), norms.split(FEATURE_ROWS), strict=True):
         part.copy_(on_grid(rows.float() / sizes))
     return points
 

@@ -6,6 +6,7 @@ import torch
 
 from ecul.common import distributed
 
+STRIP_ROWS = 8192  # rows of a sparse matrix that are made at a time
 CSR = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # indptr, indices, values
 
 
@@ -39,15 +40,19 @@ def product(
     """A sparse (height, N) matrix times a CSR (N, N) one; only the rows that it names are read."""
     indptr, indices, values = matrix
     named, cols = cols.unique(return_inverse=True)
-    sizes = indptr.diff()[named]
-    first = (indptr[named] - (sizes.cumsum(0) - sizes)).repeat_interleave(sizes)
-    place = first + torch.arange(len(first), device=first.device)
-    owner = torch.arange(len(named), device=first.device).repeat_interleave(sizes)
+    place, owner = spans(indptr[named], indptr.diff()[named])
     shape = len(named), len(indptr) - 1
     right = coalesced(owner, indices[place], values[place], shape, in_order=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR", category=UserWarning)  # "is in beta"
         return torch.sparse.mm(coalesced(rows, cols, weights, (height, len(named))), right).coalesce()
+
+
+def spans(starts: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places start, start + 1, ... of each span, and the number of the span of each place."""
+    owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    before = starts - (sizes.cumsum(0) - sizes)
+    return before[owner] + torch.arange(len(owner), device=sizes.device), owner
 
 
 def lengths(matrix: torch.Tensor) -> torch.Tensor:
