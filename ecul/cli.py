@@ -294,7 +294,7 @@ def threshold(args: argparse.Namespace) -> None:
     from ecul.tools.threshold import measure_threshold
 
     found = measure_threshold(*_trained(args))
-    print(f"{found.table(args.unknown)}\nsaved in {found.save(args.model)}")
+    print(f"{found.table(args.unknown)}\nkept in {found.save(args.model)}")
 
 
 @command(

@@ -1,8 +1,8 @@
 """Same person or not: from which similarity on, and how often that is wrong, without labels.
 
-How alike two images of different people are is told by images of different clusters: nearly all of them show
-different people, however mixed the clusters are. The upper end of these similarities is close to a normal
-variable's, which reaches to the rare ones that a search among thousands of images meets.
+Images of different clusters nearly always show different people, however mixed the clusters are. The upper
+tail of their similarities is close to a normal variable's, which reaches to the rare ones that a search among
+thousands of images meets. Pairs of one camera are too much alike, so only others count where there are any.
 """
 
 import logging
@@ -26,21 +26,25 @@ from ecul.labels import cluster
 
 log = logging.getLogger("ecul")
 FILE = "threshold.json"  # beside the model
-TAIL = (0.1, 0.01)  # the shares of pairs of different people that the normal variable is laid through
+SIDES = [(query, gallery) for query in MODALITIES for gallery in MODALITIES]
+TAIL = (0.1, 0.01)  # the normal variable has these shares of the pairs of different people in its tail
 MOST = 1000  # queries that are compared
+GALLERIES = (100, 1000, 10_000)  # images, of the table
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Of a pair of modalities: the normal variable of different people, and of each query's own person.
+    """What is known of queries of one modality and a gallery of another, or of the same.
 
-    own: the quantiles 0, 5, ... 100 % of a query's best similarity to another image of its own person, empty
-    where there were none.
+    location, scale: the normal variable of different people's similarities. own: the quantiles 0, 5, ...
+    100 % of a query's best similarity to another image of its own person; empty where there were none. apart:
+    whether all pairs are of two cameras.
     """
 
     location: float
     scale: float
     own: tuple[float, ...] = ()
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,8 @@ class Threshold:
 
         query, gallery: modalities; images: size of the gallery. Errors: ValueError for a share not in (0, 1).
         """
-        if not 0 < unknown < 1:
-            raise ValueError(f"unknown must be a share between 0 and 1, got {unknown}")
+        if not isinstance(unknown, float | int) or not 0 < unknown < 1:
+            raise ValueError(f"unknown must be a share between 0 and 1, got {unknown!r}")
         found = self._of(query, gallery)
         share = -np.expm1(np.log1p(-unknown) / max(1, images))  # of pairs: 1 - (1 - share)^images = unknown
         return float(found.location + found.scale * norm.isf(share))
@@ -72,8 +76,10 @@ class Threshold:
         return float(norm.sf((threshold - found.location) / found.scale))
 
     def missed(self, query: str, gallery: str, threshold: float) -> float | None:
-        """The share of queries none of whose own images reach it; by clusters, whose hard images are not in
-        them, it is at least this; None where nothing is known."""
+        """The share of queries whose own images all stay below it; None where nothing is known.
+
+        By clusters it is a lower bound, because hard images are in no cluster.
+        """
         own = self._of(query, gallery).own
         return float(np.interp(threshold, own, np.linspace(0, 1, len(own)))) if own else None
 
@@ -83,27 +89,34 @@ class Threshold:
         return self.pairs[f"{query}-{gallery}"]
 
     def table(self, unknown: float = 0.1) -> str:
-        """Plain text: the thresholds for galleries of several sizes, and what they miss; "none" beyond 1."""
+        """Plain text: the thresholds and the people missed for galleries of several sizes, and cautions.
+
+        "none" stands for a threshold above 1, which no image reaches.
+        """
         head = f"similarity that {unknown:.0%} of unknown people reach, by {self.source}; known people missed"
         lines = [head, "query-gallery        100 images      1,000 images     10,000 images"]
+        least, weak = "" if self.source == "identities" else "≥ ", []
         for name in self.pairs:
-            sides, cells = name.split("-"), []
-            for images in (100, 1000, 10_000):
-                found = self.at(sides[0], sides[1], images, unknown)
-                missed = self.missed(sides[0], sides[1], found)
-                least = "" if self.source == "identities" else "≥ "
+            cells = []
+            for images in GALLERIES:
+                found = self.at(*name.split("-"), images, unknown)
+                missed = self.missed(*name.split("-"), found)
                 told = "unknown" if missed is None else f"{least}{missed:.0%}"
                 cells.append(f"{f'{found:.3f}' if found <= 1 else 'none '} ({told})".ljust(18))
+                weak += [name] * (images == GALLERIES[1] and (found > 1 or (missed or 0) > 0.5))
             lines.append(f"{name:20} {''.join(cells)}".rstrip())
+        if weak:
+            lines.append(f"of little use: most known people are missed among 1,000 images: {', '.join(weak)}")
+        if same := [name for name, pairs in self.pairs.items() if not pairs.apart]:
+            lines.append(f"of one camera, or cameras are not known; others miss more: {', '.join(same)}")
         return "\n".join(lines)
 
     def save(self, model_path: str | os.PathLike) -> Path:
-        """Write it beside the model, whose hash goes with it. Returns the file."""
+        """Write it beside the model, with the hash of the weights. Returns the file."""
         file = weights_file(model_path)
         pairs = {name: asdict(found) for name, found in self.pairs.items()}
         sha256 = self.model_sha256 or hash_file(file)
-        about = {"source": self.source, "model_sha256": sha256, "pairs": pairs}
-        write_json(file.parent / FILE, about)
+        write_json(file.parent / FILE, {"source": self.source, "model_sha256": sha256, "pairs": pairs})
         return file.parent / FILE
 
     @classmethod
@@ -118,8 +131,8 @@ class Threshold:
             return None
         with reading(model.parent / FILE):
             saved = read_json(model.parent / FILE)
-            told = {f"{q}-{g}": saved["pairs"][f"{q}-{g}"] for q in MODALITIES for g in MODALITIES}
-            pairs = {k: Pairs(p["location"], p["scale"], tuple(p["own"])) for k, p in told.items()}
+            told = {f"{q}-{g}": saved["pairs"][f"{q}-{g}"] for q, g in SIDES}
+            pairs = {name: Pairs(**{**about, "own": tuple(about["own"])}) for name, about in told.items()}
             if not all(np.isfinite([p.location, p.scale, *p.own]).all() for p in pairs.values()):
                 raise ValueError("its numbers are not finite")
             found = cls(pairs, str(saved["source"]), saved["model_sha256"])
@@ -130,59 +143,68 @@ class Threshold:
 
 
 def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold:
-    """`estimate_threshold` of a data set's test images, or of all where it has none; by identities where they
-    are known, else by the joint clusters that `config` makes.
+    """`estimate_threshold` of a data set's test images, or of the training images where it has none.
 
-    model: what `extract` takes. Errors: those of `extract`.
+    It reads identities where they are known, else the joint clusters that `config` makes. model: as for
+    `extract`. Errors: those of `extract`.
     """
     require_model(model)
     held_out = dataset.test_visible is not None and dataset.test_infrared is not None
     images = {m: getattr(dataset, f"test_{m}" if held_out else m) for m in MODALITIES}
-    features = {}
-    for m, side in images.items():
-        features[m] = extract(model, side, m)
+    features = {m: extract(model, side, m) for m, side in images.items()}
+    cameras = {m: torch.from_numpy(side.camids) for m, side in images.items()}
     if all(side.pids is not None for side in images.values()):
-        labels, source = {m: images[m].pids for m in MODALITIES}, "identities"
+        labels, source = {m: side.pids for m, side in images.items()}, "identities"
     else:
         counts = [len(side) for side in images.values()]
         sides = torch.arange(2).repeat_interleave(torch.tensor(counts))
-        cameras = torch.from_numpy(np.concatenate([side.camids for side in images.values()]))
-        joint = cluster(torch.cat([*features.values()]), cameras, sides, config, "_joint")
+        rows, codes = torch.cat([*features.values()]), torch.cat([*cameras.values()])
+        joint = cluster(rows, codes, sides, config, "_joint")
         labels, source = dict(zip(MODALITIES, joint.split(counts), strict=True)), "clusters"
-    found = estimate_threshold(features, labels, source)
+    found = estimate_threshold(features, labels, source, cameras)
     return replace(found, model_sha256=getattr(model, "sha256", None))
 
 
-def estimate_threshold(features: dict[str, torch.Tensor], labels: dict[str, Any], source: str) -> Threshold:
+def estimate_threshold(
+    features: dict[str, torch.Tensor],
+    labels: dict[str, Any],
+    source: str,
+    cameras: dict[str, torch.Tensor] | None = None,
+) -> Threshold:
     """Thresholds from unit rows (N, D) by modality and their labels (N,), -1 = left out.
 
     labels: joint clusters of both modalities (`emcc` with modalities) or identities, as `source` says. Images
-    that the model was not trained on are the better ones. Errors: ValueError for fewer than two labels.
+    that the model was not trained on are the better ones. cameras: codes (N,) by modality. Pairs of two
+    cameras count where there are any, else all pairs. Errors: ValueError for fewer than two labels.
     """
     rows, found = {}, {}
     for m in MODALITIES:
         given = torch.as_tensor(labels[m]).cpu()
-        rows[m] = features[m].float().cpu()[given >= 0], given[given >= 0]
-    for query in MODALITIES:
-        for gallery in MODALITIES:
-            found[f"{query}-{gallery}"] = _compare(*rows[query], *rows[gallery], query == gallery)
+        codes = torch.zeros_like(given) if cameras is None else cameras[m].cpu()
+        rows[m] = [part[given >= 0] for part in (features[m].float().cpu(), given, codes)]
+    for query, gallery in SIDES:
+        found[f"{query}-{gallery}"] = _compare(*rows[query], *rows[gallery], query == gallery)
     return Threshold(found, source)
 
 
 def _compare(
-    x: torch.Tensor, x_labels: torch.Tensor, y: torch.Tensor, y_labels: torch.Tensor, itself: bool
-) -> Pairs:
+    x: torch.Tensor, x_labels: torch.Tensor, x_cameras: torch.Tensor,
+    y: torch.Tensor, y_labels: torch.Tensor, y_cameras: torch.Tensor, itself: bool,
+) -> Pairs:  # fmt: skip
     step = 1 + len(x) // MOST
     cosines = x[::step] @ y.T
     same = x_labels[::step, None] == y_labels
-    between = cosines[~same].numpy()
+    apart = x_cameras[::step, None] != y_cameras
+    known = bool((apart & ~same).any())
+    counted = apart if known else torch.ones_like(apart)
+    between = cosines[counted & ~same].numpy()
     if not len(between):
         raise ValueError("threshold: needs images of two different people, or clusters, at least")
     if itself:  # an image is no answer to itself
         rows = torch.arange(len(cosines))
         same[rows, rows * step] = False
-    own = cosines.masked_fill(~same, -2).amax(1)[same.any(1)].numpy()
+    own = cosines.masked_fill(~(same & counted), -2).amax(1)[(same & counted).any(1)].numpy()
     low, high = (float(np.quantile(between, 1 - share)) for share in TAIL)
     scale = max(float((high - low) / (norm.isf(TAIL[1]) - norm.isf(TAIL[0]))), 1e-6)
     quantiles = tuple(np.quantile(own, np.linspace(0, 1, 21)).tolist()) if len(own) else ()
-    return Pairs(low - scale * float(norm.isf(TAIL[0])), scale, quantiles)
+    return Pairs(low - scale * float(norm.isf(TAIL[0])), scale, quantiles, known)
