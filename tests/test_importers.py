@@ -126,8 +126,8 @@ def test_what_does_not_match_is_an_error_with_its_name(tmp_path):
         "layer2.0.conv1.weight is": state | {"base_resnet.base.layer2.0.conv1.weight": torch.zeros(1)},
         "no ResNet with": {k: v for k, v in state.items() if "base.layer3.1" not in k},
         "visible stem": {k: v for k, v in state.items() if "visible" not in k},
-        "epoch are no tensors": {"epoch": 3},
-        "expected a dict of weights": [torch.zeros(1)],
+        "epoch, no tensors of weights": {"epoch": 3},
+        "odd.pth is damaged": [torch.zeros(1)],
         "is a model of this library already": trained().state_dict(),
     }
     for message, content in cases.items():
