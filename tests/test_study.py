@@ -12,7 +12,7 @@ from ecul import open_dataset, train
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from study.lines import BOTH, LINES, WORLDS  # noqa: E402
-from study.runs import configure, train_shared  # noqa: E402
+from study.runs import configure, supervise, train_shared  # noqa: E402
 from study.tables import differences, interval, of_the_way, table  # noqa: E402
 
 
@@ -43,6 +43,16 @@ def test_a_shared_first_stage_gives_the_weights_of_a_whole_run(fields, world, tm
         found = train_shared(dataset, config, 2, tmp_path)[0].state_dict()
         assert all(torch.equal(whole[name], found[name]) for name in whole)
     assert not list(tmp_path.glob("run-*"))
+
+
+@pytest.mark.parametrize("method", ["united", "ecul", "mbccm"])
+def test_supervised_training_takes_the_identities_as_clusters(method, world):
+    model, history = supervise(
+        open_dataset("sysu", world), tiny(method=method, epochs_intra=1, epochs_cross=1)
+    )
+    for row in history:
+        assert row["stage"] == 2 and not row.get("skipped")
+        assert row["monitor_ari_visible"] == row["monitor_ari_infrared"] == 1 and row["outliers_visible"] == 0
 
 
 def test_the_table_has_differences_in_pairs_with_their_interval():

@@ -8,24 +8,19 @@ import logging
 import os
 import resource
 import shutil
-import time
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 import ecul
-from ecul import Config, evaluate, open_dataset, optim, train
-from ecul.batches import make_batches
+from ecul import Config, evaluate, open_dataset, optim, train, training
 from ecul.common.files import hash_file
 from ecul.common.weights import read_tensors, write_tensors
 from ecul.config import METHODS
 from ecul.labels import Labels
-from ecul.stages import make_terms
-from ecul.training import extract_all, train_batches
-from ecul.trainset import load_images
 
 from .lines import LINES, PRESET, WORLDS
 
@@ -38,7 +33,7 @@ CROSS = (
 
 @cache
 def code() -> str:
-    """A hash of the library's own lines: other code, other first stages."""
+    """A hash of the library's code: other code must train its own first stages."""
     package = Path(ecul.__file__).parent
     folders = {package, Path(ecul.kernels.__file__).parent}
     found = hashlib.sha256()
@@ -48,7 +43,7 @@ def code() -> str:
 
 
 def configure(line: str, world: str, seed: int, weights: str | None, overrides: dict) -> Config:
-    """The configuration of a line on a world; what its method leaves out (None) stays out on every world."""
+    """The configuration of a line on a world; fields that its method sets to None stay None."""
     own = LINES[line][1]
     left_out = {k: v for k, v in METHODS[own.get("method", "united")].items() if v is None}
     fields = {"weights": weights, **WORLDS[world].fields, **left_out, **own, **overrides, "seed": seed}
@@ -61,7 +56,7 @@ def configure(line: str, world: str, seed: int, weights: str | None, overrides: 
 
 
 def settings(line: str, world: str, overrides: dict) -> dict:
-    """All fields of a line but the seed and the path of its start: what a record must say of a run."""
+    """All fields of a line for the record, without the seed and the path of its start."""
     fields = configure(line, world, 0, None, overrides).to_dict()
     return {name: value for name, value in fields.items() if name not in ("seed", "weights")}
 
@@ -70,28 +65,26 @@ def run_line(line: str, root: str, config: Config, shared: int, folder: Path) ->
     """Metrics, seconds and peak memory of one run; `shared`: epochs of stage 1 that lines have in common."""
     torch.set_num_threads(1)
     logging.getLogger("ecul").setLevel(logging.WARNING)
-    dataset, began = open_dataset("sysu", root), time.perf_counter()
-    history: list[dict] = []
+    dataset, history = open_dataset("sysu", root), [{"seconds": 0.0}]
     if line == "untrained":
         model = optim.build_model(config, torch.device("cpu")).eval()
     elif line == "supervised":
-        model = supervise(optim.build_model(config, torch.device("cpu")), dataset, config)
+        model, history = supervise(dataset, config)
     else:
         model, history = train_shared(dataset, config, min(shared, config.epochs_intra), folder)
-    seconds = sum(row["seconds"] for row in history) if history else time.perf_counter() - began
+    seconds = sum(row["seconds"] for row in history)
     result: dict = {"seconds": seconds, "date": f"{datetime.date.today()}", "code": code()}
     for rerank, ending in ((None, ""), ("modality", "_reranked")):
         tested = evaluate(model, dataset, modes=["all"], rerank=rerank, progress=False).rows[0]
         result |= {name + ending: tested[name] for name in ("mAP", "rank1")}
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    last = history[-1] if history else {}
-    return result | {k: v for k, v in last.items() if k.startswith(("clusters_", "monitor_", "score"))}
+    return result | {k: v for k, v in history[-1].items() if k.startswith(("clusters_", "monitor_", "score"))}
 
 
 def train_shared(dataset, config: Config, epochs: int, folder: Path):
-    """`train(dataset, config)`, going on from the first epochs of stage 1, which equal lines train once.
+    """`train(dataset, config)`, continued from the first epochs of stage 1, which equal lines train once.
 
-    The randomness of an epoch follows from the seed and the epoch, so the weights are those of a whole run.
+    The weights are those of a whole run, because the seed and the epoch determine the randomness of an epoch.
     """
     default = Config()
     first = config.replace(
@@ -102,7 +95,7 @@ def train_shared(dataset, config: Config, epochs: int, folder: Path):
     name = hashlib.sha256(json.dumps([first.to_dict(), start, world, code()]).encode()).hexdigest()[:12]
     begun, own = folder / f"stage-1-{name}", folder / f"run-{os.getpid()}"
     with open(folder / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two lines that want it, one makes it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the lines trains it, the others wait
         train(dataset, first, output=begun, resume=begun.exists())
     shutil.rmtree(own, ignore_errors=True)
     try:
@@ -116,21 +109,16 @@ def train_shared(dataset, config: Config, epochs: int, folder: Path):
     return run.model, run.history
 
 
-def supervise(model: torch.nn.Module, dataset, config: Config) -> torch.nn.Module:
-    """Train with the same losses and batches, and identities in the place of the pseudo labels."""
-    optimizer = optim.build_optimizer(model, config)
-    images = load_images(dataset, config.size, torch.device("cpu"))
-    people, own = np.unique(images.identities, return_inverse=True)
-    own, match, border = torch.from_numpy(own), np.eye(len(people), dtype=bool), images.num_visible
-    mutual = config.matching == "mutual"
-    for epoch in range(config.epochs):
-        rng = np.random.default_rng([config.seed, epoch])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        optim.set_lr(optimizer, config, epoch)
-        features = extract_all(model, images, config)
-        labels = replace(Labels.from_own(features, own, border, own, own, match), mutual=mutual)
-        terms = make_terms(features, labels, config, epoch, generator)
-        train_batches(
-            model, optimizer, terms, make_batches(labels, images, config, 2, rng, generator), config
-        )
-    return model.eval()
+def supervise(dataset, config: Config):
+    """`train(dataset, config)` with the identities in place of the clusters, in stage 2 from the start."""
+
+    def identities(features, images, config, *_):
+        people, own = np.unique(images.identities, return_inverse=True)
+        own, match = torch.from_numpy(own), np.eye(len(people), dtype=bool)
+        found = {"joint": own, "selected": own, "match": match, "mutual": config.matching == "mutual"}
+        return Labels.from_own(features, own, images.num_visible, **found)
+
+    config = config.replace(epochs_intra=0, epochs_cross=config.epochs)
+    with mock.patch.multiple(training, assign_labels=identities, extract_exchanged=lambda *_: None):
+        run = train(dataset, config)
+    return run.model, run.history
