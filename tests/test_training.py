@@ -5,12 +5,14 @@ import logging
 import math
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import layouts
 import numpy as np
 import pytest
 import torch
+from tiny import tiny
 
 from ecul import (
     MODALITIES,
@@ -24,31 +26,24 @@ from ecul import (
     synthesize,
     train,
 )
-from ecul.common.weights import read_metadata
-from ecul.model import Backbone
+from ecul.common import logs
 from ecul.optim import build_model, build_optimizer
 from ecul.run.checkpoint import run_directory
+from ecul.streams import Backbone
 from ecul.training import State, run_epoch, train_batches
 from ecul.trainset import load_images
 
-TINY = {"epochs_intra": 1, "epochs_cross": 2, "iterations": 3, "identities": 4, "instances": 2, "width": 8}
-TINY |= {"tsmem_switch": 1, "k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6}
-
-
-def tiny(**overrides):
-    return Config.preset("demo", **{**TINY, **overrides})
+METHODS = ("united", "ecul", "mbccm")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return synthesize(
-        tmp_path_factory.mktemp("w") / "world", identities=10, images=3, size=(32, 16), progress=False
-    )
-
-
-@pytest.fixture(scope="module")
-def dataset(world):
-    return open_dataset("sysu", world)
+def runs(dataset, tmp_path_factory):
+    """A finished run of each method in a directory, which no test changes, and the rows given to on_epoch."""
+    found = {}
+    for method in METHODS:
+        rows, output = [], tmp_path_factory.mktemp("runs") / method
+        found[method] = train(dataset, tiny(method=method), output=output, on_epoch=rows.append), rows
+    return found
 
 
 def arrays(visible, infrared, **more):
@@ -63,20 +58,28 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("method", ["united", "ecul", "mbccm"])
-def test_every_method_runs_and_leaves_a_run_directory(method, dataset, tmp_path):
-    rows = []
-    run = train(dataset, tiny(method=method), output=tmp_path / "run", on_epoch=rows.append)
-    assert rows == run.history and [r["stage"] for r in rows] == [1, 2, 2]
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_leaves_a_run_directory(method, runs):
+    run, rows = runs[method]
+    assert rows == run.history and [r["stage"] for r in rows] == [1, 2]
     losses = {k for k in rows[-1] if k.startswith("loss_")}
-    assert ("loss_cluster_joint" in losses) == (method == "ecul")
+    assert ("loss_cluster_joint" in losses) == ("loss_instance_joint" in losses) == (method == "ecul")
     assert ("loss_agnostic_visible" in losses) == (method != "ecul")
     assert ("loss_consistency" in losses) == (method == "mbccm")
+    assert ("loss_instance_visible" in losses) == (method != "mbccm")
     assert all(math.isfinite(rows[-1][k]) for k in losses)
-    names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"config.json", "log.jsonl", "model.safetensors", "resume.safetensors", ".lock"} == names
-    assert [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == rows
-    assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model)
+    names = {p.name for p in run.output.iterdir()}
+    assert {"config.json", "log.jsonl", "model.safetensors", "resume.safetensors"} <= names
+    assert [json.loads(line) for line in (run.output / "log.jsonl").read_text().splitlines()] == rows
+    assert same(TwoStreamResNet.from_pretrained(run.output), run.model)
+    parts = [rows[0][f"seconds_{part}"] for part in ("extract", "labels", "train")]
+    assert min(parts) > 0 and sum(parts) <= rows[0]["seconds"]
+
+
+def test_without_instance_losses_ecul_has_cluster_losses_alone(dataset):
+    config = tiny(method="ecul", weight_instance=0.0, epochs_intra=0)
+    losses = {k for k in train(dataset, config).history[0] if k.startswith("loss_")}
+    assert losses == {f"loss_cluster_{kind}" for kind in ("visible", "infrared", "joint")}
 
 
 def test_losses_are_weighted_and_summed_over_views(dataset):
@@ -92,73 +95,82 @@ def test_losses_are_weighted_and_summed_over_views(dataset):
         assert row[f"loss_{name}"] == pytest.approx(weight * views * math.log(rows), rel=1e-3), name
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(dataset):
-    first, again, other = (train(dataset, tiny(seed=s)).model for s in (0, 0, 1))
-    assert same(first, again) and not same(first, other)
+def test_the_seed_alone_decides_whatever_the_threads_and_the_precision_around(dataset, runs):
+    """Another seed, 8 threads that build networks at once, an autocast around it all."""
+    torch.manual_seed(7)
+    before, built = torch.get_rng_state(), []
+    threads = [
+        threading.Thread(target=lambda: built.append(build_model(tiny(seed=3), torch.device("cpu"))))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 8 and all(same(built[0], other) for other in built)
+    run, _ = runs["united"]
+    with torch.autocast("cpu", torch.bfloat16):
+        again = train(dataset, tiny())
+        rows = extract(run.model, dataset.test_visible, "visible", progress=False)
+        inside = evaluate(run.model, dataset, trials=1, progress=False)
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's generator
+    assert same(run.model, again.model) and not same(run.model, train(dataset, tiny(seed=1)).model)
+    assert torch.equal(rows, extract(run.model, dataset.test_visible, "visible", progress=False))
+    assert inside.rows == evaluate(run.model, dataset, trials=1, progress=False).rows
+    with torch.random.fork_rng():  # the numbers are those of torch's default generator
+        torch.manual_seed(3)
+        assert same(built[0], TwoStreamResNet(10, 8, False, (32, 16)))
 
 
-def test_identities_never_reach_training(world):
-    dataset = open_dataset("sysu", world)
+def test_identities_never_reach_training(dataset, runs):
     blind = Dataset.from_arrays(
-        visible=dataset.visible.load((64, 32)).permute(0, 2, 3, 1).numpy(),
-        infrared=dataset.infrared.load((64, 32)).permute(0, 2, 3, 1).numpy(),
+        visible=dataset.visible.load((32, 16)).permute(0, 2, 3, 1).numpy(),
+        infrared=dataset.infrared.load((32, 16)).permute(0, 2, 3, 1).numpy(),
         visible_cameras=dataset.visible.camids,
         infrared_cameras=dataset.infrared.camids,
     )
-    seen, unseen = (train(d, tiny()) for d in (dataset, blind))
+    unseen, (seen, _) = train(blind, tiny()), runs["united"]
     assert same(seen.model, unseen.model)
     assert any(k.startswith("monitor_") for k in seen.history[0])
     assert not any(k.startswith("monitor_") for k in unseen.history[0])
 
 
-def test_resume_continues_to_the_same_weights(dataset, tmp_path):
-    config = tiny()
-    whole = train(dataset, config, output=tmp_path / "whole")
-
-    def stop_after_two(row):
-        if row["epoch"] == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(dataset, config, output=tmp_path / "parts", on_epoch=stop_after_two)
-    resumed = train(dataset, config, output=tmp_path / "parts", resume=True)
-    assert same(whole.model, resumed.model) and [r["epoch"] for r in resumed.history] == [0, 1, 2]
-    timed = ("seconds", "images_per_second")
-    untimed = [
-        [{k: v for k, v in row.items() if not k.startswith(timed)} for row in run.history]
-        for run in (whole, resumed)
-    ]
-    assert untimed[0] == untimed[1] and "score_stability" in untimed[1][2]
-    sums = [read_metadata(tmp_path / part / "model.safetensors")["checksum"] for part in ("whole", "parts")]
-    assert sums[0] == sums[1]
-
-
-def test_kill_in_mid_epoch_then_resume(world, dataset, tmp_path):
-    config = tiny()
+def test_kill_in_mid_epoch_then_resume(world, dataset, runs, tmp_path):
     code = f"""
 import os, signal
 import ecul.training as training
 from ecul import Config, open_dataset
 train_batches = training.train_batches
 def killed(*args):
-    if calls.append(1) or len(calls) == 3:
+    if calls.append(1) or len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return train_batches(*args)
 calls, training.train_batches = [], killed
-config = Config.from_dict({config.to_dict()!r})
+config = Config.from_dict({tiny().to_dict()!r})
 training.train(open_dataset("sysu", {str(world)!r}), config, output={str(tmp_path / "k")!r})
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
-    resumed = train(dataset, config, output=tmp_path / "k", resume=True)
-    assert same(train(dataset, config).model, resumed.model)
+    resumed, (whole, _) = train(dataset, tiny(), output=tmp_path / "k", resume=True), runs["united"]
+    timed = ("seconds", "images_per_second")
+    untimed = [
+        [{k: v for k, v in row.items() if not k.startswith(timed)} for row in run.history]
+        for run in (whole, resumed)
+    ]
+    assert untimed[0] == untimed[1] and "score_stability" in untimed[1][1]
+    assert same(whole.model, resumed.model)
 
 
-def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dataset, tmp_path):
-    train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
+def test_a_run_directory_is_not_overwritten_or_continued_with_other_settings(dataset, runs, tmp_path):
+    output = runs["united"][0].output
     with pytest.raises(ValueError, match="holds a run; resume it"):
-        train(dataset, tiny(epochs_cross=0), output=tmp_path / "run")
+        train(dataset, tiny(), output=output)
     with pytest.raises(ValueError, match="temp: 0.05 then, 0.1 now"):
-        train(dataset, tiny(epochs_cross=0, temp=0.1), output=tmp_path / "run", resume=True)
+        train(dataset, tiny(temp=0.1), output=output, resume=True)
+    with run_directory(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
+        train(dataset, tiny(), output=tmp_path / "run")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="output: cannot write to"):
+        train(dataset, tiny(), output=tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(("processes", "instances"), [(3, 1), (4, 1), (9, 4)])
@@ -170,28 +182,95 @@ def test_batches_too_small_for_the_processes_are_refused_before_work(processes, 
         train(arrays(4, 4), tiny(instances=instances))
 
 
-def test_an_unwritable_output_is_said_at_the_start(dataset, tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="output: cannot write to"):
-        train(dataset, tiny(), output=tmp_path / "file" / "run")
-
-
 @pytest.mark.parametrize(
-    ("piles", "overrides"),
+    ("piles", "overrides", "advice"),
     [
-        ((40, 40), {"min_samples": 60}),  # everything an outlier
-        ((40, 40), {"eps": 1.0}),  # one giant cluster
-        ((1, 1), {}),  # one image each
+        ((40, 40), {"min_samples": 60}, "raise eps or lower min_samples"),  # everything an outlier
+        ((40, 40), {"eps": 1.0}, "lower eps or k1, or start from weights"),  # one giant cluster
+        ((1, 1), {}, "raise eps or lower min_samples"),  # one image each
     ],
 )
-def test_collapse_is_said_and_does_not_end_the_run(piles, overrides, caplog):
+def test_collapse_is_said_and_does_not_end_the_run(piles, overrides, advice, caplog):
     caplog.set_level(logging.WARNING)
-    run = train(arrays(*piles), tiny(**{"min_samples": 2, **overrides}))
-    assert len(run.history) == 3 and all(r["skipped"] for r in run.history)
-    assert "fewer than two clusters in a modality" in caplog.text
+    run = train(arrays(*piles), tiny(**overrides))
+    assert len(run.history) == 2 and all(r["skipped"] for r in run.history)
+    assert f"epoch 2 skipped: fewer than two clusters in a modality; {advice}" in caplog.text
+    assert "every epoch was skipped: this model has learned nothing" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["united", "ecul", "mbccm"])
+class Forgetful(torch.nn.Module):
+    """Rows of mean colours, and once it is lost rows that have nothing to do with one another."""
+
+    num_features = 48
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.lost = torch.nn.Parameter(torch.ones(48)), False
+
+    def forward(self, x):
+        x = torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) * self.scale
+        return torch.sin(1e4 * x) if self.lost else x
+
+
+@pytest.mark.parametrize("lost_after", [1, 9])
+def test_a_run_says_when_its_clusters_fall_apart(lost_after, dataset, caplog):
+    rows = []
+
+    def lose(row, model):
+        rows.append(row)
+        model.network.lost = row["epoch"] == lost_after
+
+    train(dataset, tiny(epochs_intra=3, epochs_cross=0, lr=1e-5), model=Forgetful(), on_epoch=lose)
+    assert [row.get("fell_apart") == 1 for row in rows] == [False, False, lost_after == 1]
+    assert ("epoch 3: the clusters fell apart: " in caplog.text) == (lost_after == 1)
+    assert ("Lower lr, which may change on resume" in caplog.text) == (lost_after == 1)
+
+
+def test_memory_that_runs_out_is_halved_in_extraction_and_advised_on_in_training(dataset, monkeypatch):
+    """Of a CPU and of a GPU; where the network cannot recompute, nobody is advised to let it."""
+
+    class Large(Pooled):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, x):
+            self.seen.append(len(x))
+            if len(x) > 5:
+                torch.empty(2**60)
+            return super().forward(x)
+
+    network = Backbone(Large(), (32, 16))
+    network.network.seen.clear()
+    rows = extract(network, dataset.visible, "visible", batch_size=16, progress=False)
+    assert torch.equal(rows, extract(network, dataset.visible, "visible", batch_size=4, progress=False))
+    assert network.network.seen[:4] == [16, 8, 4, 4]
+    with pytest.raises(RuntimeError, match="^epoch 1 does not fit the memory of cpu; train anew with fewer"):
+        train(dataset, tiny(), model=Large())
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("ecul.training.train_batches", full)
+    with pytest.raises(
+        RuntimeError, match="does not fit the memory of cpu; set checkpointing=True and resume"
+    ):
+        train(dataset, tiny())
+
+
+def test_a_bar_promises_the_steps_of_an_epoch(dataset, monkeypatch):
+    promised, progress = [], logs.progress
+
+    def watched(total, what, *rest):
+        promised.append((what, total))
+        return progress(total, what, *rest)
+
+    monkeypatch.setattr(logs, "progress", watched)
+    train(dataset, tiny(iterations=3, epochs_cross=0))
+    assert [total for what, total in promised if what == "batches"] == [3]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_fewer_clusters_than_identities_and_clusters_of_one_image(method):
     config = tiny(method=method, min_samples=1, eps=0.3, eps_joint=0.3, identities=64)
     run = train(arrays(12, 9, visible_cameras=np.ones(12, int), infrared_cameras=np.ones(9, int)), config)
@@ -263,8 +342,8 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
 
 
 def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
-    with pytest.raises(ValueError, match=r"input_size is \(32, 16\), config.size is \(64, 32\)"):
-        train(dataset, tiny(), model=TwoStreamResNet(10, 8, False, (32, 16)))
+    with pytest.raises(ValueError, match=r"input_size is \(64, 32\), config.size is \(32, 16\)"):
+        train(dataset, tiny(), model=TwoStreamResNet(10, 8, False, (64, 32)))
     with pytest.raises(ValueError, match="load your own model's before"):
         train(dataset, tiny(weights="resnet.pth"), model=Pooled())
     with pytest.raises(ValueError, match="checkpointing is for TwoStreamResNet, not for Backbone"):
@@ -297,9 +376,9 @@ def test_epochs_are_told_where_nobody_has_set_up_logging(dataset, monkeypatch, c
     monkeypatch.setattr(logging.getLogger("ecul"), "propagate", False)
     run = train(dataset, tiny())
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 3 and lines[0].startswith("epoch 1/3 stage 1")
+    assert len(lines) == 2 and lines[0].startswith("epoch 1/2 stage 1")
     assert not logging.getLogger("ecul").handlers
-    assert repr(run) == "Run(TwoStreamResNet, 3 epochs, no directory)"
+    assert repr(run) == "Run(TwoStreamResNet, 2 epochs, no directory)"
     monkeypatch.setattr(logging.getLogger("ecul"), "level", logging.ERROR)
     train(dataset, tiny())
     assert "epoch" not in capsys.readouterr().err
@@ -352,17 +431,6 @@ def test_tied_weights_of_ones_own_backbone_are_saved(dataset, tmp_path):
 def test_a_run_of_no_epochs_leaves_the_starting_model(dataset, tmp_path):
     run = train(dataset, tiny(epochs_intra=0, epochs_cross=0), output=tmp_path / "run")
     assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model) and run.history == []
-
-
-def test_the_row_says_where_the_time_went(dataset):
-    row = train(dataset, tiny(epochs_cross=0)).history[0]
-    parts = [row[f"seconds_{part}"] for part in ("extract", "labels", "train")]
-    assert min(parts) > 0 and sum(parts) <= row["seconds"]
-
-
-def test_a_run_directory_in_use_is_refused(dataset, tmp_path):
-    with run_directory(tmp_path / "run"), pytest.raises(ValueError, match="in use by another run"):
-        train(dataset, tiny(), output=tmp_path / "run")
 
 
 def test_training_raises_cross_modality_map(tmp_path):
