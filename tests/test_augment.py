@@ -82,6 +82,20 @@ def test_channel_adapt_has_its_five_outcomes(generator):
     assert shares == pytest.approx([0.25, 0.25, 0.25, 0.125, 0.125], abs=0.025)
 
 
+def test_a_rectangle_is_scaled_by_b_over_its_maximum(generator, monkeypatch):
+    """b ~ Beta(.5, .5): its mean is 1 / 2, its variance 1 / 8, and a third of it is below 1 / 4."""
+    monkeypatch.setattr(augment, "SCALINGS", 1)
+    images = torch.tensor([0.9, 0.5, 0.1])[:, None, None] * (0.5 + 0.5 * noise(N, (24, 12)))
+    scaled = augment.scale_rectangles(images, 1.0, generator)
+    inside = scaled != images
+    highest = torch.where(inside, images, 0).amax((2, 3))
+    b = torch.where(inside, scaled, 0).amax((2, 3))  # the brightest pixel of a rectangle becomes b
+    assert torch.allclose(scaled, torch.where(inside, images * (b / highest)[:, :, None, None], images))
+    assert b.mean(0).tolist() == pytest.approx([0.5] * 3, abs=0.03)
+    assert b.var(0).tolist() == pytest.approx([0.125] * 3, abs=0.01)
+    assert (b < 0.25).float().mean(0).tolist() == pytest.approx([1 / 3] * 3, abs=0.03)
+
+
 def test_linear_transform_scales_rectangles_and_ends_on_black_images(generator):
     images = noise(400, (24, 12))
     scaled = augment.scale_rectangles(images, 0.8, generator)

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,6 +43,45 @@ def test_on_epoch_may_take_the_model_too(dataset):
     for wrong in (lambda: None, lambda a, b, c: None, 5):
         with pytest.raises(TypeError, match="a function of a row, or of a row and the model"):
             train(dataset, tiny(), on_epoch=wrong)
+
+
+def test_figures_of_ones_own_are_kept_and_anything_else_is_named(dataset, tmp_path, caplog):
+    """The row that a hook gets is a copy: ours stays, a finite number is added, nothing ends a run."""
+    kinds = {
+        "a": 1.5, "b": np.float32(1.5), "c": torch.tensor([1.5]), "d": True, "e": float("nan"), "f": "good",
+        "g": None, "h": 10**400, "i": torch.ones(2), 5: 1.0, "score": 99.0,
+    }  # fmt: skip
+    run = train(dataset, tiny(), output=tmp_path, on_epoch=lambda row: row.update(kinds))
+    for row in run.history:
+        assert {k: v for k, v in row.items() if k in kinds} == {
+            "a": 1.5, "b": 1.5, "c": 1.5, "d": 1.0, "score": row["score_separation"],
+        }  # fmt: skip
+    told = [text.split()[1] for text in caplog.messages if "on_epoch" in text]
+    assert sorted(told) == sorted(["e", "f", "g", "h", "i", "5"] * 2)
+    assert read_run(tmp_path).history == run.history  # the last epoch's too
+    longer = train(dataset, tiny(epochs_cross=2), output=tmp_path, resume=True)
+    assert longer.history[:2] == run.history and len(longer.history) == 3
+
+
+def test_validation_comes_after_the_epoch_is_saved_and_never_ends_the_run(world, tmp_path, monkeypatch):
+    """People whom one mode cannot rank, and nobody whom the wanted one can."""
+    held = open_dataset("sysu", world, validation=0.2)
+    outdoors, strangers = (held.test_visible.subset(held.test_visible.camids > 3) for _ in range(2))
+    strangers.pids = strangers.pids + 1000
+    seen = []
+
+    def watched(model, dataset, **more):
+        seen.append(len((output / "log.jsonl").read_text().splitlines()))
+        return evaluate(model, dataset, **more)
+
+    monkeypatch.setattr("ecul.evaluation.protocols.evaluate", watched)
+    for gallery, figures in ((outdoors, 2), (strangers, 0)):
+        output = tmp_path / str(figures)
+        run = train(replace(held, test_visible=gallery), tiny(), validate=1, output=output)
+        for row in run.history:
+            assert sum(k.startswith("validation_") for k in row) == figures
+        assert read_run(output).history == run.history
+    assert seen == [1, 2, 1, 2]
 
 
 def stop(row):
