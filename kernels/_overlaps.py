@@ -1,60 +1,60 @@
-"""Pairs of sparse rows that overlap enough: what `jaccard_neighbors` searches for."""
+"""Pairs of sparse rows that overlap enough: what `jaccard_neighbors` searches for.
+
+Rows that overlap by `least` or more share a good part of that in their first entries, if all rows have their
+columns in one order. Cut the end off each row, as long as the values there sum to `least - share` at most. Of
+two rows, let i be the one whose last remaining entry comes first in that order. What both share behind that
+entry lies in the end of i, so it is `least - share` at most. The rest, `share` or more, lies in the entries
+that remain of both rows. With rare columns first, the remaining entries share columns with few other rows. So
+only first entries are compared, and only pairs that share enough there are measured on whole rows.
+"""
 
 from bisect import bisect_left
 
 import torch
+from torch import Tensor
 
 from ._triton import jit, tl, triton
 
 UNIT = 2**30  # overlaps are whole numbers of units of 2**-30: no order of summation changes them
-SHARE = 6  # this part of the overlap asked for must lie in the rows' first entries
-STRIP = 2**25  # overlaps the kernel holds at a time
+SHARE = 6  # one part in so many of the overlap must lie in the first entries
 SORTED = 65536  # rows that are sorted at a time
+OVERLAPS = 2**25  # sums that the kernel holds at a time
 FOUND = 128  # pairs a row that the kernel has room for at first
 BLOCK, WARPS = 256, 4
-Left = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows (int64), columns and units (int32) of entries
-
-# Rows that overlap by `least` or more share a good part of that in their first entries, in one order of the
-# columns for all. Cut off the end of each row, as long as its values sum to `least - share` at most. Of two
-# rows let i be the one whose last entry left comes first in that order: what they share later on lies in the
-# end of i, and is `least - share` at most; the rest, `share` or more, lies in what is left of both. With rare
-# columns first, what is left is short of partners. So only the first entries are compared, and the pairs that
-# share enough there, few more than are wanted, are measured.
+Entries = tuple[Tensor, Tensor, Tensor]  # rows (int64), columns and units (int32)
 
 
-def in_units(values: torch.Tensor) -> torch.Tensor:
+def in_units(values: Tensor) -> Tensor:
     """Whole numbers of units, int32."""
     return torch.round(values * UNIT).to(torch.int32)
 
 
 def least_overlap(eps: float) -> int:
-    """The smallest overlap, in units, whose distance is eps or less; every step of d is monotone in s."""
+    """The smallest overlap, in units, with distance eps or less: the distance falls as the overlap rises."""
     return bisect_left(range(UNIT + 1), True, key=lambda s: 1 - (s / UNIT) / (2 - s / UNIT) <= eps)
 
 
 def share_of(least: int) -> int:
-    """The overlap of first entries that a pair with an overlap of `least` has at least; some."""
+    """The overlap of first entries, at least 1, that every pair with an overlap of `least` has."""
     return max(1, least // SHARE)
 
 
-def rarity(indices: torch.Tensor, size: int) -> torch.Tensor:
-    """The place of each column among all, rare ones first."""
-    rank = torch.empty(size, dtype=torch.int64, device=indices.device)
-    rank[indices.bincount(minlength=size).argsort(stable=True)] = torch.arange(size, device=indices.device)
-    return rank
+def rarity(indices: Tensor, size: int) -> Tensor:
+    """The rank of each column, rare columns first."""
+    return indices.bincount(minlength=size).argsort(stable=True).argsort()
 
 
 def rare_first(
-    indptr: torch.Tensor, indices: torch.Tensor, units: torch.Tensor, rank: torch.Tensor, least: int
-) -> tuple[torch.Tensor, torch.Tensor, Left]:
-    """Columns renumbered by rank, ascending in a row, and their units; and what is left of the rows.
+    indptr: Tensor, indices: Tensor, units: Tensor, rank: Tensor, least: int
+) -> tuple[Tensor, Tensor, Entries]:
+    """Columns renumbered by rank, ascending in a row; their units; and the first entries of the rows.
 
-    Some rows at a time: sorting takes several times the room of what is sorted.
+    Some rows at a time, because sorting needs several times the memory of its input.
     """
     device, rows = indptr.device, len(indptr) - 1
-    cols, ordered = (torch.empty(len(indices), dtype=torch.int32, device=device) for _ in range(2))
+    cols, ordered = torch.empty(2, len(indices), dtype=torch.int32, device=device)
     tops = list(range(0, rows, SORTED))
-    edges, left = [*indptr[tops].tolist(), len(indices)], []
+    edges, first = [*indptr[tops].tolist(), len(indices)], []
     for top, start, stop in zip(tops, edges, edges[1:], strict=False):
         strip, offsets = slice(start, stop), indptr[top : top + SORTED + 1] - start
         row = torch.arange(len(offsets) - 1, device=device).repeat_interleave(offsets.diff())
@@ -62,22 +62,22 @@ def rare_first(
         cols[strip], ordered[strip] = keys % len(rank), units[strip][order]
         sums = torch.cat([offsets.new_zeros(1), ordered[strip].cumsum(0, dtype=torch.int64)])
         kept = sums[offsets[1:]][row] - sums[:-1] > least - share_of(least)
-        left.append((row[kept] + top, cols[strip][kept], ordered[strip][kept]))
-    found, columns, parts = (torch.cat(part) for part in zip(*left, strict=True))
+        first.append((row[kept] + top, cols[strip][kept], ordered[strip][kept]))
+    found, columns, parts = (torch.cat(part) for part in zip(*first, strict=True))
     return cols, ordered, (found, columns, parts)
 
 
-# The kernels. `place` puts the entries that are left of the rows into the order of their columns, rows
-# ascending in each: an entry (i, l) finds behind its own place the entries (j, l) of all rows j > i, its
-# column's inverted list. The first kernel adds min(v_il, v_jl) to the overlap of i and j, in a dense strip of
-# a few rows i and all j; the second lists the pairs that share enough there; the third measures them on whole
-# rows. The sums are integers, so atomic additions in any order give the same bits; sorting the pairs undoes
-# their order. The host waits for the ends of the strips and for the number of pairs, never in between.
+# The kernels. First entries are sorted by column, rows ascending in each column. `place` gives the place of
+# an entry (i, l) in that order, and the entries (j, l) of all rows j > i follow it. `_add_overlaps` adds
+# min(v_il, v_jl) to the sum of i and j, for a few rows i and all j. `_list_pairs` lists the pairs whose sum
+# is large enough. `_measure` computes their overlaps on whole rows. Sums are integers, so atomic additions in
+# any order give the same bits, and the graph sorts the pairs. The host waits only for the ends of the strips
+# and for the number of pairs.
 
 
 @jit
 def _add_overlaps(
-    strip, rows, cols, units, place, ends, list_rows, list_units, first, top, size, BLOCK: tl.constexpr
+    sums, rows, cols, units, place, ends, list_rows, list_units, first, top, size, BLOCK: tl.constexpr
 ):
     entry = first + tl.program_id(0).to(tl.int64)
     row = tl.load(rows + entry) - top
@@ -89,14 +89,14 @@ def _add_overlaps(
         within = lane < end
         other = tl.load(list_rows + lane, within, 0)
         smaller = tl.minimum(tl.load(list_units + lane, within, 0), unit)
-        tl.atomic_add(strip + row * size + other, smaller, within, sem="relaxed")
+        tl.atomic_add(sums + row * size + other, smaller, within, sem="relaxed")
 
 
 @jit
-def _list_pairs(strip, pairs, count, top, size, share, room, BLOCK: tl.constexpr):
+def _list_pairs(sums, pairs, count, top, size, share, room, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     other = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    overlap = tl.load(strip + row * size + other, mask=other < size, other=0)
+    overlap = tl.load(sums + row * size + other, mask=other < size, other=0)
     likely = overlap >= share
     found = tl.sum(likely.to(tl.int32), 0)
     if found > 0:
@@ -131,38 +131,33 @@ def _measure(pairs, overlaps, indptr, cols, units, room, STEPS: tl.constexpr, BL
 
 
 def pairs_on_device(
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    units: torch.Tensor,
-    least: int,
-    turn: int,
-    turns: int,
-) -> torch.Tensor:
+    indptr: Tensor, indices: Tensor, values: Tensor, eps: float, turn: int, turns: int
+) -> Tensor:
     """`pairs_on_host` in the kernels."""
-    size, device = len(indptr) - 1, indptr.device
-    cols, units, first = rare_first(indptr, indices, units, rarity(indices, size), least)
+    size, device, least = len(indptr) - 1, indptr.device, least_overlap(eps)
+    rank = rarity(indices, size)
+    cols, units, first = rare_first(indptr, indices, in_units(values), rank, least)
     by_column = (first[1].long() * size + first[0]).argsort()
-    place = torch.empty_like(by_column)
-    place[by_column] = torch.arange(len(by_column), device=device)
-    ends = first[1].bincount(minlength=size).cumsum(0)
+    place, ends = by_column.argsort(), first[1].bincount(minlength=size).cumsum(0)
     lists = first[0][by_column], first[2][by_column]
-    height = max(1, min(size, STRIP // size))
-    strip = torch.empty(height, size, dtype=torch.int32, device=device)
-    tops = list(range(0, size, height))
-    edges = [*torch.searchsorted(first[0], torch.tensor(tops, device=device)).tolist(), len(by_column)]
+    height = max(1, min(size, OVERLAPS // size))
+    sums = torch.empty(height, size, dtype=torch.int32, device=device)
+    tops = torch.arange(0, size, height, device=device)
+    edges = [*torch.searchsorted(first[0], tops).tolist(), len(by_column)]
     room = FOUND * size
     while True:
         pairs = torch.empty(2, room, dtype=torch.int64, device=device)
         count = torch.zeros(1, dtype=torch.int64, device=device)
-        for top, start, stop in list(zip(tops, edges, edges[1:], strict=False))[turn::turns]:
+        for number in range(turn, len(tops), turns):
+            top, start, stop = number * height, edges[number], edges[number + 1]
             if start == stop:
                 continue
-            strip.zero_()
+            sums.zero_()
             _add_overlaps[(stop - start,)](
-                strip, *first, place, ends, *lists, start, top, size, BLOCK=BLOCK, num_warps=WARPS
+                sums, *first, place, ends, *lists, start, top, size, BLOCK=BLOCK, num_warps=WARPS
             )
             _list_pairs[(min(height, size - top), triton.cdiv(size, 4 * BLOCK))](
-                strip, pairs, count, top, size, share_of(least), room, BLOCK=4 * BLOCK, num_warps=WARPS
+                sums, pairs, count, top, size, share_of(least), room, BLOCK=4 * BLOCK, num_warps=WARPS
             )
         found = int(count)
         if found <= room:

@@ -1,4 +1,14 @@
-"""Pairs of sparse rows that overlap enough, in sparse products on the host."""
+"""Pairs of sparse rows that overlap enough, on the host.
+
+As min(a, b) <= sqrt(a b), a product of square roots bounds an overlap from above. Pairs whose bound reaches
+`least` are candidates, and only these are measured. There are two ways to find the candidates, because each
+is slow on the data of the other (with one way alone, clustering took up to twice as long):
+
+- a sparse product of the rows' first entries, with rare columns first (see `_overlaps`). Its time grows with
+  the number of entry pairs that share a column. It is fast if most columns belong to few rows.
+- a dense product of sketches, the sums of a row's values over 512 random sets of columns. Its time depends on
+  the number of rows alone. It is faster if rows share columns with many others, as in large clusters.
+"""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -6,37 +16,30 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
+from torch import Tensor
 
-from ._overlaps import UNIT, rare_first, rarity, share_of
+from ._overlaps import UNIT, in_units, least_overlap, rare_first, rarity, share_of
 from ._shortlist import largest_error, power_of_two, random_order, round_rows
 from ._shortlist_cpu import COARSE, product_dtype
 
-ROWS, PARTS = 256, 8  # so many rows are compared with one of so many parts at a time
+COMPARED = 256  # rows that are compared with others at a time
+SPLIT = 8  # a sparse product takes the other rows in so many parts
 BUCKETS = 512  # sums in a sketch
-SKETCHED = 1  # a pair of sketches costs as much as so many products of two entries
-SAMPLE = 16  # one row of so many tells how often first entries meet
-PAIRS = 4096  # measured at a time
-Candidates = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]  # pairs (i, j) of a strip of rows i
+SKETCHED = 1  # a pair of sketches costs as much as so many pairs of entries
+SAMPLE = 16  # one row of so many estimates how many entries share columns
+MEASURED = 4096  # candidates whose overlaps are computed at a time
+Candidates = Callable[[int], Iterator[np.ndarray]]  # pairs (i, j) of the COMPARED rows i from a number on
 
 
 def pairs_on_host(
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    units: torch.Tensor,
-    least: int,
-    turn: int,
-    turns: int,
-) -> torch.Tensor:
-    """The pairs (i, j), i < j, whose rows overlap by `least` units or more: (2, pairs) int64.
+    indptr: Tensor, indices: Tensor, values: Tensor, eps: float, turn: int, turns: int
+) -> Tensor:
+    """The pairs (i, j), i < j, of rows within Jaccard distance eps: (2, pairs) int64.
 
-    indptr, indices, units: CSR (N, N); every `turns`-th strip of rows, from `turn` on.
-
-    As min(a, b) <= sqrt(a b), the product of the square roots bounds every overlap from above: of the first
-    entries, or, where these meet too often, of sketches, the sums of a row's values over 512 random sets of
-    columns. The few pairs whose bound reaches `least` are measured.
+    indptr, indices, values: CSR (N, N). This call takes every `turns`-th strip of rows i, from `turn` on.
     """
-    size, device = len(indptr) - 1, indptr.device
-    indptr, indices, units = indptr.cpu(), indices.cpu(), units.cpu()
+    size, device, least = len(indptr) - 1, indptr.device, least_overlap(eps)
+    indptr, indices, units = indptr.cpu(), indices.cpu(), in_units(values).cpu()
     rank = rarity(indices, size)
     encodings = _matrix(indptr, indices, units, size)
     if _meetings(encodings, rank, least) < SKETCHED * size**2:
@@ -48,79 +51,68 @@ def pairs_on_host(
         candidates = _by_sketches(encodings, least)
 
     def search(start: int) -> np.ndarray:
-        """The pairs with i among the rows from `start` on."""
         found = [np.empty((2, 0), np.int64)]
-        for i, j in candidates(start):
-            i, j = i[i < j], j[i < j]
-            for part in range(0, len(i), PAIRS):
-                one, other = i[part : part + PAIRS], j[part : part + PAIRS]
-                overlap = np.asarray(encodings[one].minimum(encodings[other]).sum(axis=1)).ravel()
-                found.append(np.stack([one, other])[:, overlap >= least])
+        for pairs in candidates(start):
+            pairs = pairs[:, pairs[0] < pairs[1]]
+            for part in range(0, pairs.shape[1], MEASURED):
+                i, j = pairs[:, part : part + MEASURED]
+                overlap = np.asarray(encodings[i].minimum(encodings[j]).sum(axis=1)).ravel()
+                found.append(pairs[:, part : part + MEASURED][:, overlap >= least])
         return np.concatenate(found, axis=1)
 
     pool = ThreadPoolExecutor(torch.get_num_threads())
     try:
-        found = [np.empty((2, 0), np.int64)]
-        pairs = np.concatenate(found + list(pool.map(search, range(turn * ROWS, size, turns * ROWS))), axis=1)
+        found = list(pool.map(search, range(turn * COMPARED, size, turns * COMPARED)))
     finally:
         pool.shutdown(cancel_futures=True)
-    return torch.from_numpy(pairs).to(device)
+    return torch.from_numpy(np.concatenate([np.empty((2, 0), np.int64), *found], axis=1)).to(device)
 
 
-def _matrix(indptr: torch.Tensor, cols: torch.Tensor, units: torch.Tensor, size: int) -> csr_matrix:
+def _matrix(indptr: Tensor, cols: Tensor, units: Tensor, size: int) -> csr_matrix:
     return csr_matrix((units.numpy(), cols.numpy(), indptr.numpy()), shape=(len(indptr) - 1, size))
 
 
-def _meetings(encodings: csr_matrix, rank: torch.Tensor, least: int) -> float:
-    """About how often two first entries share a column, judged by some of the rows."""
+def _meetings(encodings: csr_matrix, rank: Tensor, least: int) -> float:
+    """About how many pairs of first entries share a column, estimated from some of the rows."""
     size = encodings.shape[0]
     some = encodings[random_order(size)[: -(-size // SAMPLE)].numpy()]
     indptr, indices, units = map(torch.from_numpy, (some.indptr, some.indices, some.data))
-    _, _, (_, columns, _) = rare_first(indptr, indices, units, rank, least)
-    found = columns.bincount(minlength=size).double()
-    share = some.shape[0] / size
+    columns = rare_first(indptr, indices, units, rank, least)[2][1]
+    found, share = columns.bincount(minlength=size).double(), some.shape[0] / size
     return float((found * (found - 1)).sum() / share**2 + found.sum() / share)
 
 
-def _by_first_entries(left: csr_matrix, least: int) -> Candidates:
-    """Pairs whose first entries may share enough: sparse products, with a part of the rows at a time."""
-    size = left.shape[0]
-    roots = left.astype(np.float32).sqrt()
-    longest = int(np.diff(roots.indptr).max())
-    reach = share_of(least) / (
-        1 + (longest + 4) * 2**-23
-    )  # what the bound may lack by its rounding in float32
-    edges = np.linspace(0, size, PARTS + 1).astype(int)
+def _by_first_entries(first: csr_matrix, least: int) -> Candidates:
+    """Pairs whose first entries may share enough, by sparse products."""
+    size, roots = first.shape[0], first.astype(np.float32).sqrt()
+    lost = (int(np.diff(roots.indptr).max()) + 4) * 2**-23  # what float32 may round off the bound
+    edges = np.linspace(0, size, SPLIT + 1).astype(int)
     parts = [(a, b, roots[a:b].T.tocsr()) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 
-    def candidates(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for first, last, columns in parts:
-            if last > start:
-                bound = roots[start : start + ROWS] @ columns
-                likely = np.flatnonzero(bound.data >= reach)
+    def candidates(start: int) -> Iterator[np.ndarray]:
+        for begin, end, columns in parts:
+            if end > start:
+                bound = roots[start : start + COMPARED] @ columns
+                likely = np.flatnonzero(bound.data >= share_of(least) / (1 + lost))
                 i = np.searchsorted(bound.indptr, likely, "right") - 1
-                yield i + start, bound.indices[likely].astype(np.int64) + first
+                yield np.stack([i + start, bound.indices[likely].astype(np.int64) + begin])
 
     return candidates
 
 
 def _by_sketches(encodings: csr_matrix, least: int) -> Candidates:
-    """Pairs whose sketches may share enough: a dense product, where rows share columns with most others."""
-    size = encodings.shape[0]
+    """Pairs whose sketches may share enough, by a dense product."""
+    size, dtype = encodings.shape[0], product_dtype()
     bucket = random_order(size).numpy() % BUCKETS
     sums = csr_matrix((encodings.data / UNIT, bucket[encodings.indices], encodings.indptr), (size, BUCKETS))
-    sketches = np.empty((size, BUCKETS), np.float32)
-    for start in range(0, size, ROWS):
-        np.sqrt(sums[start : start + ROWS].toarray(), out=sketches[start : start + ROWS])
-    dtype = product_dtype()
-    rounded, *norms = round_rows(torch.from_numpy(sketches), torch.arange(size), dtype)
+    sketches = torch.empty(size, BUCKETS)
+    for start in range(0, size, COMPARED):
+        sketches[start : start + COMPARED] = torch.from_numpy(sums[start : start + COMPARED].toarray()).sqrt()
+    rounded, *norms = round_rows(sketches, torch.arange(size), dtype)
     margin = float(largest_error(norms, norms, BUCKETS, 2.0**-22).max())
-    scale = float(power_of_two(torch.from_numpy(sketches)))
-    reach = (least / UNIT * scale**2 - margin) * (1 - 2 * COARSE[dtype])
+    reach = (least / UNIT * float(power_of_two(sketches)) ** 2 - margin) * (1 - 2 * COARSE[dtype])
 
-    def candidates(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        near = rounded[start : start + ROWS] @ rounded[start:].T >= reach
-        i, j = near.nonzero().numpy().T
-        yield i + start, j + start
+    def candidates(start: int) -> Iterator[np.ndarray]:
+        yield (rounded[start : start + COMPARED] @ rounded[start:].T >= reach).nonzero().numpy().T + start
 
     return candidates

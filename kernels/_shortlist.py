@@ -1,33 +1,34 @@
-"""Short lists that hold the k best columns of every row: the first two steps of `topk_similarity`."""
+"""Short lists that hold the k best columns of every row: the first two steps of `topk_similarity`.
+
+Each pair needs a product, but no tile needs a sorted list: selection in every tile would cost more than the
+products. Instead, on rows rounded to float16 (bfloat16 on CPUs that multiply it):
+  1. Products of every row with a part of the columns give one number for each row and group of W columns, the
+     largest. At least k columns reach b, the k-th largest of these numbers.
+  2. Products of all pairs list the columns that reach the bound, a few times k for each row, with their
+     values. The k-th largest of these is a better b.
+  3. For the columns that reach the better bound, a few more than k, the products are computed in float64 from
+     the original rows. The k best of them, rounded to float32 once, are the result.
+Rounding must not lose a neighbour. With x = x' + dx, where x' is the rounded row, and y likewise,
+    |x.y - x'.y'| = |dx.y + x'.dy| <= |dx||y| + |x'||dy| =: m,
+so k columns have x.y >= b - m, and each of the k best has x'.y' >= b - 2m. This is the bound in both steps.
+The errors |dx| and |dy| are measured, and m includes what a sum of D products in float32 may lose.
+Rows and columns are in a random order, the same in every run. In the caller's order neighbours are often side
+by side: they would share one maximum, and a part would not represent the whole.
+If a row has more columns at the bound than its list holds (many equal rows, for example), the reference takes
+the row. If y is x, the product is symmetric: a tile above the diagonal also serves the rows of its columns.
+From compute capability 9.0 on, tiles are loaded by TMA. An asynchronous product needs a fence after ordinary
+loads, and Triton 3.6 omits it.
+"""
 
 import torch
 from torch import Tensor
 
 from ._triton import Launch, TensorDescriptor, has_tma, jit, tl, triton
 
-# A product per pair is needed, a sorted list per tile is not: selecting in every tile costs more than its
-# product. Instead, for rows rounded to float16 (on a CPU: to bfloat16 where it has the instructions),
-#   1. products of every row with a part of the columns give one number per row and group of W columns, the
-#      largest. At least k columns reach b, the k-th largest of these;
-#   2. products of all pairs list the columns that reach the bound, a few times k a row, and keep the values,
-#      whose own k-th largest is a better b;
-#   3. of the columns that reach that bound, a few more than k, the products are summed anew in float64, from
-#      the rows as they came. Rounded to float32 once, the k best of those are the result.
-# Rounding must not lose a neighbour. With x = x' + dx, where x' is the rounded row, and likewise y,
-#     |x.y - x'.y'| = |dx.y + x'.dy| <= |dx||y| + |x'||dy| =: m,
-# so k columns have x.y >= b - m, and one of the k best has x'.y' >= b - 2m: that is the bound, both times.
-# The errors |dx| and |dy| are measured, and m includes what summing D products in float32 may lose.
-# Rows and columns stand in a random order, the same in every run: in the caller's, neighbours often lie side
-# by side, would share one maximum, and no part stands for the whole.
-# For a row with more columns at the bound than its list holds (many equal rows, say) the reference decides.
-# Where y is x the product is symmetric: a tile above the diagonal also serves the rows of its columns.
-# From compute capability 9.0 on, tiles come by TMA: what threads load needs a fence before an asynchronous
-# product reads it, and Triton 3.6 leaves that out.
-
 
 @jit
 def _place(m_tiles, n_tiles, TALL: tl.constexpr):
-    """Tile (m, n) of this program: TALL row tiles at a time share the column tiles in the cache."""
+    """Tile (m, n) of this program. TALL row tiles at a time share the column tiles in the cache."""
     band = tl.program_id(0) // (TALL * n_tiles)
     height = tl.minimum(m_tiles - band * TALL, TALL)
     within = tl.program_id(0) % (TALL * n_tiles)
@@ -36,7 +37,7 @@ def _place(m_tiles, n_tiles, TALL: tl.constexpr):
 
 @jit
 def _original(order, position, count):
-    """The caller's numbers of the rows at these positions, `count` beyond the last."""
+    """The caller's numbers of the rows at these positions, or `count` in the padding."""
     return tl.load(order + position, mask=position < count, other=count)
 
 
@@ -45,7 +46,7 @@ def _similarities(
     x, y, m, n, row, column, M, N, D: tl.constexpr, EXCLUDE: tl.constexpr, TMA: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of products of the rounded rows, which are padded to whole blocks; -inf in the padding."""
+    """A tile of products of the rounded rows; -inf in the padding, and for a row with itself if EXCLUDE."""
     s = tl.zeros((BLOCK, BLOCK), tl.float32)
     if not TMA:
         features = tl.arange(0, BLOCK_D)
@@ -83,9 +84,9 @@ def _append(
     s, bounds, lists, scores, counts, owner, count, entries,
     ROOM: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Add the entries that reach their owner's bound to its list, one an owner and turn, the best first.
+    """Add the entries that reach their owner's bound to its list: in each turn the best one of every owner.
 
-    The entries, numbers in memory, run along AXIS of `s`. Where a list is full, its count alone goes on.
+    `entries` points to the numbers of the entries, which lie along AXIS of `s`. A full list only counts on.
     """
     none = -float("inf")
     bound = tl.load(bounds + owner, mask=owner < count, other=float("inf"))
@@ -118,11 +119,13 @@ def _candidates_kernel(
             _append(s, bounds, lists, scores, counts, column, N, x_order + m * BLOCK, ROOM, BLOCK, 0)
 
 
-LAUNCH = Launch({"BLOCK": 128, "BLOCK_D": 64, "TALL": 8}, warps=8, stages=3, shared=131072)
+LAUNCH = Launch({"BLOCK": 128, "BLOCK_D": 64, "TALL": 8}, warps=8, stages=3)
 PART = 8  # the first bound comes from one column in so many
 MAXIMA = 8  # and from so many times k maxima a row at a time
 ROOM = 256  # columns that a list holds at least
-CLOSEST = 65536  # rows whose lists are cut short at a time
+CLOSEST = 65536  # lists that are shortened at a time
+LOWEST = torch.finfo(torch.float32).min  # a bound below all products, and above minus infinity
+Shortlist = tuple[Tensor, Tensor]  # (M, few) int32 columns, -1 for none; (M,) whether a list was too short
 
 
 def random_order(count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -131,13 +134,18 @@ def random_order(count: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.randperm(count, generator=generator, device=device).int()
 
 
+def power_of_two(matrix: Tensor) -> Tensor:
+    """The scale that brings the largest entry to 1 at most. It is exact and the same for all products."""
+    largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
+    return torch.exp2(-largest.clamp_min(1e-30).log2().ceil())
+
+
 def round_rows(
     matrix: Tensor, order: Tensor, dtype: torch.dtype, block: int = 1, block_d: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in this order and dtype, padded with zeros to whole blocks; their norms and those of the errors.
+    """Rows times `power_of_two`, in this order and dtype, with zeros up to whole blocks.
 
-    A power of two brings the entries into the range of the dtype: it rescales all products alike. The norms
-    stay in the order of `matrix`.
+    Also the norms of the rows and of their errors, in the order of `matrix`.
     """
     count, D = matrix.shape
     shape = -(-count // block) * block, -(-D // block_d) * block_d
@@ -153,17 +161,11 @@ def round_rows(
     return rounded, sizes, errors
 
 
-def power_of_two(matrix: Tensor) -> Tensor:
-    """The scale that brings the largest entry to 1 at most: exact, and the same for all products."""
-    largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
-    return torch.exp2(-largest.clamp_min(1e-30).log2().ceil())
-
-
 def largest_error(x_norms: list[Tensor], y_norms: list[Tensor], D: int, unit: float) -> Tensor:
-    """What a product of rounded rows may differ by from that of the rows, for each row of x.
+    """The largest difference between products of rounded and of original rows, for each row of x.
 
-    Norms: of the rows and of their errors, in float32, where squares of entries below 2**-63 are lost. unit:
-    what adding one of D products in float32 may lose.
+    Norms: of the rows and of their errors, in float32, which loses squares of entries below 2**-63.
+    unit: what the sum may lose for each of D products.
     """
     lost = D**0.5 * 2.0**-63
     (x_sizes, x_errors), (y_sizes, y_errors) = ([norm + lost for norm in m] for m in (x_norms, y_norms))
@@ -172,57 +174,48 @@ def largest_error(x_norms: list[Tensor], y_norms: list[Tensor], D: int, unit: fl
     return margin + (D + 64) * unit * rounded_size * (y_sizes + y_errors).amax()
 
 
-LOWEST = torch.finfo(torch.float32).min  # above the padding's minus infinity
-
-
 def bounds(best: Tensor, k: int, margin: Tensor, coarse: float = 0.0) -> Tensor:
-    """Below these no column can be among the row's k best, given its best products, in descending order.
+    """What a product of the k best columns of a row reaches, given its best products in descending order.
 
-    coarse: the share of itself by which rounding may have changed a product, after its sum, and the bound.
+    coarse: the share of itself that a product, or the bound, may lose when it is rounded after its sum.
     """
     if best.shape[1] < k:
         return best.new_full(best.shape[:1], LOWEST)
-    kth = best[:, k - 1].clamp_min(LOWEST)  # minus infinity where groups hold fewer than k columns
+    kth = best[:, k - 1].clamp_min(LOWEST)  # minus infinity if groups hold fewer than k columns
     return (kth - 2 * margin - 3 * (coarse * kth.abs()) - 4 * coarse * margin).clamp_min(LOWEST)
 
 
-# (M, few) int32 columns, -1 for none, and (M,) whether a list was too short for its row
-Shortlist = tuple[Tensor, Tensor]
-
-
 def closest(
-    lists: Tensor,
-    scores: Tensor,
-    counts: Tensor,
-    k: int,
-    margin: Tensor,
-    coarse: float = 0.0,
+    lists: Tensor, scores: Tensor, counts: Tensor, k: int, margin: Tensor, portion: int, coarse: float = 0.0
 ) -> Shortlist:
-    """Of each list, (M, room) with `counts` entries, those that reach the bound of its own scores."""
-    room = scores.shape[1]
-    scores.masked_fill_(torch.arange(room, device=scores.device) >= counts[:, None], -torch.inf)
-    best, order = scores.topk(min(room, max(128, 4 * k)))
-    within = best >= bounds(best, k, margin, coarse)[:, None]
-    overflowed = (counts > room) | (within[:, -1] & (counts > best.shape[1]))
-    return torch.where(within, lists.gather(1, order), -1), overflowed
+    """The columns of each list, (M, room) with `counts` entries, that reach the bound of its own scores."""
+    room, found = scores.shape[1], []
+    for start in range(0, len(scores), portion):
+        rows = slice(start, start + portion)
+        empty = torch.arange(room, device=scores.device) >= counts[rows, None]
+        best, order = scores[rows].float().masked_fill_(empty, -torch.inf).topk(min(room, max(128, 4 * k)))
+        within = best >= bounds(best, k, margin[rows], coarse)[:, None]
+        overflowed = (counts[rows] > room) | (within[:, -1] & (counts[rows] > best.shape[1]))
+        found.append((torch.where(within, lists[rows].gather(1, order), -1), overflowed))
+    columns, overflowed = zip(*found, strict=True)
+    return torch.cat(columns), torch.cat(overflowed)
 
 
 def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
-    """The short lists of the rows of x, without a wait on the host."""
+    """The short lists of the rows of x. The host does not wait for the device."""
     (M, D), N = x.shape, y.shape[0]
     width = next((w for w in (128, 32) if 2 * k * w <= N // PART), 4)
     x_order, y_order = random_order(M, x.device), random_order(N, x.device)
-    block, block_d = LAUNCH.blocks["BLOCK"], LAUNCH.blocks["BLOCK_D"]
-    rounding = torch.float16, block, block_d
-    y_rounded, *y_norms = round_rows(y, y_order, *rounding)
-    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, x_order, *rounding)
+    block, block_d = tile = LAUNCH.blocks["BLOCK"], LAUNCH.blocks["BLOCK_D"]
+    y_rounded, *y_norms = round_rows(y, y_order, torch.float16, *tile)
+    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, x_order, torch.float16, *tile)
     margin = largest_error(x_norms, y_norms, D, 2.0**-22)
     tiles = x_rounded.shape[0] // block, y_rounded.shape[0] // block
     shapes = (M, N, x_order, y_order)
-    options = {"D": x_rounded.shape[1], "EXCLUDE": exclude_self, "TMA": has_tma()}
-    rows = [x_rounded, y_rounded]
-    if options["TMA"]:
+    rows, tma = [x_rounded, y_rounded], has_tma()
+    if tma:
         rows = [TensorDescriptor.from_tensor(matrix, [block, block_d]) for matrix in rows]
+    options = {"D": x_rounded.shape[1], "EXCLUDE": exclude_self, "TMA": tma}
 
     best = margin.new_empty((M, 0))
     part = min(tiles[1], triton.cdiv(max(N // PART, 2 * k * width), block))
@@ -230,10 +223,8 @@ def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool)
     for first in range(0, part, step):
         some = min(step, part - first)
         maxima = margin.new_empty((M, some * block // width))
-        LAUNCH.start(
-            _maxima_kernel, (tiles[0] * some,),
-            *rows, maxima, tiles[0], some, first, *shapes, W=width, **options,
-        )  # fmt: skip
+        sizes = tiles[0], some, first
+        LAUNCH.start(_maxima_kernel, (tiles[0] * some,), *rows, maxima, *sizes, *shapes, W=width, **options)
         best = torch.cat([best, maxima], 1)
         best = best.topk(min(k, best.shape[1])).values
 
@@ -243,7 +234,4 @@ def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool)
     kept = (bounds(best, k, margin), lists, scores, counts)
     options |= {"ROOM": room, "SYMMETRIC": symmetric}
     LAUNCH.start(_candidates_kernel, (tiles[0] * tiles[1],), *rows, *kept, *tiles, *shapes, **options)
-    parts = [slice(start, start + CLOSEST) for start in range(0, M, CLOSEST)]
-    found = [closest(lists[rows], scores[rows], counts[rows], k, margin[rows]) for rows in parts]
-    columns, overflowed = zip(*found, strict=True)
-    return torch.cat(columns), torch.cat(overflowed)
+    return closest(lists, scores, counts, k, margin, CLOSEST)

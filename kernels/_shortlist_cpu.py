@@ -19,6 +19,7 @@ PRODUCTS = 2**22  # computed at a time
 HEIGHT, EVEN = 1024, 128  # rows of a strip: at most, and in whole units where there are many columns
 HALVINGS = 4  # a group has 2**4 products
 GROUP = 2**HALVINGS
+CLOSEST = 512  # lists that are shortened at a time
 PART = 4  # the first bound comes from one column in so many
 LEFT = 1 / 32  # this share of the rows may be left to the reference before float32 takes them all
 COARSE = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # the share of a product that rounding may change
@@ -43,7 +44,7 @@ def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool)
 def _search(
     x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, dtype: torch.dtype
 ) -> Shortlist:
-    (M, D), N = x.shape, len(y)
+    M, N, D = len(x), *y.shape
     x_order, y_order = random_order(M).long(), random_order(N)
     y_rounded, *y_norms = round_rows(y, y_order, dtype, GROUP)
     x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, x_order, dtype, GROUP)
@@ -75,7 +76,8 @@ def _search(
             lists.add(products, start, first)
             if symmetric and first < start >= part:
                 lists.add(products[: start - first].T, first, start)
-    found, overflowed = lists.closest(k, margin, COARSE[dtype])
+    kept = lists.columns, lists.scores, lists.counts
+    found, overflowed = closest(*kept, k, margin, CLOSEST, COARSE[dtype])
     longest = max(k, int((found[:M] >= 0).sum(1).max()))
     found = torch.where(found < 0, -1, y_order[found])[:, :longest]
     place = x_order.argsort()
@@ -108,17 +110,6 @@ class _Lists:
         self.scores[row, slot] = members[which, member]
         self.counts[owners] += found
         self.bounds[owners[self.counts[owners] > room]] = torch.inf
-
-    def closest(self, k: int, margin: Tensor, coarse: float) -> Shortlist:
-        """Of each list the columns that may be among the k best."""
-        lists = zip(
-            *(part.split(512) for part in (self.columns, self.scores, self.counts, margin)), strict=True
-        )
-        found = [
-            closest(columns, scores.float(), counts, k, m, coarse) for columns, scores, counts, m in lists
-        ]
-        columns, overflowed = zip(*found, strict=True)
-        return torch.cat(columns), torch.cat(overflowed)
 
 
 def _whole(count: int, size: int) -> int:

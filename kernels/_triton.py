@@ -1,13 +1,13 @@
-"""Triton where it is installed, and the one rule by which a call reaches a kernel or its torch reference.
+"""Triton if it is installed, and the rule that sends a call to a kernel or to its torch reference.
 
-CUDA tensors go through the Triton kernels, CPU tensors through the reference. Two environment variables, both
-read once, when `ecul.kernels` is first imported, change that:
+CUDA tensors go to the Triton kernels, CPU tensors to the reference. Two environment variables change
+this. Both are read once, when `ecul.kernels` is imported:
 
-- `ECUL_KERNELS=reference` sends every tensor through the reference: to compare, or to rule a kernel out;
-- `TRITON_INTERPRET=1`, Triton's own switch, sends CPU tensors through the kernels too, in Triton's
-  interpreter (slow, for tests).
+- `ECUL_KERNELS=reference` sends every tensor through the reference, to compare or to exclude a kernel;
+- `TRITON_INTERPRET=1`, Triton's own switch, sends CPU tensors through the kernels in Triton's interpreter
+  (slow, for tests).
 
-Without Triton installed, or with one older than 3.4, everything runs on the references.
+Without Triton, or with a version before 3.4, everything runs on the references.
 """
 
 import os
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -23,7 +24,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor  # since Triton 3.4
 except ImportError:
     triton = TensorDescriptor = None
-    tl = SimpleNamespace(constexpr=None)  # a kernel's annotations are all that is evaluated without triton
+    tl = SimpleNamespace(constexpr=None)  # Python evaluates the annotations of the kernels
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 REFERENCE = os.environ.get("ECUL_KERNELS") == "reference"
@@ -31,17 +32,17 @@ ENABLED = triton is not None and not REFERENCE
 
 
 def jit(function: Callable) -> Any:
-    """`triton.jit`, or the function itself where there is no Triton to compile it."""
+    """`triton.jit`, or the function itself without Triton."""
     return function if triton is None else triton.jit(function)
 
 
-def use_triton(tensor: torch.Tensor) -> bool:
-    """True where a call on `tensor` runs the Triton kernels: the only dispatch rule of `ecul.kernels`."""
+def use_triton(tensor: Tensor) -> bool:
+    """Whether a call on `tensor` runs the Triton kernels: the only dispatch rule of `ecul.kernels`."""
     return ENABLED and (tensor.is_cuda or INTERPRETED)
 
 
 def has_tma() -> bool:
-    """Whether kernels are to load tiles by descriptors: where the hardware has none, they are slow."""
+    """Whether kernels load tiles by descriptors. These are slow on hardware without TMA."""
     if INTERPRETED:
         return True
     target = triton.runtime.driver.active.get_current_target()
@@ -49,16 +50,11 @@ def has_tma() -> bool:
 
 
 class Launch(NamedTuple):
-    """One fixed way to launch a kernel: block sizes, warps, pipeline stages.
-
-    `shared` states the bytes of shared memory that a program takes at most, and no register is ever spilled:
-    the tests hold the compiler to both, for compute capabilities 8.0 and 9.0.
-    """
+    """One fixed way to launch a kernel: block sizes, warps, pipeline stages."""
 
     blocks: dict[str, Any]
     warps: int
     stages: int
-    shared: int
 
     def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """Start `kernel` over `grid`, on the stream and device of its tensors; `constants` may be options."""
@@ -66,6 +62,11 @@ class Launch(NamedTuple):
         kernel[grid](*args, **constants, **self.blocks, num_warps=self.warps, num_stages=stages)
 
 
-def rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix`, copied only if the entries of a row do not lie side by side."""
+def rows_contiguous(matrix: Tensor) -> Tensor:
+    """`matrix`, copied only if the entries of a row are not contiguous."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def same_rows(x: Tensor, y: Tensor) -> bool:
+    """Whether x and y are one matrix in memory."""
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()

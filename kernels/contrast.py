@@ -57,7 +57,7 @@ def memory_contrast(
     else:
         loss = memory_contrast_reference(x, bank, bank_labels, labels, temperature)
     if not loss.is_cuda and not torch.compiler.is_compiling():
-        _check_finite(loss, labels)
+        _require_finite(loss, labels)
     return loss
 
 
@@ -72,12 +72,11 @@ def memory_contrast_reference(
     return scores.logsumexp(1) - scores.masked_fill(~own, -torch.inf).logsumexp(1)
 
 
-def _check_finite(loss: Tensor, labels: Tensor) -> None:
-    """An infinite loss means a label without a slot, and NaN means features that are not finite."""
-    wrong = ~loss.detach().isfinite()
-    if not wrong.any():
+def _require_finite(loss: Tensor, labels: Tensor) -> None:
+    """A label without a slot makes a loss infinite. Features that are not finite make it NaN."""
+    if loss.detach().isfinite().all():
         return
-    first = int(wrong.nonzero()[0])
+    first = int(loss.detach().isfinite().int().argmin())
     if loss[first].isnan():
         raise ValueError(f"x or bank holds NaN or infinite features (the loss of sample {first} is NaN)")
     raise ValueError(
@@ -92,12 +91,11 @@ def _check_finite(loss: Tensor, labels: Tensor) -> None:
 #     loss_i = log(P_i + Q_i) - log P_i = log(1 + Q_i / P_i)
 #     d loss_i / d x_i = r_i / tau (sum_others q_ij b_j - sum_own p_ij b_j),    r_i = Q_i / (P_i + Q_i).
 #
-# The bank takes no gradient, so this is all there is to the backward pass, and the forward pass computes it:
-# a product, a kernel that turns a row of scores into the loss, r / tau and a row of q and -p, and a product.
-# These weights lie in [-1, 1] and keep their relative precision in bfloat16 and float16, however small the
-# loss; the scores, rounded, would cost 5 % of the gradient at tau = 0.05, and stay float32. With a maximum
-# for each kind, no loss is so large that the own slots underflow. A sample with label -1 owns every slot:
-# Q = 0, so its loss and its gradient are exactly 0.
+# The bank takes no gradient, so the forward pass computes all of this: a product, a kernel that turns a row
+# of scores into the loss, r / tau and the weights q and -p, and a second product. The weights lie in [-1, 1],
+# so they keep their relative precision in half precision, however small the loss. The scores stay float32:
+# rounded, they would change the gradient by 5 % at tau = 0.05. Each kind has its own maximum, so the own
+# slots never underflow. A sample with label -1 owns every slot: Q = 0, so loss and gradient are exactly 0.
 
 
 @jit
@@ -110,7 +108,7 @@ def _weights_kernel(
     own_top, own_sum = tl.full((BLOCK,), -float("inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
     other_top, other_sum = own_top, own_sum
     place = row.to(tl.int64) * C + tl.arange(0, BLOCK)
-    for start in range(0, C, BLOCK):  # each lane sums relative to the largest that it has met, by kind
+    for start in range(0, C, BLOCK):  # each lane sums relative to its largest score so far, by kind
         slots = start + tl.arange(0, BLOCK)
         live = slots < C
         own = (tl.load(bank_labels + slots, mask=live, other=0) == label) | (label < 0)
@@ -142,14 +140,14 @@ def _weights_kernel(
 
 @jit
 def _log_sum(tops, sums):
-    """log sum_t sums[t] exp(tops[t]), minus infinity where nothing was summed."""
+    """log sum_t sums[t] exp(tops[t]); minus infinity if nothing was summed."""
     highest = tl.max(tops, 0)
     return highest + tl.log(tl.sum(tl.where(sums == 0.0, 0.0, sums * tl.exp(tops - highest)), 0))
 
 
-LAUNCH = Launch({"BLOCK": 1024}, warps=4, stages=2, shared=4096)
+LAUNCH = Launch({"BLOCK": 1024}, warps=4, stages=2)
 MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
-SCORES = 2**26  # held at a time, in float32; rows of more slots than this come one by one
+SCORES = 2**26  # held at a time, in float32; at least one row
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -162,7 +160,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _launch(
     x: Tensor, bank: Tensor, bank_labels: Tensor, labels: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss (B,), and its gradient as factors (B,) and rows (B, D), (0, D) if not wanted; all float32."""
+    """The loss (B,), and its gradient as factors (B,) and rows, (B, D) or (0, D) if unwanted; all float32."""
     (B, D), C = x.shape, bank.shape[0]
     bank = bank.to(x.dtype)
     bank_labels, labels = bank_labels.contiguous(), labels.contiguous()

@@ -3,11 +3,13 @@
 Step 7 of EMCC (arXiv 2412.19134): d_ij = 1 - s / (2 - s), s = sum_l min(v_il, v_jl).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ._checks import check_csr, check_device, check_number, check_vector
-from ._overlaps import in_units, least_overlap, pairs_on_device
+from ._overlaps import pairs_on_device
 from ._overlaps_cpu import pairs_on_host
 from ._triton import use_triton
 
@@ -60,12 +62,18 @@ def graph_of(pairs: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def jaccard_pairs(
-    indptr: Tensor, indices: Tensor, values: Tensor, eps: float, turn: int = 0, turns: int = 1, find=None
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    eps: float,
+    turn: int = 0,
+    turns: int = 1,
+    find: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """One part of the pairs (i, j) within eps, i < j, (2, pairs) int64; `turns` parts are all of them.
 
     Arguments as for `jaccard_neighbors`. Processes take strips of rows in turn, because early strips contain
-    more pairs i < j. find: `pairs_on_device` or `pairs_on_host`; None chooses by the tensors.
+    more pairs i < j. find: `pairs_on_device` or `pairs_on_host`; by default `use_triton` decides.
     """
     check_csr(indptr, indices, values)
     size = len(indptr) - 1
@@ -75,7 +83,7 @@ def jaccard_pairs(
         return indices.new_empty(2, 0)
     find = find or (pairs_on_device if use_triton(values) else pairs_on_host)
     with torch.cuda.device_of(values):
-        return find(indptr, indices, in_units(values), least_overlap(eps), turn, turns)
+        return find(indptr, indices, values, eps, turn, turns)
 
 
 @torch.library.custom_op("ecul::jaccard_neighbors", mutates_args=())

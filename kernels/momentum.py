@@ -59,7 +59,11 @@ def momentum_update_(
         raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
-    priority = _draw(labels, generator) if rule == "instance" else None
+    priority = None
+    if rule == "instance":  # the sample with the smallest number of its label is a uniform draw
+        device = labels.device if generator is None else generator.device
+        priority = torch.rand(len(labels), device=device, dtype=torch.float32, generator=generator)
+        priority = priority.to(labels.device, non_blocking=True)
     _momentum_update_(bank, x.detach(), labels, float(momentum), rule, priority)
     return bank
 
@@ -86,13 +90,6 @@ def momentum_update_reference(
             row = F.normalize(momentum * row + (1 - momentum) * sample, dim=0, eps=1e-12)
         bank[label] = row
     return bank
-
-
-def _draw(labels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A uniform number for each sample. The sample with its label's smallest number is a uniform draw."""
-    device = labels.device if generator is None else generator.device
-    drawn = torch.rand(labels.shape[0], dtype=torch.float32, device=device, generator=generator)
-    return drawn.to(labels.device, non_blocking=True)
 
 
 # The kernel: one launch, one program for each sample of the batch. A program works only if its sample is the

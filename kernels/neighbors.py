@@ -6,17 +6,16 @@ from torch import Tensor
 from ._checks import check_device, check_matrix, check_number
 from ._shortlist import shortlist
 from ._shortlist_cpu import shortlist as shortlist_on_cpu
-from ._triton import REFERENCE, rows_contiguous, use_triton
+from ._triton import REFERENCE, rows_contiguous, same_rows, use_triton
 from .pairs import pair_similarity
 
 
 def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) -> tuple[Tensor, Tensor]:
     """For every row of `x` the `k` rows of `y` with the largest inner product, best first.
 
-    `(x.double() @ y.double().T).float().topk(k)`, where equal similarities rank the lower index first: values
-    are rounded to float32 once. The same on every device where float64 sums the products without rounding, as
-    it does those of unit rows on a grid of 2**-26. The M x N matrix never exists: memory is
-    O((M + N) * (D + k)).
+    `(x.double() @ y.double().T).float().topk(k)`, where equal values rank the lower index first. Results are
+    the same on every device if float64 sums the products without rounding, as for unit rows on a grid of
+    2**-26. The M x N matrix never exists: memory is O((M + N) * (D + k)).
 
     Args:
         x: (M, D) float32, bfloat16 or float16.
@@ -38,10 +37,7 @@ def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) ->
     if not isinstance(exclude_self, bool):
         raise TypeError(f"exclude_self must be True or False; got {type(exclude_self).__name__}")
     if exclude_self and x.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"exclude_self needs as many rows in y as in x, row i being the same point; "
-            f"got {y.shape[0]} and {x.shape[0]}"
-        )
+        raise ValueError(f"exclude_self needs as many rows in y as in x; got {y.shape[0]} and {x.shape[0]}")
     if x.shape[1] == 0:
         raise ValueError("x and y must have features; got rows of none")
     most = y.shape[0] - exclude_self
@@ -54,9 +50,8 @@ def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) ->
 def topk_similarity_reference(
     x: Tensor, y: Tensor, k: int, exclude_self: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`topk_similarity` in plain torch, a strip of rows at a time: the specification."""
-    itself = torch.arange(x.shape[0], device=x.device) if exclude_self else None
-    return _by_strips(x, y, k, itself)
+    """`topk_similarity` in plain torch: the specification."""
+    return _by_strips(x, y, k, torch.arange(len(x), device=x.device) if exclude_self else None)
 
 
 def _by_strips(x: Tensor, y: Tensor, k: int, itself: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -80,16 +75,16 @@ def _by_strips(x: Tensor, y: Tensor, k: int, itself: Tensor | None) -> tuple[Ten
     return values, indices
 
 
-def _finite(matrix: Tensor) -> Tensor:
-    """Whether every feature is finite, without a wait."""
-    if matrix.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=matrix.device)
-    return torch.stack(torch.aminmax(matrix)).isfinite().all()
+def _finite(x: Tensor, y: Tensor) -> Tensor:
+    """(2,) bool on the device: whether all features of x are finite, and all of y."""
+    nothing = x.new_zeros(1)  # `aminmax` refuses empty tensors
+    extremes = [torch.aminmax(matrix if matrix.numel() else nothing) for matrix in (x, y)]
+    return torch.stack([torch.stack(pair).isfinite().all() for pair in extremes])
 
 
-def _require_finite(x: Tensor | bool, y: Tensor | bool) -> None:
-    for name, finite in (("x", x), ("y", y)):
-        if not finite:
+def _require_finite(finite: Tensor | list[bool]) -> None:
+    for name, is_finite in zip(("x", "y"), finite, strict=True):
+        if not is_finite:
             raise ValueError(f"{name} holds NaN or infinite features")
 
 
@@ -100,12 +95,12 @@ def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, T
     """The k best of short lists. One GPU sync checks that inputs are finite and which lists overflowed."""
     values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    symmetric = x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
-    finite = [_finite(x), _finite(y)]
+    finite = _finite(x, y)
     if not x.is_cuda:
-        _require_finite(*finite)
+        _require_finite(finite)
     if x.shape[0] == 0:
         return values, indices
+    symmetric = same_rows(x, y)
     x, y = rows_contiguous(x), rows_contiguous(y)
     find = shortlist if use_triton(x) else shortlist_on_cpu
     lists, overflowed = find(x, y, k, exclude_self, symmetric)
@@ -117,8 +112,8 @@ def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, T
         values[start : start + rows], indices[start : start + rows] = _best(products.float(), listed, k)
     last = values[:, -1].abs()  # float32 cannot rank products that are tiny or infinite
     overflowed |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
-    *finite, repeated = torch.stack([*finite, overflowed.any()]).tolist()
-    _require_finite(*finite)
+    *finite, repeated = torch.cat([finite, overflowed.any()[None]]).tolist()
+    _require_finite(finite)
     if repeated:
         again = overflowed.nonzero()[:, 0]
         values[again], indices[again] = _by_strips(x[again], y, k, again if exclude_self else None)
@@ -142,13 +137,11 @@ def _topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[
     if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
             return _search(x, y, k, exclude_self)
-    _require_finite(_finite(x), _finite(y))
+    _require_finite(_finite(x, y))
     return topk_similarity_reference(x, y, k, exclude_self)
 
 
 @_topk_similarity.register_fake
 def _(x, y, k, exclude_self):
-    return (
-        x.new_empty((x.shape[0], k), dtype=torch.float32),
-        x.new_empty((x.shape[0], k), dtype=torch.int64),
-    )
+    values = x.new_empty((x.shape[0], k), dtype=torch.float32)
+    return values, torch.empty_like(values, dtype=torch.int64)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_matrix, check_vector
-from ._triton import Launch, jit, rows_contiguous, tl, triton, use_triton
+from ._triton import Launch, jit, rows_contiguous, same_rows, tl, triton, use_triton
 
 X_ROWS, Y_ROWS = 8192, 4096  # rows of x and of y that the reference converts to float64 at a time
 
@@ -14,14 +14,14 @@ X_ROWS, Y_ROWS = 8192, 4096  # rows of x and of y that the reference converts to
 def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The inner product of each listed row of `x` with its row of `y`, summed in float64.
 
-    `(x[rows].double() * y[columns].double()).sum(1)`. Products are exact, and so are their sums, in whatever
-    order, on every device, where they are multiples of 2**-52 below 2: for unit rows on a grid of 2**-26.
+    `(x[rows].double() * y[columns].double()).sum(1)`. For unit rows on a grid of 2**-26 all products and sums
+    are multiples of 2**-52 below 2: the result is exact, in any order and on every device.
 
     Args:
         x: (M, D) float32, bfloat16 or float16.
         y: (N, D), the same dtype; may be `x` itself.
         rows: (P,) int64, rows of `x`, ascending.
-        columns: (P,) int64, rows of `y`, no pair twice; where negative, nothing is computed.
+        columns: (P,) int64, rows of `y`, no pair twice. Negative ones are skipped.
 
     Returns:
         (P,) float64; minus infinity at negative columns.
@@ -40,13 +40,12 @@ def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
 @torch.no_grad()
 def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`pair_similarity` in sampled products, a block of rows and columns at a time: the CPU path."""
-    if x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride():  # each pair once
-        size, live = max(1, len(x)), columns >= 0
-        key = torch.minimum(rows, columns) * size + torch.maximum(rows, columns)
-        key, place = torch.where(live, key, -1).unique(return_inverse=True)
-        once = _by_blocks(x, y, key.clamp_min(0) // size, torch.where(key < 0, -1, key % size))
-        return once[place]
-    return _by_blocks(x, y, rows, columns)
+    if not same_rows(x, y):
+        return _by_blocks(x, y, rows, columns)
+    pairs = torch.stack([torch.minimum(rows, columns), torch.maximum(rows, columns)])
+    key = torch.where(columns < 0, -1, pairs[0] * len(x) + pairs[1])
+    once, place = key.unique(return_inverse=True)  # the pairs (i, j) and (j, i) are computed once
+    return _by_blocks(x, y, once // max(1, len(x)), torch.where(once < 0, -1, once % max(1, len(x))))[place]
 
 
 def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -64,24 +63,17 @@ def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         x_part, y_part = x[x_first : x_first + X_ROWS], y[y_first : y_first + Y_ROWS]
         if held != x_first:
             held, wide = x_first, x_wide[: len(x_part)].copy_(x_part)
-        counts = (rows[part] - x_first).bincount(minlength=len(x_part))
-        narrow = y_wide[: len(y_part)].copy_(y_part)
-        out[part] = _sampled(wide, narrow, counts, columns[part] - y_first)
+        offsets = torch.arange(x_first, x_first + len(x_part) + 1, device=rows.device)
+        offsets = torch.searchsorted(rows[part], offsets)
+        listed = offsets, columns[part] - y_first, torch.zeros_like(part, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # torch calls CSR beta
+            pattern = torch.sparse_csr_tensor(*listed, (len(x_part), len(y_part)), check_invariants=False)
+            products = torch.sparse.sampled_addmm(
+                pattern, wide, y_wide[: len(y_part)].copy_(y_part).T, beta=0.0
+            )
+        out[part] = products.values()
     return out
-
-
-def _sampled(x: Tensor, y: Tensor, counts: Tensor, columns: Tensor) -> Tensor:
-    """The products of each row of `x` with the next `counts` of the listed rows of `y`, float64."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # CSR is said to be in beta
-        pattern = torch.sparse_csr_tensor(
-            torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-            columns,
-            torch.zeros_like(columns, dtype=x.dtype),
-            (len(x), len(y)),
-            check_invariants=False,
-        )
-        return torch.sparse.sampled_addmm(pattern, x, y.T, beta=0.0).values()
 
 
 @jit
@@ -103,7 +95,7 @@ def _pairs_kernel(
     tl.store(out + pair, tl.where(listed, tl.sum(products, 1), -float("inf")), mask=pair < P)
 
 
-LAUNCH = Launch({"BLOCK": 16, "BLOCK_D": 128}, warps=4, stages=2, shared=2048)
+LAUNCH = Launch({"BLOCK": 16, "BLOCK_D": 128}, warps=4, stages=2)
 
 
 def _launch(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

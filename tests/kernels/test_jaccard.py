@@ -60,9 +60,9 @@ def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, ex
     assert_graph(jaccard_neighbors(*as_arguments(encodings), eps), distance <= eps)
 
 
-PORTIONS = [("STRIP", 60), ("STRIP", 1), ("BLOCK", 16), ("FOUND", 1), ("SORTED", 7)]
+PORTIONS = [("OVERLAPS", 60), ("OVERLAPS", 1), ("BLOCK", 16), ("FOUND", 1), ("SORTED", 7)]
 PORTIONS += [("SHARE", 1), ("SHARE", 2), ("SHARE", 10**9)]
-ON_HOST = [("ROWS", 7), ("PARTS", 3), ("PAIRS", 3)]
+ON_HOST = [("COMPARED", 7), ("SPLIT", 3), ("MEASURED", 3)]
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_the_kernel_compiles_without_spills(target):
     compiling = pytest.importorskip("compiling")
     with compiling.compiling(getattr(compiling, target)) as compiled:
         indptr, indices, values = as_arguments(random_encodings(0, 70, 10))
-        least, whole = _overlaps.least_overlap(0.5), torch.zeros(9, dtype=torch.int32)
-        _overlaps.pairs_on_device(indptr, indices, _overlaps.in_units(values), least, 0, 1)
+        whole = torch.zeros(9, dtype=torch.int32)
+        _overlaps.pairs_on_device(indptr, indices, values, 0.5, 0, 1)
         options = {"STEPS": 9, "BLOCK": _overlaps.BLOCK, "num_warps": _overlaps.WARPS}
         _overlaps._measure[(1,)](torch.zeros(2, 3).long(), whole, indptr, whole, whole, 3, **options)
     assert {name for name, _ in compiled} == {"_add_overlaps", "_list_pairs", "_measure"}
