@@ -22,7 +22,6 @@ from ecul.report import report
 from ecul.report.measured import (
     MIXED,
     Embedded,
-    activation,
     choose_queries,
     cluster_margins,
     commonest,
@@ -433,27 +432,9 @@ def test_thumbnails_are_those_of_the_files(tmp_path):
     images = Images.from_paths([tmp_path / "a.png"], "visible"), Images.from_paths([], "infrared")
     tiny = torch.zeros(1, 3, 4, 2, dtype=torch.uint8)
     table = Embedded(images, (tiny, tiny[:0]), torch.zeros(1, 2))
-    assert np.array_equal(table.thumbnail(0), original)
+    assert np.array_equal(table.cell(0).image, original)
     (tmp_path / "a.png").unlink()
-    assert table.thumbnail(0).shape == (4, 2, 3)
-
-
-def test_an_activation_map_is_high_where_the_network_responds():
-    model = TwoStreamResNet(10, 4, False, (64, 32)).eval()
-    seen = []
-    model.layer4[-1].register_forward_hook(lambda _, __, out: seen.append(out[0].norm(dim=0)))
-    strength = activation(model, torch.randint(0, 256, (3, 64, 32), dtype=torch.uint8), "infrared")
-    assert np.allclose(strength, seen[0]) and strength.shape == (4, 2)
-
-    class Flat(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(3, 2)
-
-        def embed(self, x, modality):
-            return self.layer(x.mean((2, 3)))
-
-    assert activation(Flat(), torch.zeros(3, 8, 4, dtype=torch.uint8), "visible") is None
+    assert table.cell(0).image.shape == (4, 2, 3)
 
 
 def test_clusters_are_matched_as_the_next_epoch_would(run, dataset):

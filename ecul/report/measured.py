@@ -1,5 +1,6 @@
-"""The figures of a report: features, clusters and how certain they are, answers, and activations."""
+"""The figures of a report: features, clusters and how certain they are, and what answers a query."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +8,11 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES
-from ecul.augment import normalize
 from ecul.data.decode import read_image
 from ecul.data.images import Images
 from ecul.data.pack import Arrays
 from ecul.evaluation.metrics import SCORING
-from ecul.features import embed_pixels, evaluating
+from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
 from ecul.memory import cluster_means
 from ecul.report.pictures import HEIGHT, MODALITY, Cell
@@ -53,29 +53,24 @@ class Embedded:
         known = [images.pids for images in self.images if images.pids is not None]
         return np.concatenate(known) if len(known) == len(self.images) else None
 
-    def find(self, row: int) -> tuple[Images, int, torch.Tensor]:
-        """The images of the modality of this row, the row's place among them, and its pixels."""
-        side = int(row >= len(self.images[0]))
-        place = row - side * len(self.images[0])
-        return self.images[side], place, self.pixels[side][place]
-
-    def thumbnail(self, row: int) -> np.ndarray:
-        """The image of this row as in its file, (H, W, 3) uint8, twice as high as in a sheet."""
-        images, place, pixels = self.find(row)
-        size = (2 * HEIGHT, max(1, round(2 * HEIGHT * pixels.shape[2] / pixels.shape[1])))
-        if isinstance(images.source, Arrays):
-            return images.source.load(images.rows[[place]], size, False)[0].permute(1, 2, 0).numpy()
-        try:
-            return read_image(images.source.paths(images.rows[[place]])[0], size)
-        except ValueError:  # the file is gone, the pack is there
-            return pixels.permute(1, 2, 0).numpy()
-
     def cell(self, row: int, color: str | None = None, head: str = "", foot: str = "") -> Cell:
-        """The image of this row with its camera between two lines; the default colour is the modality's."""
-        images, place, _ = self.find(row)
+        """The image of this row with its camera between two lines; the default colour is the modality's.
+
+        The image is that of the file, twice as high as in a sheet, and that of the pack if the file is gone.
+        """
+        side = int(row >= len(self.images[0]))
+        images, place = self.images[side], row - side * len(self.images[0])
         camera = f"camera {images.camids[place]}" if images.camids[place] else ""
         caption = "\n".join(filter(None, (head, camera, foot)))
-        return Cell(self.thumbnail(row), caption, color or MODALITY[images.modality])
+        pixels, own = self.pixels[side][place], images.rows[[place]]
+        size = (2 * HEIGHT, max(1, round(2 * HEIGHT * pixels.shape[2] / pixels.shape[1])))
+        if isinstance(images.source, Arrays):
+            pixels = images.source.load(own, size, False)[0]
+        shown = pixels.permute(1, 2, 0).numpy()
+        if not isinstance(images.source, Arrays):
+            with suppress(ValueError):
+                shown = read_image(images.source.paths(own)[0], size)
+        return Cell(shown, caption, color or MODALITY[images.modality])
 
 
 @dataclass(frozen=True)
@@ -170,28 +165,6 @@ def flattened(rows: np.ndarray) -> tuple[np.ndarray, str]:
     start = (points / max(points[:, 0].std(), 1e-9) * 1e-4).astype(np.float32)
     tsne = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), init=start, random_state=0)
     return tsne.fit_transform(rows), "t-SNE"
-
-
-@torch.no_grad()
-def activation(model: Any, pixels: torch.Tensor, modality: str) -> np.ndarray | None:
-    """How strongly a network responds: (h, w) norms of its last feature map, None where it has no map.
-
-    pixels: uint8 (3, H, W).
-    """
-    maps: list[torch.Tensor] = []
-
-    def keep(_: Any, __: Any, output: Any) -> None:
-        if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
-            maps.append(output)
-
-    handles = [module.register_forward_hook(keep) for module in model.modules()]
-    try:
-        with evaluating(model):
-            model.embed(normalize(pixels[None].to(next(model.parameters()).device)), modality)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return maps[-1].float().norm(dim=1)[0].cpu().numpy() if maps else None
 
 
 def counted(number: int, noun: str, of: int | None = None) -> str:

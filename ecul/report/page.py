@@ -28,7 +28,6 @@ from ecul.streams import load_model
 
 log = logging.getLogger("ecul")
 MAPPED = 600  # images of a map
-COARSE = 32  # cells of a feature map: one with fewer does not tell where a network looks
 CURVES = (
     "Each loss is the mean of its epoch; stage 2 adds terms. Scores rate the weights without identities: "
     "separation of the clusters, mutual nearest neighbours across modalities, stability of the labels since "
@@ -214,7 +213,7 @@ def _image_sections(
         sections.append(_match_section(folder, trained, labels, saved.config.matching))
     else:
         happened.append(("verdict", "bad: fewer than two clusters in a modality; see eps and min_samples"))
-    return [*sections, *_view_sections(folder, tested, model)], happened
+    return [*sections, _map_section(folder, tested)], happened
 
 
 def _sheet(title: str, text: str, path: Path, rows: Sequence[Row], lead: int = 0) -> Section:
@@ -350,37 +349,14 @@ def match_rows(
     return rows, lead
 
 
-def _view_sections(folder: Path, table: Embedded, model: Any) -> list[Section]:
-    """The map, and where the network looks if it has a feature map that is fine enough."""
+def _map_section(folder: Path, table: Embedded) -> Section:
     rows = np.linspace(0, len(table.features) - 1, min(MAPPED, len(table.features))).round().astype(int)
     pids, border = table.pids(), len(table.images[0])
     points, how = measured.flattened(table.features[torch.from_numpy(rows)].numpy())
     pictures.draw_map(folder / "map.png", points, rows >= border, None if pids is None else pids[rows])
     text = f"{len(rows)} images by {how}: images are close where their features are. A gap between the "
     text += "modalities is one that training has not closed."
-    return [Section("Map of the features", text, folder / "map.png"), *_looked_at(folder, table, model)]
-
-
-def _looked_at(folder: Path, table: Embedded, model: Any, each: int = 2) -> list[Section]:
-    """Queries and their best answers with activations: the best and the worst queries by their cosine."""
-    visible, infrared = table.sides
-    scores, answers = (infrared @ visible.T).max(1)
-    order = scores.argsort(descending=True, stable=True).tolist()
-    chosen = {**dict.fromkeys(order[-each:], "least sure"), **dict.fromkeys(order[:each], "surest")}
-    rows, shape = [], (0, 0)
-    for query in sorted(chosen, key=order.index):
-        cells = []
-        for row, name in ((len(visible) + query, "query"), (int(answers[query]), "answer")):
-            images, _, pixels = table.find(row)
-            strength = measured.activation(model, pixels, images.modality)
-            if strength is None or strength.size < COARSE:
-                return []
-            shown, shape = table.cell(row)._replace(caption=name), strength.shape
-            cells += [shown, shown._replace(image=pictures.heated(shown.image, strength), caption="")]
-        rows.append(Row(f"{chosen[query]}\ncosine {scores[query]:.3f}", cells))
-    text = "An infrared query and its best visible answer, each with the norm of the last feature map, "
-    text += f"{shape[0]} x {shape[1]} cells, red the most: the surest queries first, then the least sure."
-    return [_sheet("Where the network looks", text, folder / "activations.png", rows, 2)]
+    return Section("Map of the features", text, folder / "map.png")
 
 
 def _data_rows(saved: SavedRun, dataset: Dataset | None) -> list[tuple]:

@@ -174,15 +174,6 @@ def _end(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[1 - width :]
 
 
-def heated(image: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) uint8, in gray, under a map (h, w) in colours: a block for each of its cells."""
-    places = (np.arange(m) * n // m for n, m in zip(strength.shape, image.shape[:2], strict=True))
-    strength = (strength - strength.min()) / max(np.ptp(strength), 1e-9)
-    blocks = strength[np.ix_(*places)][..., None]
-    heat = _matplotlib().colormaps["turbo"](blocks[..., 0])[..., :3] * 255
-    return (image.mean(2, keepdims=True) * (1 - 0.6 * blocks) + heat * 0.6 * blocks).astype(np.uint8)
-
-
 def _dress(axes: Any, title: str) -> None:
     """The title and the look that all panels share."""
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
