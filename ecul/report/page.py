@@ -300,12 +300,12 @@ def _cluster_section(
 
 
 def _match_section(folder: Path, table: Embedded, labels: Labels, rule: str) -> Section:
-    """The best, the middle and the worst matches, visible images beside infrared ones."""
+    """Matches from the best to the worst, visible images beside infrared ones."""
     visible, infrared = (centers.numpy() for centers in labels.centers)
     match = match_clusters(visible, infrared, rule) if labels.match is None else labels.match
     kind = "one to one" if max(match.sum(0).max(), match.sum(1).max()) == 1 else "many to many"
-    text = f"{int(match.sum())} matches between the clusters of the two modalities, {kind}: the best, the "
-    text += "middle and the worst by the cosine of their centres, with the images nearest to each centre."
+    text = f"{int(match.sum())} matches between the clusters of the two modalities, {kind}, from the best to "
+    text += "the worst by the cosine of their centres, with the images nearest to each centre."
     same = None
     if table.pids() is not None:
         pairs = zip(labels.sides.values(), table.images, strict=True)
@@ -321,7 +321,7 @@ def _match_section(folder: Path, table: Embedded, labels: Labels, rule: str) -> 
 
 def match_rows(
     table: Embedded, labels: Labels, similarity: np.ndarray, match: np.ndarray, same: np.ndarray | None,
-    each: int = 2, images: int = 4,
+    most: int = 6, images: int = 4,
 ) -> tuple[list[Row], int]:  # fmt: skip
     """Rows of a sheet, and its lead: the number of images of each modality.
 
@@ -329,23 +329,21 @@ def match_rows(
     """
     pairs = np.argwhere(match)
     pairs = pairs[np.argsort(-similarity[tuple(pairs.T)], kind="stable")]
-    middle = max(0, len(pairs) // 2 - each // 2)
-    places = {"worst": len(pairs) - each, "middle": middle, "best": 0}
-    chosen = {p: name for name, first in places.items() for p in range(max(0, first), first + each)}
-    shown = [(chosen[place], *pairs[place].tolist()) for place in sorted(chosen) if place < len(pairs)]
-    sides = [*labels.sides.values()]
-    sizes = [torch.bincount(side[side >= 0]) for side in sides]
-    lead = min(images, *(int(min(sizes[0][a], sizes[1][b])) for _, b, a in shown))
+    places = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int)
+    members = [
+        [torch.nonzero(side == c)[:, 0] for c in range(int(side.max()) + 1)] for side in labels.sides.values()
+    ]
+    lead = min(images, *(min(len(members[0][a]), len(members[1][b])) for b, a in pairs[places]))
     rows = []
-    for name, b, a in shown:
+    for place, (b, a) in zip(places, pairs[places], strict=True):
         cells, offset = [], 0
-        for side, cluster, centers in zip(sides, (a, b), labels.centers, strict=True):
-            members = torch.nonzero(side == cluster)[:, 0] + offset
-            nearest = (table.features[members] @ centers[cluster]).argsort(descending=True, stable=True)
-            cells += [table.cell(row) for row in members[nearest[:lead]].tolist()]
-            offset = len(side)
+        for side, cluster, centers in zip(members, (a, b), labels.centers, strict=True):
+            own = side[cluster] + offset
+            nearest = (table.features[own] @ centers[cluster]).argsort(descending=True, stable=True)
+            cells += [table.cell(row) for row in own[nearest[:lead]].tolist()]
+            offset = labels.num_visible
         told = "" if same is None else "\nsame person" if same[b, a] else "\nanother person"
-        rows.append(Row(f"{name}\ncosine {similarity[b, a]:.3f}{told}", cells))
+        rows.append(Row(f"match {place + 1} of {len(pairs)}\ncosine {similarity[b, a]:.3f}{told}", cells))
     return rows, lead
 
 

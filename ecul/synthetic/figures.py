@@ -190,8 +190,10 @@ def draw_person(canvas: Canvas, person: Person, tones: Tones, yaw: np.ndarray, p
     if person["bag"] == "backpack":
         canvas.paint(backpack, tones["bag"])
     _draw_legs(canvas, person, tones, pose)
-    _draw_trunk(canvas, person, tones, pose)
-    hands = _draw_arms(canvas, person, tones, pose)
+    cloth = canvas.cloth(person["upper"], person["upper_period"], 0.03 * side, 0.31, person["shoulders"])
+    garment = (tones["upper"], tones["upper2"], cloth)
+    _draw_trunk(canvas, person, tones, pose, garment)
+    hands = _draw_arms(canvas, person, tones, pose, garment[: 1 if person["upper"] == "open" else 3])
     _draw_head(canvas, person, tones, pose)
     if person["bag"] == "backpack":
         canvas.paint(np.where(front < -0.2, backpack, np.inf), tones["bag"])
@@ -236,19 +238,12 @@ def _draw_legs(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> None
     canvas.paint(canvas.trapezoid(0, 0.42, seam, half, half * flare), *garment)
 
 
-def _upper_garment(canvas: Canvas, person: Person, tones: Tones, pose: Pose, kind: str) -> tuple[Any, ...]:
-    """Both tones of the upper garment and where the second one lies."""
-    middle = (0.03 * pose.side, 0.31)
-    cloth = canvas.cloth(kind, person["upper_period"], *middle, person["shoulders"])
-    return tones["upper"], tones["upper2"], cloth
-
-
-def _draw_trunk(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> None:
+def _draw_trunk(canvas: Canvas, person: Person, tones: Tones, pose: Pose, garment: tuple) -> None:
     """Neck, upper garment, belt and, on the chest, a logo."""
     canvas.paint(canvas.capsule(0, 0.12, 0, 0.18, 0.028), tones["skin"])
     top, bottom = person["shoulders"] * pose.broad, (person["hips"] + 0.01) * pose.broad
     trunk = canvas.trapezoid(0, 0.175, person["hem"], top - 0.015, bottom) - 0.012
-    canvas.paint(trunk, *_upper_garment(canvas, person, tones, pose, person["upper"]))
+    canvas.paint(trunk, *garment)
     if person["belt"]:
         canvas.paint(np.maximum(trunk, np.abs(canvas.y - 0.45) - 0.016), tones["bag"])
     if person["logo"]:
@@ -256,11 +251,11 @@ def _draw_trunk(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> Non
         canvas.paint(np.where(pose.front > 0.2, logo, np.inf), tones["shoes"])
 
 
-def _draw_arms(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> dict[int, np.ndarray]:
+def _draw_arms(
+    canvas: Canvas, person: Person, tones: Tones, pose: Pose, garment: tuple
+) -> dict[int, np.ndarray]:
     """Arms and sleeves; returns the x of each hand."""
-    kind, limb = "plain" if person["upper"] == "open" else person["upper"], person["limb"]
-    garment = _upper_garment(canvas, person, tones, pose, kind)
-    hands = {}
+    hands, limb = {}, person["limb"]
     for arm in (-1, 1):
         shoulder = arm * (person["shoulders"] - 0.005) * pose.front
         hand = shoulder + 0.03 * arm * pose.front - 0.10 * arm * pose.stride

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,18 +44,10 @@ GAP = {
 TYPES = 24
 # What changes from image to image: the lowest and the highest value of each.
 SHOT = {
-    "yaw": (-0.35, 0.35),
-    "phase": (-np.pi, np.pi),
-    "shift_x": (-0.03, 0.03),
-    "shift_y": (-0.03, 0.03),
-    "zoom": (0.94, 1.04),
-    "light": (0.88, 1.12),
-    "sway": (-0.1, 0.1),
-    "occluded": (0.0, 1.0),
-    "side": (-1.0, 1.0),
-    "kind": (0.0, 1.0),
-    "gray": (0.1, 0.8),
-}
+    "yaw": (-0.35, 0.35), "phase": (-np.pi, np.pi), "shift_x": (-0.03, 0.03), "shift_y": (-0.03, 0.03),
+    "zoom": (0.94, 1.04), "light": (0.88, 1.12), "sway": (-0.1, 0.1), "occluded": (0.0, 1.0),
+    "side": (-1.0, 1.0), "kind": (0.0, 1.0), "gray": (0.1, 0.8),
+}  # fmt: skip
 Camera = dict[str, Any]  # what all images of one camera share; lengths are fractions of the frame's height
 
 
@@ -105,28 +98,22 @@ def _check_parameters(
 ) -> dict[str, Any]:
     """The parameters as synthetic.json holds them, or a ValueError that names the first wrong one."""
 
-    def integer(name: str, value: Any, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        return int(value)
-
-    identities = integer("identities", identities, 2)
-    held_out = max(2, identities // 2) if test_identities is None else test_identities
-    held_out = integer("test_identities", held_out, 1)
-    if identities + held_out > 9999:
-        raise ValueError(f"identities + test_identities must be at most 9999, got {identities} + {held_out}")
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"size must be (height, width), got {size!r}")
+    numbers = {"identities": (identities, 2), "test_identities": (test_identities, 1), "images": (images, 1)}
+    numbers |= {"size: height": (size[0], 32), "size: width": (size[1], 16), "seed": (seed, 0)}
+    if test_identities is None:
+        del numbers["test_identities"]
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    held_out = max(2, identities // 2) if test_identities is None else test_identities
+    if identities + held_out > 9999:
+        raise ValueError(f"identities + test_identities must be at most 9999, got {identities} + {held_out}")
     if isinstance(gap, bool) or not isinstance(gap, int | float | np.number) or not 0 <= gap <= 1:
         raise ValueError(f"gap must be a number from 0 to 1, got {gap!r}")
-    return {
-        "identities": identities,
-        "test_identities": held_out,
-        "images": integer("images", images, 1),
-        "size": [integer("size: height", size[0], 32), integer("size: width", size[1], 16)],
-        "seed": integer("seed", seed, 0),
-        "gap": float(gap),
-    }
+    whole = {"identities": identities, "test_identities": held_out, "images": images, "seed": seed}
+    return {name: int(n) for name, n in whole.items()} | {"size": [*map(int, size)], "gap": float(gap)}
 
 
 def _holds_world(root: Path, parameters: dict[str, Any]) -> bool:
@@ -193,8 +180,13 @@ def _write_world(root: Path, parameters: dict[str, Any], progress: bool) -> None
     (root / "exp").mkdir()
     for name, pids in splits.items():
         (root / "exp" / f"{name}_id.txt").write_text(",".join(map(str, pids)) + "\n")
-    sides = {"train": splits["train"] + splits["val"], "test": splits["test"]}
-    counts = {name: _count(jobs, pids, parameters["images"]) for name, pids in sides.items()}
+    counts = {}
+    for name, pids in (("train", {*splits["train"], *splits["val"]}), ("test", {*splits["test"]})):
+        seen = Counter(camid for pid, camid in jobs if pid in pids)
+        cameras = {camid: parameters["images"] * seen[camid] for camid in CAMERAS}
+        sides = (("visible", VISIBLE_CAMERAS), ("infrared", INFRARED_CAMERAS))
+        counts[name] = {"identities": len(pids), "cameras": cameras}
+        counts[name] |= {side: sum(cameras[camid] for camid in camids) for side, camids in sides}
     about = {"generator": "ecul synthesize", "version": VERSION, "parameters": parameters, "counts": counts}
     (root / "synthetic.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -215,18 +207,6 @@ def _cameras_of(seed: int, pid: int) -> list[int]:
     if missing and rng.random() < 0.5:
         missing, infrared = missing - 1, [rng.choice(INFRARED_CAMERAS)]
     return sorted(int(camid) for camid in [*visible[missing:], *infrared])
-
-
-def _count(jobs: list[tuple[int, int]], pids: list[int], images: int) -> dict[str, Any]:
-    """The images of these people: by modality, and by camera."""
-    seen = [camid for pid, camid in jobs if pid in set(pids)]
-    cameras = {camid: images * seen.count(camid) for camid in CAMERAS}
-    return {
-        "visible": sum(cameras[camid] for camid in VISIBLE_CAMERAS),
-        "infrared": sum(cameras[camid] for camid in INFRARED_CAMERAS),
-        "cameras": cameras,
-        "identities": len(pids),
-    }
 
 
 def _write_job(root: Path, parameters: dict[str, Any], pid: int, camera: Camera) -> None:
