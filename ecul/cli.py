@@ -291,8 +291,9 @@ def tune(args: argparse.Namespace) -> None:
     arg("--unknown", type=float, default=0.1, help=UNKNOWN),
 )  # fmt: skip
 def threshold(args: argparse.Namespace) -> None:
-    from ecul.tools.threshold import measure_threshold
+    from ecul.tools.threshold import check_share, measure_threshold
 
+    check_share(args.unknown)
     found = measure_threshold(*_trained(args))
     print(f"{found.table(args.unknown)}\nkept in {found.save(args.model)}")
 

@@ -146,14 +146,8 @@ class TwoStreamResNet(Pretrained):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth!r}")
-        self.settings = {
-            "depth": depth,
-            "width": width,
-            "non_local": non_local,
-            "input_size": list(input_size),
-            "stem_stride": stem_stride,
-            "gem": gem,
-        }
+        sizes = {"depth": depth, "width": width, "stem_stride": stem_stride}
+        self.settings = {**sizes, "non_local": non_local, "gem": gem, "input_size": list(input_size)}
         self.input_size = tuple(input_size)
         self.checkpointing = False  # recompute each block in backward instead of storing its activations
         block = Bottleneck if depth >= 50 else BasicBlock

@@ -46,6 +46,12 @@ def test_the_best_score_lies_where_the_people_are():
     for empty in ({"k1": ()}, {"eps": ()}):
         with pytest.raises(ValueError, match="k1 and eps need at least one value"):
             tune(people(2, 4, 0.1), **empty)
+    rows, sizes = people(2, 4, 0.1), {"k2": 1, "k3": 2, "min_samples": 2}
+    reversed_rows = tune(rows.numpy()[::-1], k1=torch.tensor(3), eps=0.5, **sizes).rows
+    assert reversed_rows == tune(rows.flip(0), k1=[3], eps=[0.5], **sizes).rows
+    assert json.loads(json.dumps(reversed_rows))[0]["k1"] == 3
+    with pytest.raises(TypeError, match="features must be a dense tensor"):
+        tune(people(2, 4, 0.1).to_sparse())
 
 
 def test_one_setting_serves_both_modalities():

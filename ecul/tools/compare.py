@@ -103,24 +103,16 @@ def compare(
     no run, or a run without an epoch.
     """
     groups: dict[str, list[SavedRun]] = {}
-    settings: dict[str, dict[str, Any]] = {}
     for run in (read_run(path) for given in runs for path in find_trials(given)):
         if not run.history:
             raise ValueError(f"{run.directory}: the run has not finished an epoch yet")
-        own = _settings(run)
-        key = json.dumps(own, sort_keys=True)
-        settings[key] = own
-        groups.setdefault(key, []).append(run)
+        groups.setdefault(json.dumps(_settings(run)), []).append(run)
     if not groups:
         raise ValueError("runs: expected one or more run directories")
-    differ = _differing(list(settings.values()))
-    place = choose_device(device)
-    return Comparison(
-        [
-            _group(group, {n: settings[key].get(n) for n in differ}, root, place)
-            for key, group in groups.items()
-        ]
-    )
+    settings, place = [json.loads(own) for own in groups], choose_device(device)
+    differ = _differing(settings)
+    pairs = zip(settings, groups.values(), strict=True)
+    return Comparison([_group(group, {n: own.get(n) for n in differ}, root, place) for own, group in pairs])
 
 
 def _settings(run: SavedRun) -> dict[str, Any]:
@@ -131,21 +123,16 @@ def _settings(run: SavedRun) -> dict[str, Any]:
 
 
 def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of those that differ, but for what follows from the methods, where these differ."""
-
-    def differ(name: str, chosen: Iterable[dict[str, Any]]) -> bool:
-        return len({json.dumps(own.get(name)) for own in chosen}) > 1
-
-    def follows(name: str, own: dict[str, Any]) -> bool:
-        given = METHODS[own["method"]]
-        return name in given and json.dumps(given[name]) == json.dumps(own.get(name))
-
-    return [
-        name
-        for name in dict.fromkeys(name for own in settings for name in own)
-        if differ(name, [own for own in settings if not follows(name, own)])
-        or any(differ(name, [own for own in settings if own["method"] == method]) for method in METHODS)
-    ]
+    """The names of those that differ, within a method or beyond what the methods themselves set."""
+    texts = [{name: json.dumps(value) for name, value in own.items()} for own in settings]
+    presets = {json.dumps(m): {k: json.dumps(v) for k, v in own.items()} for m, own in METHODS.items()}
+    found = []
+    for name in dict.fromkeys(name for own in texts for name in own):
+        beyond = [own for own in texts if own.get(name) != presets[own["method"]].get(name, ...)]
+        within = [[own for own in texts if own["method"] == method] for method in presets]
+        if any(len({own.get(name) for own in runs}) > 1 for runs in (beyond, *within)):
+            found.append(name)
+    return found
 
 
 def _group(runs: Sequence[SavedRun], settings: dict, root: str | Path | None, device: torch.device) -> Group:

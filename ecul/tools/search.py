@@ -18,7 +18,7 @@ from ecul.data.images import check_modality
 from ecul.evaluation.rerank import RERANKINGS, reranked
 from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
-from ecul.tools.threshold import Threshold
+from ecul.tools.threshold import Threshold, check_share
 
 __all__ = ["FolderFeatures", "Ranking", "extract_folder", "load_features", "save_features", "search"]
 
@@ -150,6 +150,7 @@ def search(
     if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
     check_modality(gallery_modality)
+    check_share(unknown)
     query_files, gallery_files = _find(query), _find(gallery)  # both are there before any work
     queries = extract_files(model, query_files, query_modality, **options)
     answers = extract_files(model, gallery_files, gallery_modality, **options)

@@ -16,6 +16,7 @@ import torch
 from scipy.stats import norm
 
 from ecul import MODALITIES
+from ecul.common.arrays import as_tensor
 from ecul.common.files import hash_file, read_json, reading, write_json
 from ecul.common.pretrained import weights_file
 from ecul.config import Config
@@ -62,10 +63,9 @@ class Threshold:
     def at(self, query: str, gallery: str, images: int, unknown: float = 0.1) -> float:
         """The similarity that the best of so many images reaches for a share `unknown` of unknown people.
 
-        query, gallery: modalities; images: size of the gallery. Errors: ValueError for a share not in (0, 1).
+        query, gallery: modalities; images: size of the gallery. Errors: those of `check_share`.
         """
-        if not isinstance(unknown, float | int) or not 0 < unknown < 1:
-            raise ValueError(f"unknown must be a share between 0 and 1, got {unknown!r}")
+        check_share(unknown)
         found = self._of(query, gallery)
         share = -np.expm1(np.log1p(-unknown) / max(1, images))  # of pairs: 1 - (1 - share)^images = unknown
         return float(found.location + found.scale * norm.isf(share))
@@ -142,6 +142,12 @@ class Threshold:
         return found
 
 
+def check_share(unknown: float) -> None:
+    """Errors: ValueError for a share of unknown people that is not between 0 and 1."""
+    if not isinstance(unknown, float | int | np.floating) or not 0 < unknown < 1:
+        raise ValueError(f"unknown must be a share between 0 and 1, got {unknown!r}")
+
+
 def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold:
     """`estimate_threshold` of a data set's test images, or of the training images where it has none.
 
@@ -166,10 +172,10 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
 
 
 def estimate_threshold(
-    features: dict[str, torch.Tensor],
+    features: dict[str, Any],
     labels: dict[str, Any],
     source: str,
-    cameras: dict[str, torch.Tensor] | None = None,
+    cameras: dict[str, Any] | None = None,
 ) -> Threshold:
     """Thresholds from unit rows (N, D) by modality and their labels (N,), -1 = left out.
 
@@ -179,9 +185,10 @@ def estimate_threshold(
     """
     rows, found = {}, {}
     for m in MODALITIES:
-        given = torch.as_tensor(labels[m]).cpu()
-        codes = torch.zeros_like(given) if cameras is None else cameras[m].cpu()
-        rows[m] = [part[given >= 0] for part in (features[m].float().cpu(), given, codes)]
+        given = as_tensor(f"{m} labels", labels[m], "cpu")
+        codes = torch.zeros_like(given) if cameras is None else as_tensor("cameras", cameras[m], "cpu")
+        points = as_tensor(f"{m} features", features[m], "cpu").float()
+        rows[m] = [part[given >= 0] for part in (points, given, codes)]
     for query, gallery in SIDES:
         found[f"{query}-{gallery}"] = _compare(*rows[query], *rows[gallery], query == gallery)
     return Threshold(found, source)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ecul import MODALITIES
@@ -16,6 +17,7 @@ from ecul.clustering import (
     unit_rows,
 )
 from ecul.common import logs
+from ecul.common.arrays import as_tensor
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.features import extract
@@ -53,30 +55,30 @@ def tune(
     k1: int | Sequence[int] = (15, 30),
     k2: int = 6,
     k3: int | None = 12,
-    eps: Sequence[float] = EPS,
+    eps: float | Sequence[float] = EPS,
     min_samples: int = 4,
 ) -> Tuning:
-    """`emcc` of these features for every k1 and eps, from one product of similarities, and how good each is.
+    """`emcc` of these features for every k1 and eps, from one product of similarities, and its score.
 
         separation(features, emcc(features, cameras, modalities, k1=k1, eps=eps, ...))     # of each row
 
-    The arguments are those of `emcc`, in torch. The score, the separation of the clusters,
-    is the simplified silhouette in which an outlier counts 0. Too small an eps leaves outliers, too large a
-    one merges people; between them the score has its hill. Where its top is flat, or its clusters are far
-    from the number of people that one expects, the features cannot tell: look at the clusters.
+    The arguments are those of `emcc`. The score is the simplified silhouette of the clusters, in which an
+    outlier counts 0. A small eps leaves outliers, a large one merges people; the score has its maximum
+    between them. Where the maximum is flat, or its clusters are far from the expected number of people, the
+    features cannot tell: look at the clusters.
     Errors: those of `emcc`; ValueError for an empty list.
     """
-    sizes = [k1] if isinstance(k1, int) else list(k1)
-    if not sizes or not len(eps):
+    sizes, distances = np.ravel(k1).tolist(), sorted(np.ravel(eps).tolist())
+    if not sizes or not distances:
         raise ValueError(f"k1 and eps need at least one value, got {k1} and {eps}")
-    points = unit_rows(features)
+    points = unit_rows(as_tensor("features", features))
     ranks = rank_neighbors(points, max(*sizes, k2, k3 or 0))
     rows = []
-    with logs.progress(len(sizes) * len(eps), "tune", "setting") as bar:
+    with logs.progress(len(sizes) * len(distances), "tune", "setting") as bar:
         for size in sizes:
             encodings = reciprocal_encodings(points, ranks, size)
             encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2=k2, k3=k3)
-            for distance in sorted(eps):
+            for distance in distances:
                 labels = dbscan(*neighbor_graph(*encodings, eps=distance), min_samples=min_samples)
                 row = {"k1": size, "eps": distance, "clusters": count_clusters(labels)}
                 row |= {"outliers": int((labels < 0).sum()), "score": separation(points, labels)}
