@@ -490,11 +490,11 @@ def test_an_unknown_reranking_is_refused_before_any_image_is_read(world):
         evaluate(None, open_dataset("sysu", world), rerank="k")
 
 
-# Nobody, and rows without a gallery
+# Distractors, and rows without a gallery
 
 
 @pytest.mark.parametrize("rule", ["sysu", "regdb", "llcm"])
-def test_nobody_is_ranked_but_neither_queries_nor_matches(rule):
+def test_distractors_are_ranked_but_neither_query_nor_match(rule):
     distmat, q_pids, g_pids, *cameras = problem(4, 20, 60, 5, 0)
     q_pids[::4], g_pids[::3] = -1, -1
     people = q_pids >= 0
@@ -506,8 +506,8 @@ def test_nobody_is_ranked_but_neither_queries_nor_matches(rule):
         call(rule, distmat, np.full_like(q_pids, -1), np.full_like(g_pids, -1), *cameras)
 
 
-def test_background_of_markets_layout_stays_in_the_gallery(tmp_path):
-    """0000 is background, and -1 is not used: draws and figures of people stay as they were."""
+def test_distractors_of_markets_layout_stay_in_the_gallery(tmp_path):
+    """0000 marks a distractor, and -1 is not used: draws and figures of people stay as they were."""
     plain = open_dataset("market", layouts.market(tmp_path / "plain", test=(3, 4, 10)), protocol="sysu")
     root = layouts.market(tmp_path / "more", test=(3, 4, 10))
     for side, cameras in (("rgb_modify", (1, 2)), ("ir_modify", (3, 6))):
@@ -523,16 +523,16 @@ def test_background_of_markets_layout_stays_in_the_gallery(tmp_path):
         features = {}
         for m in ("visible", "infrared"):
             pids = getattr(dataset, f"test_{m}").pids
-            away = np.eye(12)[np.where(pids < 0, 11, pids)]  # background lies apart from all people
+            away = np.eye(12)[np.where(pids < 0, 11, pids)]  # distractors lie apart from all people
             features[m] = away + np.random.default_rng(0).normal(size=away.shape) / 100
         rows = evaluate(None, dataset, features=features).rows
         assert all(row["rank1"] == row["mAP"] == 100 for row in rows)
-        for m in ("visible", "infrared"):  # background looks like person 3
+        for m in ("visible", "infrared"):  # distractors look like person 3
             features[m][getattr(dataset, f"test_{m}").pids < 0] = np.eye(12)[3]
         assert all(row["mAP"] < 100 for row in evaluate(None, dataset, features=features).rows)
     drawn = []
     for dataset in (plain, open_dataset("market", root, protocol="sysu")):
-        ((_, (_, gallery), trials),) = _plan(dataset, "all", 1, 3, "random")
+        ((_, _, gallery, trials),) = _plan(dataset, "all", 1, 3, "random")
         names = [[gallery.names[row] for row in rows if gallery.pids[row] >= 0] for _, rows in trials]
         drawn.append(names)
         assert all((gallery.pids[rows] < 0).sum() == (0 if dataset is plain else 8) for _, rows in trials)

@@ -76,9 +76,8 @@ class Dataset:
     ) -> "Dataset":
         """A data set in memory: uint8 N x H x W x 3 or N x H x W, NumPy or torch; cameras are optional.
 
-        `test`: another data set from arrays, with pids: the test images. A negative pid is nobody: the image
-        stays in the gallery, but never queries and matches no one. Errors: ValueError for pixels of another
-        kind, or cameras or pids of another length.
+        `test`: another data set from arrays, with pids: the test images. A negative pid marks a distractor,
+        see `Images`. Errors: ValueError for pixels of another kind, or cameras or pids of another length.
         """
         return cls(
             name,

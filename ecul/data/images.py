@@ -43,9 +43,9 @@ class Images:
 
     modality: "visible" or "infrared". names: list of str, relative to the root where there is one. source and
     rows: where the pixels come from, and the row of each image there, by default all in order. camids: (N,)
-    int64, 1-based as in the files, zeros where unknown. pids: (N,) int64 identities, or None; negative is
-    nobody: background, which stays in galleries, but never queries and matches no one. Errors: ValueError for
-    a column of another length or beyond int64; TypeError for a column that is no row of integers.
+    int64, 1-based as in the files, zeros where unknown. pids: (N,) int64 identities, or None. A negative pid
+    marks a distractor: it stays in galleries, but never queries and never matches. Errors: ValueError for a
+    column of another length or beyond int64; TypeError for a column that is not a row of integers.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Images:
         return self.pids
 
     def people(self) -> np.ndarray:
-        """The identities of all images, each once, ascending; without nobody's."""
+        """The identities, each once, ascending, without distractors."""
         return np.unique(self.identities()[self.identities() >= 0])
 
     def subset(self, index: ArrayLike | slice) -> Images:

@@ -21,7 +21,7 @@ SPLITS = ("visible", "infrared", "test_visible", "test_infrared")
 
 
 class Entry(NamedTuple):
-    """One image: its path relative to the root, identity (negative: nobody) and camera (0: unknown)."""
+    """One image: its path relative to the root, identity (negative: a distractor) and camera (0: unknown)."""
 
     name: str
     pid: int
@@ -188,7 +188,7 @@ def _read_market(folder: Folder, trial: Any, protocol: Any) -> Splits:
 def _read_named(folder: Folder, *places: str) -> list[Entry]:
     """Files like 0001_c1_anything.jpg of the folders that exist, by identity, camera, file name.
 
-    As in Market-1501, 0000 is background, here nobody (-1), and files that begin with -1 are not used.
+    As in Market-1501, 0000 marks a distractor (here -1), and files that begin with -1 are not used.
     """
     found = []
     for name in (n for place in places if (folder.root / place).is_dir() for n in folder.images(place)):
@@ -236,7 +236,7 @@ LAYOUTS = {
     ),
     # Nguyen et al., Sensors 2017: a trial
     "regdb": Layout(
-        "Visible/, Thermal/ and idx/{train,test}_{visible,thermal}_{1..10}.txt, whose lines are "
+        "Visible/, Thermal/ and idx/{train,test}_{visible,thermal}_{1..10}.txt with lines like "
         "'Visible/1/name.bmp 0'",
         _read_regdb,
         options={"trial": 1},

@@ -1,4 +1,4 @@
-"""Where the pixels of images come from: memory, or files, whose pixels one memory-mapped pack keeps.
+"""The source of pixels: memory, or image files, decoded once into one memory-mapped pack.
 
 A pack is one file `<label>-<H>x<W>-<stamp>.npy`, as `np.load` reads it: (N, H, W, 3) uint8 pixels. The stamp
 is a hash of the images' names, sizes and modification times: a pack of other images is never used.
@@ -56,7 +56,7 @@ class Files:
 
     label: the beginning of the pack's name. pack: False reads the files directly; True packs into
     `<root>/.ecul-pack`, or into the user's cache where the root cannot be written; a path is the only folder.
-    advice: what to do about an image that cannot be read, for the error.
+    advice: the end of the error about images that cannot be read.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Files:
             raise unreadable(problems, len(rows), self.advice)
 
     def _stamp(self, size: Size) -> str:
-        """The hash of what the pixels are made from; a ValueError names an image that is missing."""
+        """The hash of the files' names, sizes and times; a ValueError names a missing image."""
         sources = []
         for name, path in zip(self.names, self.paths(), strict=True):
             try:

@@ -3,8 +3,8 @@
 The ranking of a query is the stable ascending order of its distances: **the lower gallery index comes first
 among equal distances** (the published scripts use an unstable sort). Few positives are ranked without a sort:
 the rank of a positive is the number of gallery images ahead of it.
-Queries without a positive are left out of every mean. A negative identity is nobody: such a gallery image
-is ranked but matches no query, and such a query is left out.
+Queries without a positive are left out of every mean. A negative identity marks a distractor: it is ranked
+in the gallery but matches no query; as a query it is left out.
 """
 
 from collections.abc import Callable

@@ -36,7 +36,7 @@ _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
 
 
 class _Mode(NamedTuple):
-    """A row of a protocol: its names in the results, the query modality, and the side that is drawn."""
+    """A mode of a protocol: its names in the results, the query modality, and the side that is drawn."""
 
     name: str
     direction: str
@@ -60,6 +60,15 @@ _PROTOCOLS = {  # the name in the results, and the modes
         f"{_V2I} (drawn queries)": _Mode("drawn queries", _V2I, drawn="query"),
     }),
 }  # fmt: skip
+
+
+class _Row(NamedTuple):
+    """A row of the results: its names, its images, and the rows of both in each trial."""
+
+    names: dict[str, str]
+    query: Images
+    gallery: Images
+    trials: list[tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -150,14 +159,15 @@ def evaluate(
     """Evaluate the test images of `dataset` under its protocol; a row for each mode, figures in percent.
 
     modes: "sysu": "all", "indoor"; "regdb" and "llcm": "visible-to-infrared", "infrared-to-visible"; "llcm"
-    also "visible-to-infrared (drawn queries)", where all visible images query the drawn infrared ones.
+    also "visible-to-infrared (drawn queries)": as in the published branch of that name, drawn infrared images
+    query all visible ones.
     shots: SYSU's gallery images of each identity and camera, 1 by default; 10 is multi-shot, (1, 10) gives
     rows of both. draw: "random" is `random.seed(t)` for trials t = 0, 1, ...; otherwise the path of SYSU's
     official rand_perm_cam.mat. Multi-shot with "random" takes `random.sample` of the sorted files, all where
     there are fewer [R: the published scripts draw them unseeded].
     rerank: "k-reciprocal" (or True) or "modality", see `ecul.evaluation.rerank`; the rows name it.
     features: {"visible": (N, D), "infrared": (N, D)} of the test images, instead of a model (then None).
-    A row whose gallery shows nobody that queries is empty (None), with a warning.
+    A row in which no query has a match is empty (None), with a warning.
     Raises ValueError for a data set without test images, identities or protocol, unknown modes or
     re-ranking, trials or shots that are not whole numbers of at least 1, before any image is read.
     """
@@ -171,14 +181,13 @@ def evaluate(
     }
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
     rows = []
-    for names, images, drawn in plan:
-        pair = vectors[images[0].modality], vectors[images[1].modality]
-        trials_of = logs.progress(len(drawn), f"rank {names['mode']}", "trial", progress, drawn)
-        measured = [_measure(str(dataset.protocol), images, pair, picked, name) for picked in trials_of]
-        rows.append(_row({**names, **shared, "trials": len(drawn)}, measured))
+    for row in plan:
+        count, told = len(row.trials), ", ".join(row.names[n] for n in ("protocol", "mode", "direction"))
+        drawn = logs.progress(count, f"rank {row.names['mode']}", "trial", progress, row.trials)
+        measured = [_measure(str(dataset.protocol), row, *picked, vectors, name) for picked in drawn]
+        rows.append(_figures({**row.names, **shared, "trials": count}, measured))
         if rows[-1]["mAP"] is None:
-            told = (names["protocol"], names["mode"], names["direction"])
-            log.warning("%s, %s, %s: no query has a match in the gallery; the row is empty", *told)
+            log.warning("%s: no query has a match in the gallery; the row is empty", told)
     return Results(rows)
 
 
@@ -199,11 +208,11 @@ def average(results: Iterable[Results]) -> Results:
         protocols = sorted({row["protocol"].split(" trial")[0] for row in group})
         cautions = "; ".join(sorted({row["caution"] for row in group} - {""}))
         names = {**group[0], "protocol": " / ".join(protocols), "caution": cautions, "trials": len(group)}
-        rows.append(_row(names, [[row[name] for name in MEASURES] for row in group]))
+        rows.append(_figures(names, [[row[name] for name in MEASURES] for row in group]))
     return Results(rows)
 
 
-def _row(names: dict, measured: Sequence[Sequence[float]]) -> dict:
+def _figures(names: dict, measured: Sequence[Sequence[float]]) -> dict:
     """The names of a row, then the mean and the deviation of each measure over these trials."""
     row, trials = {name: names[name] for name in _NAMES}, np.array(measured, np.float64)
     for name, mean, deviation in zip(MEASURES, trials.mean(0), trials.std(0), strict=True):
@@ -211,15 +220,13 @@ def _row(names: dict, measured: Sequence[Sequence[float]]) -> dict:
     return row
 
 
-def _plan(
-    dataset: Dataset, modes: Any, shots: Any, trials: Any, draw: str | os.PathLike
-) -> list[tuple[dict, tuple[Images, Images], list[tuple[np.ndarray, np.ndarray]]]]:
-    """For each row of the results: its names, the query and gallery images, and their rows in each trial."""
+def _plan(dataset: Dataset, modes: Any, shots: Any, trials: Any, draw: str | os.PathLike) -> list[_Row]:
+    """All rows of the results, before their figures. Errors: those of `evaluate`."""
     protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
     if protocol is None or visible is None or infrared is None:
         raise ValueError(
             f"dataset {dataset.name!r} has no test images with a protocol to evaluate with; `ecul report` "
-            "shows what a run has learnt without them"
+            "works without them"
         )
     title, known = _PROTOCOLS[protocol]
     modes = list(known) if modes is None else [modes] if isinstance(modes, str) else modes
@@ -240,12 +247,11 @@ def _plan(
     for count in counts:
         for mode in map(known.__getitem__, modes):
             names = {"protocol": title, "mode": mode.name, "direction": mode.direction}
-            names |= {"shots": "all images", "draw": "nothing drawn"}
-            if mode.drawn:
-                told = {1: "single-shot", 10: "multi-shot"}.get(count, f"{count} shots")
-                names |= {"shots": told, "draw": source}
+            told = {1: "single-shot", 10: "multi-shot"}.get(count, f"{count} shots")
+            drawn = (told, source) if mode.drawn else ("all images", "nothing drawn")
+            names |= dict(zip(("shots", "draw"), drawn, strict=True))
             images = (infrared, visible) if mode.query == "infrared" else (visible, infrared)
-            plan.append((names, images, _draw(mode, *images, count, trials, draw)))
+            plan.append(_Row(names, *images, _draw(mode, *images, count, trials, draw)))
     return plan
 
 
@@ -262,12 +268,12 @@ def _caution(dataset: Dataset) -> str:
 def _draw(
     mode: _Mode, query: Images, gallery: Images, shots: int, trials: int, draw: str | os.PathLike
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The rows of the query and of the gallery images in each trial; nobody is in all galleries, no query."""
+    """The rows of the query and gallery images in each trial; distractors are in every gallery."""
     sides, rows = {"query": query, "gallery": gallery}, {}
     for side, images in sides.items():
         seen = np.isin(images.camids, mode.cameras.get(side, images.camids))
         rows[side] = np.flatnonzero(seen & (images.identities() >= 0))
-        nobody = np.flatnonzero(seen & (images.identities() < 0))
+        distractors = np.flatnonzero(seen & (images.identities() < 0))
     picked = [rows]
     if mode.drawn:
         groups = group_rows(sides[mode.drawn], rows[mode.drawn])
@@ -275,7 +281,7 @@ def _draw(
         if str(draw) != "random":
             pick = partial(draw_official, draw, read_permutations(draw), sides[mode.drawn], groups)
         picked = [{**rows, mode.drawn: pick(trial, shots)} for trial in range(trials)]
-    return [(trial["query"], np.concatenate([trial["gallery"], nobody])) for trial in picked]
+    return [(trial["query"], np.concatenate([trial["gallery"], distractors])) for trial in picked]
 
 
 def _unit_rows(
@@ -304,18 +310,15 @@ def _unit_rows(
 
 
 def _measure(
-    protocol: str,
-    images: tuple[Images, Images],
-    vectors: tuple[torch.Tensor, torch.Tensor],
-    rows: tuple[np.ndarray, np.ndarray],
-    rerank: str | None,
+    protocol: str, row: _Row, q: np.ndarray, g: np.ndarray, vectors: dict, rerank: str | None
 ) -> list[float]:
-    """`MEASURES` in percent of one trial, NaN without a match; of each pair the query comes first."""
-    (query, gallery), (q, g) = images, rows
-    asked, found = vectors[0][torch.from_numpy(q)], vectors[1][torch.from_numpy(g)]
+    """`MEASURES` in percent of a trial that ranks the rows `g` of the gallery for the rows `q`; else NaN."""
+    query, gallery = row.query, row.gallery
+    asked = vectors[query.modality][torch.from_numpy(q)]
+    found = vectors[gallery.modality][torch.from_numpy(g)]
 
     def distances(block: slice) -> np.ndarray:
-        return -(asked[block].numpy() @ found.numpy().T)  # NumPy: autocast does not reach it
+        return -(asked[block].numpy() @ found.numpy().T)
 
     ranked = reranked(asked, found, rerank) if rerank and len(q) and len(g) else distances
     pids = query.identities()[q], gallery.identities()[g]
