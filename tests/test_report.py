@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import rewrite
 
-from ecul import MODALITIES, Config, Dataset, TwoStreamResNet, evaluate, open_dataset, synthesize, train
+from ecul import MODALITIES, Config, Dataset, evaluate, train
 from ecul.data import Images
 from ecul.labels import Labels, assign_labels
 from ecul.model import Backbone
@@ -25,12 +25,12 @@ from ecul.report.measured import (
     choose_queries,
     cluster_margins,
     commonest,
-    counted,
     ignored,
+    match_rows,
     measure_clusters,
     next_labels,
 )
-from ecul.report.page import _accuracy, _cluster_section, match_rows
+from ecul.report.page import _accuracy, _cluster_section
 from ecul.report.pictures import (
     GAP,
     HEIGHT,
@@ -53,12 +53,6 @@ from ecul.trainset import TrainImages
 TINY = {"epochs_intra": 1, "epochs_cross": 1, "iterations": 2, "identities": 4, "instances": 2, "width": 8}
 TINY |= {"k1": 6, "k2": 2, "k3": 4, "k1_joint": 8, "k2_joint": 2, "k3_joint": 6, "min_samples": 2}
 TINY |= {"size": (32, 16)}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    root = tmp_path_factory.mktemp("w") / "world"
-    return open_dataset("sysu", synthesize(root, identities=8, images=3, size=(32, 16), progress=False))
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +98,15 @@ def test_without_the_data_there_are_curves_and_settings(run, dataset, tmp_path, 
     copy = tmp_path / "copy"
     copy.mkdir()
     shutil.copy(run.output / "resume.safetensors", copy)
-    rewrite(copy / "resume.safetensors", lambda about, _: about["dataset"].update(root="/moved"))
+
+    def change(about, _):
+        about["dataset"]["root"] = "/moved"
+        about["history"][1]["fell_apart"] = 1
+
+    rewrite(copy / "resume.safetensors", change)
     page = report(copy)
     assert "no longer at /moved" in caplog.text
+    assert "<th>warning</th><td>clusters fell apart in epoch 2: lower lr" in page.read_text()
     assert [f.name for f in page.parent.glob("*.png")] == ["curves.png"]
     assert f"<td>{read_run(copy).dataset['visible_images']}</td>" in page.read_text()
 
@@ -150,8 +150,9 @@ def test_frames_have_their_colours_and_images_their_places(tmp_path):
     assert color_at(tmp_path / "sheet.png", second - 1, middle) == RIGHT
     assert color_at(tmp_path / "sheet.png", second + wide + GAP - 1, middle) == WRONG
     assert color_at(tmp_path / "sheet.png", LABEL + wide + GAP + GAP // 2, middle) == "#ffffff"
-    with pytest.raises(ValueError, match="1 to 600 images, got 0"):
-        draw_sheet(tmp_path / "sheet.png", [])
+    for many in ([], rows * 201):
+        with pytest.raises(ValueError, match=f"1 to 600 images, got {3 * len(many)}"):
+            draw_sheet(tmp_path / "sheet.png", many)
 
 
 def test_curves_take_skipped_epochs_and_panels_without_values(tmp_path):
@@ -237,8 +238,9 @@ def test_the_accuracy_is_that_of_evaluate(run, dataset):
     assert "own test set; single-shot" in text
     blind = dataclasses.replace(dataset, test_visible=None, test_infrared=None)
     assert "Accuracy" not in report(run.output, blind, queries=1, top=1, progress=False).read_text()
-    with pytest.raises(ValueError, match="queries and top must be at least 1"):
-        report(run.output, dataset, queries=0)
+    for size in ({"queries": 0}, {"queries": 30, "top": 20}):
+        with pytest.raises(ValueError, match="queries and top must be at least 1, with at most 600 images"):
+            report(run.output, dataset, **size)
 
 
 def table_of(*features):
@@ -268,15 +270,10 @@ def test_the_rows_of_clusters_are_red_where_the_verdict_counts_them(tmp_path):
     assert clusters[1].told().startswith("bad: 4 infrared") and ", 2 look mixed" in clusters[1].told()
     section = _cluster_section(tmp_path, table, clusters, each=4)
     named = [tuple(row.label.splitlines()[:2]) for row in section.sheet]
-    assert [(first.split(",")[0], size) for first, size in named[:2]] == [
-        ("largest", "5 visible images"),
-        ("largest", "5 infrared images"),
-    ]
+    assert [size for first, size in named if first.startswith("largest")][1] == "5 infrared images"
     assert ("smallest, least certain", "3 infrared images") in named and len(set(named)) == 8  # each once
-    assert [n[1] for n, row in zip(named, section.sheet, strict=True) if row.bad] == [
-        "4 infrared images",
-        "3 infrared images",
-    ]
+    red = [size for (_, size), row in zip(named, section.sheet, strict=True) if row.bad]
+    assert red == ["4 infrared images", "3 infrared images"]
 
 
 def test_accuracy_rows_say_their_direction_and_may_be_empty():
@@ -291,12 +288,6 @@ def test_accuracy_rows_say_their_direction_and_may_be_empty():
     assert [name for name, _ in short] == ["all, visible-to-infrared", "all, infrared-to-visible"]
     (section,), short = _accuracy(blind, table)
     assert section.table[1] == ["all", *["-"] * 6] and short == []
-
-
-def test_the_images_are_found_where_they_lay(run, dataset):
-    text = report(run.output, queries=1, top=1, progress=False).read_text()
-    assert "Ranked lists" in text and "Accuracy on the test images" in text
-    assert f"<tr><th>epoch</th><td>{len(run.history)}</td></tr>" in text
 
 
 def test_a_run_does_not_choose_where_we_write(run, dataset, tmp_path):
@@ -317,13 +308,6 @@ def test_a_run_does_not_choose_where_we_write(run, dataset, tmp_path):
     assert sorted(theirs.rglob("*")) == before
 
 
-def test_a_sheet_holds_so_many_images_and_no_more(tmp_path):
-    cell = Cell(np.zeros((4, 2, 3), np.uint8), "1")
-    for rows in ([], [Row("a", [cell] * 301)] * 2):
-        with pytest.raises(ValueError, match="holds 1 to 600 images"):
-            draw_sheet(tmp_path / "sheet.png", rows)
-
-
 def test_what_search_draws_at_most_fits_a_sheet(tmp_path):
     Image.new("RGB", (4, 8)).save(tmp_path / "caf\udce9.png")
     found = FolderFeatures(torch.zeros(30, 2), [str(tmp_path / "caf\udce9.png")] * 30, "visible", [])
@@ -331,11 +315,6 @@ def test_what_search_draws_at_most_fits_a_sheet(tmp_path):
     assert draw_ranking(tmp_path / "found.png", ranking, (8, 4)) == 5
     width, height = Image.open(tmp_path / "found.png").size
     assert width < 2200 and height < 2200  # at 200 dots an inch: a screen
-
-
-def test_too_large_a_report_is_refused_before_any_work(run, dataset):
-    with pytest.raises(ValueError, match="at most 600 images in all, got 30 and 20"):
-        report(run.output, dataset, queries=30, top=20)
 
 
 def test_a_model_that_the_shell_cannot_build_leaves_the_curves(dataset, tmp_path, caplog):
@@ -353,15 +332,12 @@ def test_a_model_that_the_shell_cannot_build_leaves_the_curves(dataset, tmp_path
     report(tmp_path / "own", progress=False)
     assert "curves and settings alone" in caplog.text and "ecul.model.Backbone loads it" in caplog.text
     model = Backbone.from_pretrained(tmp_path / "own", Own())
-    assert "Ranked lists" in report(tmp_path / "own", model=model, progress=False).read_text()
+    assert (
+        "Ranked lists"
+        in report(tmp_path / "own", model=model, queries=1, top=400, progress=False).read_text()
+    )
     with pytest.raises(ValueError, match="remove the earlier report"):
         report(tmp_path / "own", progress=False)
-
-
-def test_a_model_of_another_kind_can_be_given(run, dataset, tmp_path):
-    model = TwoStreamResNet(10, 4, False, (32, 16)).eval()
-    page = report(run.output, dataset, model=model, queries=1, top=100, progress=False)
-    assert "1 random infrared queries" in page.read_text()
 
 
 def test_a_sheet_of_any_shape_stays_within_what_a_png_holds(tmp_path):
@@ -387,22 +363,13 @@ def test_long_names_are_broken_and_keep_their_ends():
     assert short_name("/3.png") == "3"
 
 
-def test_what_happened_is_told_in_words():
-    assert [counted(1, "epoch", 1), counted(3, "epoch", 75), counted(1, "image")] == [
-        "1 of 1 epoch",
-        "3 of 75 epochs",
-        "1 image",
-    ]
-
-
 def test_outliers_and_structure_are_told():
     own, features = torch.arange(3).repeat_interleave(5), around(*(np.full(5, a) for a in (0.0, 2.0, 4.0)))
     own[14] = -1
     features, own = features.repeat(2, 1), own.repeat(2)
     told = measure_clusters(features, Labels.from_own(features, own, 15))[0].told()
-    assert (
-        told
-        == "3 visible clusters far apart (separation 0.93), none look mixed, 7% of the images are outliers"
+    assert told == (
+        "3 visible clusters far apart (separation 0.93), none look mixed, 7% of the images are outliers"
     )
 
 

@@ -15,7 +15,7 @@ from ecul.evaluation.metrics import SCORING
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
 from ecul.memory import cluster_means
-from ecul.report.pictures import HEIGHT, MODALITY, Cell
+from ecul.report.pictures import HEIGHT, MODALITY, Cell, Row
 from ecul.run.saved import SavedRun
 from ecul.run.scores import separation
 from ecul.training import extract_exchanged
@@ -133,6 +133,34 @@ def commonest(labels: np.ndarray, pids: np.ndarray) -> np.ndarray:
     """(C,): the identity that most members of each cluster have, the smallest among equals."""
     groups = [np.unique(pids[labels == c], return_counts=True) for c in range(labels.max() + 1)]
     return np.array([people[counts.argmax()] for people, counts in groups])
+
+
+def match_rows(
+    table: Embedded, labels: Labels, similarity: np.ndarray, match: np.ndarray, same: np.ndarray | None,
+    most: int = 6, images: int = 4,
+) -> tuple[list[Row], int]:  # fmt: skip
+    """Rows of a sheet, and its lead: the number of images of each modality.
+
+    similarity: (B, A) cosines of the centres; match: bool (B, A); same: bool (B, A), one person, or None.
+    """
+    pairs = np.argwhere(match)
+    pairs = pairs[np.argsort(-similarity[tuple(pairs.T)], kind="stable")]
+    places = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int)
+    members = [
+        [torch.nonzero(side == c)[:, 0] for c in range(int(side.max()) + 1)] for side in labels.sides.values()
+    ]
+    lead = min(images, *(min(len(members[0][a]), len(members[1][b])) for b, a in pairs[places]))
+    rows = []
+    for place, (b, a) in zip(places, pairs[places], strict=True):
+        cells, offset = [], 0
+        for side, cluster, centers in zip(members, (a, b), labels.centers, strict=True):
+            own = side[cluster] + offset
+            nearest = (table.features[own] @ centers[cluster]).argsort(descending=True, stable=True)
+            cells += [table.cell(row) for row in own[nearest[:lead]].tolist()]
+            offset = labels.num_visible
+        told = "" if same is None else "\nsame person" if same[b, a] else "\nanother person"
+        rows.append(Row(f"match {place + 1} of {len(pairs)}\ncosine {similarity[b, a]:.3f}{told}", cells))
+    return rows, lead
 
 
 def choose_queries(images: Images, count: int, seed: int = 0) -> list[int]:
