@@ -119,7 +119,7 @@ def test_blocks_stand_alone_and_a_marked_one_is_left_out(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from what a source distribution holds: a copy without anything that git ignores."""
+    """The wheel, built from a copy without the files that git ignores."""
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     for name in ("ecul", "kernels"):

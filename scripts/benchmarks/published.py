@@ -1,4 +1,4 @@
-"""The published way to cluster, restated plainly: dense N x N matrices, filled and compared in Python loops.
+"""The published way to cluster in plain code: dense N x N matrices, filled and compared in Python loops.
 
 k-reciprocal encoding and Jaccard distance as in the ReID field's scripts (Zhong et al., CVPR 2017), with
 the camera- and modality-aware extension of ECUL (arXiv 2412.19134) in the same manner, then scikit-learn's
@@ -10,7 +10,7 @@ import torch
 
 
 def product_topk(features, k):
-    """One plain product and its k best columns: what any exact way to find neighbours costs at least."""
+    """One plain product and its k best columns: the least work of an exact search."""
     return (features @ features.T).topk(k)
 
 

@@ -76,7 +76,7 @@ def peak_memory(device="cpu"):
 
 
 def reset_peak_memory(device="cpu"):
-    """Start a new peak from what is held now."""
+    """Forget the peak so far."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:

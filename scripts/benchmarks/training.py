@@ -1,8 +1,8 @@
 """Training steps and epochs, ours beside the plain loop.
 
-The plain loop is our restatement of the field's training script: fp32, a data loader that decodes and
-augments one image after the other in its own processes, eager cross-entropy, a Python loop over samples to
-move the memory.
+The plain loop is our version of the field's training script: fp32, a data loader that decodes and augments
+one image after the other in its own processes, eager cross-entropy, a Python loop over samples that moves the
+memory.
 """
 
 import random
@@ -63,7 +63,7 @@ def _open(folder, config):
 
 
 def _labels(dataset, width, device):
-    """Random features with identities as labels: the step is timed, whatever the clusters are."""
+    """Random features, and identities as labels: only the time of a step is measured."""
     people = np.unique(dataset.visible.pids)
     own = [
         torch.from_numpy(np.searchsorted(people, side.pids)) for side in (dataset.visible, dataset.infrared)

@@ -62,7 +62,7 @@ def settings(line: str, world: str, overrides: dict) -> dict:
 
 
 def run_line(line: str, root: str, config: Config, shared: int, folder: Path) -> dict:
-    """Metrics, seconds and peak memory of one run; `shared`: epochs of stage 1 that lines have in common."""
+    """Metrics, seconds and peak memory of one run; `shared`: epochs of stage 1 that all lines share."""
     torch.set_num_threads(1)
     logging.getLogger("ecul").setLevel(logging.WARNING)
     dataset, history = open_dataset("sysu", root), [{"seconds": 0.0}]

@@ -1,4 +1,4 @@
-"""Weights to start from, in the place of ImageNet's: trained with identities on visible images alone.
+"""Start weights in place of ImageNet's: trained with identities on visible images alone.
 
 The images are those of a world that no line runs on; nothing infrared is ever seen. The file holds
 torchvision's names, as `Config(weights=...)` reads them.
@@ -26,7 +26,7 @@ def make_start(
 ) -> Path:
     """Train on the visible images of world SEED, rendered in `folder`, and write the weights.
 
-    A file that is there is taken when it was made in the same way; ValueError otherwise.
+    An existing file is kept if it was made with the same settings, else ValueError.
     """
     world = {**render, "identities": 480, "test_identities": 1, "images": 2}
     made = {"world": json.dumps(world), "preset": preset, "steps": str(steps), "batch": str(batch)}
