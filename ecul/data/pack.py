@@ -113,7 +113,7 @@ class Files:
         try:
             with draft(path) as file:
                 np.lib.format.write_array_header_1_0(file, header)
-                for image in self._read(range(len(self.names)), size, progress, "packing"):
+                for image in self._read(np.arange(len(self.names)), size, progress, "packing"):
                     file.write(image.data)
         except OSError as error:
             raise OSError(f"cannot pack into {str(path)!r}: {error}; pack=False reads directly") from error
@@ -127,7 +127,7 @@ class Files:
                 if other != path and (other.suffix != ".tmp" or other.stat().st_mtime < old):
                     other.unlink()
 
-    def _read(self, rows: Sequence | np.ndarray, size: Size, progress: bool, what: str) -> Iterator:
+    def _read(self, rows: np.ndarray, size: Size, progress: bool, what: str) -> Iterator:
         """The images in order; where some cannot be read, in the end an error that names all of these."""
         problems: dict[str, ValueError] = {}
         for _, image in read_images(self.paths(rows), size, progress, what, problems):

@@ -184,7 +184,7 @@ def evaluate(
     for row in plan:
         count, told = len(row.trials), ", ".join(row.names[n] for n in ("protocol", "mode", "direction"))
         drawn = logs.progress(count, f"rank {row.names['mode']}", "trial", progress, row.trials)
-        measured = [_measure(str(dataset.protocol), row, *picked, vectors, name) for picked in drawn]
+        measured = [_measure(str(dataset.protocol), row, q, g, vectors, name) for q, g in drawn]
         rows.append(_figures({**row.names, **shared, "trials": count}, measured))
         if rows[-1]["mAP"] is None:
             log.warning("%s: no query has a match in the gallery; the row is empty", told)
