@@ -167,6 +167,7 @@ def choose_queries(images: Images, count: int, seed: int = 0) -> list[int]:
     """`count` random rows of images; of different people where identities are known."""
     drawn = np.random.default_rng(seed).permutation(len(images))
     if images.pids is not None:
+        drawn = drawn[images.pids[drawn] >= 0]  # without distractors
         drawn = drawn[np.sort(np.unique(images.pids[drawn], return_index=True)[1])]
     return drawn[:count].tolist()
 

@@ -334,7 +334,7 @@ def _data_rows(saved: SavedRun, dataset: Dataset | None) -> list[tuple]:
         return list(saved.dataset.items())
     rows: list[tuple] = [("", "images", "identities", "cameras")]
     for name, images in dataset.splits().items():
-        people = "unknown" if images.pids is None else len(np.unique(images.pids))
+        people = "unknown" if images.pids is None else len(images.people())
         cameras, counts = np.unique(images.camids, return_counts=True)
         named = ", ".join(f"{c}: {n}" for c, n in zip(cameras, counts, strict=True) if c) or "unknown"
         rows.append((name.replace("_", " "), len(images), people, named))
