@@ -10,6 +10,8 @@ Labels are the same on every device and in any number of threads or processes, b
 (`common/exact.py`). On a GPU, N = 1,000,000 points of D = 2048 need 22 GB beyond the features.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from ecul.common.sparse import CSR, STRIP_ROWS, coalesced, entries, lengths, pro
 from ecul.kernels import jaccard_neighbors, pair_similarity, topk_similarity
 from ecul.kernels._checks import check_csr
 from ecul.kernels.jaccard import graph_of, jaccard_pairs
+
+SMALL = 2**35  # N * N * D of features that take a second or two in one thread
 
 
 @same_kind
@@ -75,15 +79,15 @@ def emcc(
         TypeError, ValueError: an argument of the wrong kind, shape or range; a row of features that is not
             finite, or all zeros.
     """
-    _check_sizes(k1=k1, min_samples=min_samples)
-    _check_range(k2, k3)
+    _check_sizes(k1=k1, k2=k2, k3=k3, min_samples=min_samples)
     if not isinstance(eps, float | int | np.number) or not 0 < eps <= 1:
         raise ValueError(f"eps must be a number in (0, 1], got {eps!r}")
     points = unit_rows(features)
     cameras, modalities = _check_codes(cameras, modalities, points)
     if eps == 1:  # no distance is larger
         return torch.full((len(points),), 0 if len(points) >= min_samples else -1, device=points.device)
-    with logs.progress(5, "emcc", "step", not together or distributed.rank() == 0) as bar:
+    bar = logs.progress(5, "emcc", "step", not together or distributed.rank() == 0)
+    with bar, _threads_for(len(points) * points.numel()):
         ranks = rank_neighbors(points, max(k1, k2, k3 or 0), together)
         bar.update()
         encodings = reciprocal_encodings(points, ranks, k1, together)
@@ -196,7 +200,7 @@ def extend_encodings(
     Returns:
         indptr, indices, values; sums are float64, rounded once.
     """
-    _check_range(k2, k3)
+    _check_sizes(k2=k2, k3=k3)
     check_csr(indptr, indices, values)
     _check_ranks(ranks, len(indptr) - 1, k3 or k2)
     cameras, modalities = _check_codes(cameras, modalities, ranks)
@@ -292,6 +296,17 @@ def dbscan(
     return torch.from_numpy(labels.astype(np.int64)).to(indptr.device)
 
 
+@contextlib.contextmanager
+def _threads_for(products: int) -> Iterator[None]:
+    """One thread for little work: on a busy machine, many small parallel steps wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if products <= SMALL else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _check_codes(cameras: Any, modalities: Any, points: torch.Tensor) -> list[torch.Tensor]:
     checked = []
     for name, codes, largest in (("cameras", cameras, None), ("modalities", modalities, 1)):
@@ -311,21 +326,21 @@ def _check_codes(cameras: Any, modalities: Any, points: torch.Tensor) -> list[to
 
 def _check_sizes(**sizes: Any) -> None:
     for name, size in sizes.items():
+        if name == "k3" and size is None:
+            continue
         if isinstance(size, bool) or not isinstance(size, int | np.integer):
             raise TypeError(f"{name} must be an integer, got {size!r}")
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
-
-
-def _check_range(k2: int, k3: int | None) -> None:
-    _check_sizes(k2=k2, k3=k2 if k3 is None else k3)
-    if k3 is not None and k3 < k2:
-        raise ValueError(f"k3 must be at least k2 = {k2}, or None for plain query expansion, got {k3}")
+        if name == "k3" and size < sizes["k2"]:
+            raise ValueError(
+                f"k3 must be at least k2 = {sizes['k2']}, or None for the k2 nearest, got {size}"
+            )
 
 
 def _check_points(points: torch.Tensor) -> None:
-    unit = points.dtype == torch.float32 and points.ndim == 2 and (points.norm(dim=1) - 1).abs() < 1e-3
-    if unit is False or not unit.all():
+    rows = points.dtype == torch.float32 and points.ndim == 2
+    if not rows or not ((points.norm(dim=1) - 1).abs() < 1e-3).all():
         raise ValueError("points must be unit rows (N, D) in float32, as unit_rows(features) makes them")
 
 

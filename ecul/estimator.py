@@ -7,6 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from ecul.clustering import emcc
+from ecul.common.arrays import as_tensor
 
 Table = torch.Tensor | ArrayLike
 
@@ -38,18 +39,14 @@ class EMCC:
         self, X: Table, y: Any = None, cameras: Table | None = None, modalities: Table | None = None
     ) -> "EMCC":
         """Cluster the rows of X into `labels_`; y is not read."""
-        points = X if isinstance(X, torch.Tensor) else np.asarray(X)
-        self.labels_ = np.asarray(
-            torch.as_tensor(emcc(points, cameras, modalities, **self.get_params())).cpu()
-        )
+        points = as_tensor("X", X)
+        self.labels_ = emcc(points, cameras, modalities, **self.get_params()).cpu().numpy()
         self.n_features_in_ = points.shape[1]
         return self
 
-    def fit_predict(
-        self, X: Table, y: Any = None, cameras: Table | None = None, modalities: Table | None = None
-    ) -> np.ndarray:
-        """`fit(...).labels_`."""
-        return self.fit(X, y, cameras, modalities).labels_
+    def fit_predict(self, X: Table, y: Any = None, **codes: Table | None) -> np.ndarray:
+        """`fit(X, y, **codes).labels_`; codes: cameras and modalities."""
+        return self.fit(X, y, **codes).labels_
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The settings by name."""

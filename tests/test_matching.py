@@ -112,20 +112,16 @@ def test_is_total_and_gives_the_pairs_that_its_docstring_shows(a, b, seed):
         }
 
 
-def test_finds_the_planted_partners():
-    rng = np.random.default_rng(0)
-    visible = unit(rng, 30, 64)
-    order = rng.permutation(30)
-    infrared = visible[order] + 0.01 * rng.normal(size=(30, 64))
-    assert np.array_equal(match_clusters(visible, infrared), order[:, None] == np.arange(30))
-
-
-def test_scale_and_kind_do_not_matter():
+def test_scale_kind_and_dtype_do_not_matter():
     rng = np.random.default_rng(1)
-    visible, infrared = unit(rng, 7, 6), unit(rng, 3, 6)
-    as_tensor = match_clusters(torch.tensor(3 * visible), torch.tensor(0.5 * infrared))
-    assert isinstance(as_tensor, torch.Tensor) and as_tensor.dtype == torch.bool
-    assert np.array_equal(as_tensor.numpy(), match_clusters(visible, infrared))
+    visible, infrared = (rng.integers(-3, 4, (n, 6)) + 0.25 for n in (7, 3))
+    expected = match_clusters(visible, infrared)
+    assert expected.dtype == bool and np.array_equal(
+        match_clusters(visible.tolist(), infrared[::-1])[::-1], expected
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = match_clusters(torch.tensor(2 * visible, dtype=dtype), torch.tensor(infrared, dtype=dtype))
+        assert isinstance(found, torch.Tensor) and np.array_equal(found.numpy(), expected)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +137,8 @@ def test_scale_and_kind_do_not_matter():
 def test_errors_name_the_side(visible, infrared, message):
     with pytest.raises(ValueError, match=message):
         match_clusters(visible, infrared)
+    with pytest.raises(ValueError, match="rule must be bilateral or mutual, got 'closest'"):
+        match_clusters(np.eye(2), np.eye(2), rule="closest")
 
 
 def selected_oracle(visible, infrared, y_v, y_r, k):
@@ -172,15 +170,3 @@ def test_instance_selection_equals_the_oracle(a, b, k, seed):
 def test_instance_selection_with_an_empty_modality():
     kept_v, kept_r = select_instances(torch.eye(3), torch.empty(0, 3), torch.arange(3), torch.empty(0).long())
     assert kept_v.tolist() == [-1, -1, -1] and len(kept_r) == 0
-
-
-def test_centres_of_any_dtype_match():
-    rng = np.random.default_rng(3)
-    a, b = (torch.from_numpy(rng.integers(-3, 4, (n, 6)) + 0.25) for n in (5, 7))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(match_clusters(a.to(dtype), b.to(dtype)), match_clusters(a, b))
-
-
-def test_unknown_rule_is_named():
-    with pytest.raises(ValueError, match="bilateral or mutual, got 'closest'"):
-        match_clusters(np.eye(2), np.eye(2), rule="closest")
