@@ -211,12 +211,10 @@ def test_batches_are_halved_until_they_fit():
 
 
 def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
-    state = {}
-    for name, value in model.state_dict().items():
-        name = name.replace("visible.", "visible_module.visible.").replace(
-            "infrared.", "thermal_module.thermal."
-        )
-        state[f"base_resnet.base.{name}" if name.startswith("layer") else name] = value
+    homes = {"visible": "visible_module.visible", "infrared": "thermal_module.thermal"}
+    homes |= {f"layer{n}": f"base_resnet.base.layer{n}" for n in range(1, 5)}
+    parts = [(*name.partition("."), value) for name, value in model.state_dict().items()]
+    state = {f"{homes.get(first, first)}.{rest}": value for first, _, rest, value in parts}
     torch.save({"net": state | {"classifier.weight": torch.zeros(2, 2)}}, tmp_path / "agw.pth")
     out = tmp_path / "imported"
     assert main(["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16"]) == 2
@@ -225,10 +223,8 @@ def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
     assert main(command) == 0
     assert "left out, what only training uses: classifier.weight\n" in capsys.readouterr().out
     pixels = torch.zeros(2, 3, 32, 16, dtype=torch.uint8)
-    both = [
-        extract(m, pixels, "infrared", progress=False) for m in (model, TwoStreamResNet.from_pretrained(out))
-    ]
-    assert torch.equal(*both)
+    models = (model, TwoStreamResNet.from_pretrained(out))
+    assert torch.equal(*(extract(m, pixels, "infrared", progress=False) for m in models))
 
 
 def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, caplog, monkeypatch):
@@ -243,6 +239,9 @@ def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, cap
     assert main(["check", "folders", "own"]) == 0
     command = ["train", "folders", "own", "-o", "run", "--preset", "demo", *settings()]
     assert main(command) == 0 and "2 epochs" in capsys.readouterr().out
+    caplog.set_level("INFO", "ecul")
+    again = ["train", "folders", "own", "-o", "again", "--config", "run/config.json", "--set", "weights=run"]
+    assert main(again) == 0 and "run: a trained model; all its weights are taken" in caplog.text
     monkeypatch.chdir("/")  # the run knows where its images are from anywhere
     assert main(["report", str(tmp_path / "run"), "--queries", "1", "--top", "2"]) == 0
     assert (tmp_path / "run" / "report" / "ranked.png").is_file()
@@ -265,26 +264,15 @@ def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog)
             layouts.picture(tmp_path / "own" / modality / f"{i}.png", (16, 16))
         (tmp_path / "own" / modality / "broken.png").write_bytes(b"no image")
     root, run, visible = (str(tmp_path / name) for name in ("own", "run", "own/visible"))
-    train = [
-        "train",
-        "folders",
-        root,
-        "-o",
-        run,
-        "--preset",
-        "demo",
-        *settings(epochs_cross=0, size=[16, 16]),
-    ]
-    model = TwoStreamResNet(10, 4, False, (16, 16))
-    model.save_pretrained(tmp_path / "model")
+    train = ["train", "folders", root, "-o", run, "--preset", "demo"]
+    train += settings(epochs_cross=0, size=[16, 16])
+    TwoStreamResNet(10, 4, False, (16, 16)).save_pretrained(tmp_path / "model")
     out = ["-o", str(tmp_path / "f.safetensors")]
     for command in (train, ["extract", str(tmp_path / "model"), visible, "--modality", "visible", *out]):
         assert main(command) == 2
-        error = capsys.readouterr().err
-        assert "skip_unreadable=True (--skip-unreadable) leaves such images out" in error
-    assert (
-        main(["check", "folders", root]) == 1 and main(["check", "folders", root, "--skip-unreadable"]) == 0
-    )
+        assert "skip_unreadable=True (--skip-unreadable) leaves such" in capsys.readouterr().err
+    check = ["check", "folders", root]
+    assert main(check) == 1 and main([*check, "--skip-unreadable"]) == 0
     assert main([*train, "--skip-unreadable"]) == 0
     capsys.readouterr()
     assert main(["extract", run, visible, "--modality", "visible", *out]) == 0

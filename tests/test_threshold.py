@@ -168,6 +168,12 @@ def test_a_damaged_threshold_is_named(tmp_path, place, value, told):
         Threshold.load(tmp_path)
 
 
+def colours_drawn(path, ranking):
+    draw_ranking(path, ranking, (16, 8))
+    found = Image.open(path).convert("RGB").getcolors(1 << 24)
+    return {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in found}
+
+
 def test_a_ranking_marks_the_same_person_and_nobody(tmp_path):
     for name, tone in (("a", 10), ("b", 120)):
         Image.new("RGB", (8, 16), (tone,) * 3).save(tmp_path / f"{name}.png")
@@ -181,16 +187,7 @@ def test_a_ranking_marks_the_same_person_and_nobody(tmp_path):
     assert [a["same"] for a in ranking.to_dict()[files.paths[0]]] == [True, False]
     plain = dataclasses.replace(ranking, threshold=None)
     assert "nobody" not in plain.table() and "same" not in plain.to_dict()[files.paths[0]][0]
-    draw_ranking(tmp_path / "found.png", ranking, (16, 8))
-    seen = {
-        "#{:02x}{:02x}{:02x}".format(*c)
-        for _, c in Image.open(tmp_path / "found.png").convert("RGB").getcolors(1 << 24)
-    }
-    draw_ranking(tmp_path / "plain.png", plain, (16, 8))
-    unmarked = {
-        "#{:02x}{:02x}{:02x}".format(*c)
-        for _, c in Image.open(tmp_path / "plain.png").convert("RGB").getcolors(1 << 24)
-    }
+    seen, unmarked = (colours_drawn(tmp_path / "found.png", drawn) for drawn in (ranking, plain))
     assert RIGHT in seen and RIGHT not in unmarked
 
 
