@@ -16,6 +16,7 @@ pytestmark = pytest.mark.compiled
 FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {SM80: 163 * 1024, SM90: 227 * 1024}  # bytes of shared memory a program may have
 PRODUCTS = {"_maxima_kernel", "_candidates_kernel"}
+ASSERTIONS = {"_weights_kernel", "_update_kernel"}  # of labels, which the host does not read
 
 
 def zeros(*shape, dtype=torch.int64):
@@ -74,6 +75,7 @@ def test_spills_nothing_and_multiplies_on_tensor_cores(launch, target):
         assert used["shared"] <= min(stated[name], LIMITS[target]), f"{name}: {used}"
         instruction = "wgmma.mma_async" if target is SM90 else "mma.sync"
         assert (instruction in kernel.asm["ptx"]) == (name in PRODUCTS)
+        assert ("__assertfail" in kernel.asm["ptx"]) == (name in ASSERTIONS)
 
 
 @pytest.mark.skipif("amd" not in backends, reason="this Triton has no AMD backend")
@@ -89,15 +91,6 @@ def test_compiles_for_amd(launch):
         assert ("v_mfma" in kernel.asm["amdgcn"]) == (name in PRODUCTS)
 
 
-@pytest.mark.parametrize("target", [SM80, SM90], ids=["sm_80", "sm_90"])
-def test_a_loss_that_is_nan_passes_the_assertion(target):
-    """A label without a slot ends the context, for log P is -inf then; NaN compares false and must not."""
-    with compiling(target) as compiled:
-        LAUNCHES["loss, bfloat16"]()
-    (ptx,) = {kernel.asm["ptx"] for _, kernel in compiled}
-    assert len(re.findall(r"setp\.neu\.f32\s+%p\d+, %r\d+, 0fFF800000", ptx)) == 1
-
-
 @pytest.mark.parametrize("launch", [l for l in LAUNCHES if l.startswith("search")])
 def test_asynchronous_products_are_safe_and_run_side_by_side(launch):
     """What threads copied into shared memory is fenced off, operands lie there, nothing is serialised."""
@@ -109,6 +102,6 @@ def test_asynchronous_products_are_safe_and_run_side_by_side(launch):
         assert set(products) == ({"%"} if name in PRODUCTS else set()), name  # a descriptor, not registers
         if products and re.search(r"cp\.async\.c[ag]", ptx):
             assert "fence.proxy.async" in ptx, name
-        assert "C7515" not in assembler_messages(kernel) and "serialized" not in assembler_messages(kernel)
+        assert "serialized" not in assembler_messages(kernel), name
         if name == "_maxima_kernel":
             assert resources(kernel)["registers"] <= 128  # two programs on a multiprocessor

@@ -136,14 +136,6 @@ def test_finds_neighbours_that_float16_cannot_tell_apart(device):
     assert_neighbours(topk_similarity(x, x, 5), x, x, 5, tolerance=5e-7)
 
 
-def test_prefers_lower_indices_where_everything_ties(device):
-    zeros = torch.zeros(50, 5, device=device)
-    values, indices = topk_similarity(zeros, zeros, 4, exclude_self=True)
-    assert (values == 0).all()
-    assert indices[:3].tolist() == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4]]
-    assert (indices[4:] == torch.arange(4, device=device)).all()
-
-
 def test_rows_with_crowded_lists_leave_the_others_alone(device, monkeypatch):
     """Every other row is the same point, seventy times: more than the lists hold."""
     for module in (_shortlist, _shortlist_cpu):
@@ -211,20 +203,15 @@ def test_many_rows_and_few_columns():
     assert_as_reference(x, y, 2)
 
 
+PORTIONS = [(neighbors, "LISTED", 60 * 128), (_shortlist, "CLOSEST", 60), (_shortlist, "MAXIMA", 1)]
+ON_HOST = [(_shortlist_cpu, "HEIGHT", 64), (_shortlist_cpu, "PRODUCTS", 2**13), (_shortlist_cpu, "EVEN", 16)]
+ON_HOST += [(_shortlist_cpu, "PRODUCTS", 2**15), (pairs, "X_ROWS", 60), (pairs, "Y_ROWS", 70)]
+
+
 @pytest.mark.parametrize(
     "module, name, size, rows",
-    [(neighbors, "LISTED", 60 * 128, 140), (_shortlist, "CLOSEST", 60, 140), (_shortlist, "MAXIMA", 1, 1100)]
-    + [
-        pytest.param(module, name, size, 1100, marks=pytest.mark.host)
-        for module, name, size in [
-            (_shortlist_cpu, "HEIGHT", 64),
-            (_shortlist_cpu, "PRODUCTS", 2**13),
-            (_shortlist_cpu, "PRODUCTS", 2**15),
-            (_shortlist_cpu, "EVEN", 16),
-            (pairs, "X_ROWS", 60),
-            (pairs, "Y_ROWS", 70),
-        ]
-    ],
+    [(*PORTIONS[0], 140), (*PORTIONS[1], 140), (*PORTIONS[2], 1100)]
+    + [pytest.param(*portion, 1100, marks=pytest.mark.host) for portion in ON_HOST],
 )
 def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, module, name, size, rows):
     x = quarters(rows, 9, 12, device=device)
