@@ -38,9 +38,7 @@ def check_device(device: torch.device, **tensors: Tensor) -> None:
     """Require all tensors on this device."""
     for name, tensor in tensors.items():
         if tensor.device != device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, the other tensors on {device}: move it there first"
-            )
+            raise ValueError(f"{name} must be on {device}, as the other tensors are; got {tensor.device}")
 
 
 def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
@@ -65,9 +63,7 @@ def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> 
     check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
     most = torch.segment_reduce(values, "sum", offsets=indptr.long()).max()
     if not ((values >= 0).all() and most <= 1.001):
-        raise ValueError(
-            f"values must not be negative or NaN and sum to 1 at most in a row; got a sum of {most}"
-        )
+        raise ValueError(f"values must not be negative or NaN and sum to 1 at most in a row; got {most}")
 
 
 def _check_tensor(name: str, tensor: object, dimensions: int, dtypes: Dtypes) -> None:

@@ -55,10 +55,16 @@ def jaccard_neighbors_reference(
 def graph_of(pairs: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j: (2, pairs)."""
     i, j = pairs
-    itself = torch.arange(size, device=i.device)
-    keys = torch.cat([i * size + j, j * size + i, itself * (size + 1)]).sort().values
-    degree = (keys // max(size, 1)).bincount(minlength=size)
-    return torch.cat([degree.new_zeros(1), degree.cumsum(0)]), keys % max(size, 1)
+    rows = torch.arange(size + 1, device=i.device)
+    keys = i.new_empty(2 * len(i) + size)  # in place, because pairs may be many times the rows
+    torch.add(j, i, alpha=size, out=keys[: len(i)])
+    torch.add(i, j, alpha=size, out=keys[len(i) : 2 * len(i)])
+    keys[2 * len(i) :] = rows[:-1] * (size + 1)
+    if keys.is_cuda:
+        keys = keys.sort().values
+    else:
+        keys.numpy().sort()
+    return torch.searchsorted(keys, rows * size), keys.remainder_(max(size, 1))
 
 
 def jaccard_pairs(
