@@ -91,10 +91,8 @@ NOT_NEGATIVE = Rule("be a number of at least 0", lambda v: _is_number(v) and v >
 DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: _is_number(v) and 0 < v <= 1)
 MOMENTUM = Rule("be a number in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
 FILE = Rule("be the path of a file", lambda v: isinstance(v, str))
-BACKBONE = Rule(
-    "be timm:NAME or torchvision:NAME",
-    lambda v: isinstance(v, str) and v.startswith(("timm:", "torchvision:")),
-)
+KINDS = ("timm:", "torchvision:")
+BACKBONE = Rule("be timm:NAME or torchvision:NAME", lambda v: isinstance(v, str) and v.startswith(KINDS))
 EPOCHS = Rule("be whole numbers like (20, 40, 60)", lambda v: isinstance(v, tuple) and all(map(_is_whole, v)))
 SEED = Rule("be a whole number from 0 to 2**63 - 1", lambda v: _is_whole(v) and v < 2**63)
 PIXELS = Rule(
@@ -147,9 +145,7 @@ class Config:
     pad: int = _held(10, _at_least(0), "pixels of zeros around an image before it is cropped")
     linear_transform: bool = _held(False, FLAG, "MBCCM's linear transform of view 1")
     # with "infrared", mutual matching extracts the visible images three times more
-    exchanged_stem: str = _held(
-        "infrared", _one_of(*MODALITIES), "stem of channel-exchanged views, stage 2 [R]"
-    )
+    exchanged_stem: str = _held("infrared", _one_of(*MODALITIES), "stem of exchanged views in stage 2 [R]")
 
     # schedule; epochs are counted over the whole run
     epochs_intra: int = _held(25, _at_least(0), "epochs of stage 1, within the modalities")
@@ -209,9 +205,8 @@ class Config:
         if self.pairs == "joint" and self.weight_joint == 0:
             raise ValueError('pairs="joint" draws from joint clusters: set weight_joint above 0')
         if self.pairs == "joint" and self.reads_matches:
-            raise ValueError(
-                'pairs="joint" has no matched pairs: set weight_agnostic and weight_consistency to 0'
-            )
+            told = "set weight_agnostic and weight_consistency to 0"
+            raise ValueError(f'pairs="joint" has no matched pairs: {told}')
 
     def exchanged_crosses(self, stage: int) -> bool:
         """Whether channel-exchanged views pass the infrared stem in this stage."""
@@ -260,14 +255,11 @@ class Config:
 def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     """The fields of Config in a JSON file, for example the `config.json` of a run.
 
-    Errors: FileNotFoundError; ValueError for a file that is no JSON object.
+    Errors: OSError; ValueError for a file that is no JSON object.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of settings {path}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
         raise ValueError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(fields, dict):
         raise ValueError(f"{path} should hold fields of Config by name, not {type(fields).__name__}")

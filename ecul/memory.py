@@ -164,10 +164,6 @@ class _Memory(nn.Module):
         kept = self.momentum if momentum is None else momentum
         momentum_update_(self.features, _unit(x).float(), labels, kept, self.rule, generator=generator)
 
-    def extra_repr(self) -> str:
-        sizes = f"{self.num_samples}, {self.num_features}"
-        return f"{sizes}, temp={self.temp}, momentum={self.momentum}, rule={self.rule!r}"
-
 
 class ClusterMemory(_Memory):
     """A row per cluster; `memory(x, labels)` is the cluster-level contrastive loss.
@@ -213,22 +209,18 @@ class InstanceMemory(_Memory):
     def from_features(
         cls, features: torch.Tensor, labels: Whole, temp: float = 0.05, momentum: float = 0.1
     ) -> "InstanceMemory":
-        """A memory that starts from features (N, D), normalised here, and their labels (N,), -1 = outlier."""
+        """A memory that starts from features (N, D), normalised here, and their labels (N,).
+
+        An outlier (-1) gets a label of its own: nobody's positive. Errors: ValueError unless each row has a
+        label.
+        """
+        labels = _whole("labels", labels, features.device)
+        if labels.shape != features.shape[:1]:
+            raise ValueError(f"labels: expected {len(features)}, one a row, got {tuple(labels.shape)}")
         memory = cls(features.shape[1], features.shape[0], temp, momentum).to(features.device)
         memory.features.copy_(_unit(features))
-        memory.assign(labels)
+        memory.labels.copy_(torch.where(labels < 0, -2 - memory.labels, labels))
         return memory
-
-    def assign(self, labels: Whole) -> None:
-        """Give each row its cluster label; an outlier (-1) gets a label of its own: nobody's positive.
-
-        Errors: ValueError for another number of labels than rows.
-        """
-        labels = _whole("labels", labels, self.features.device)
-        if labels.shape != self.labels.shape:
-            raise ValueError(f"labels: expected {self.num_samples}, one a row, got {tuple(labels.shape)}")
-        own = -2 - torch.arange(self.num_samples, device=self.features.device)
-        self.labels.copy_(torch.where(labels < 0, own, labels))
 
 
 def tsmem(epoch: int, switch: int) -> tuple[str, str, float]:

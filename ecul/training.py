@@ -92,7 +92,9 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
     """One epoch: extract, cluster, match, remember, learn. Returns its row of the log."""
     clock = _Clock(images.device)
     rng = np.random.default_rng([config.seed, epoch])
-    on_host, on_device = _generators(int(rng.integers(2**62)), images.device)
+    seed, device = int(rng.integers(2**62)), images.device
+    on_host = torch.Generator().manual_seed(seed)  # on a CPU the draws of both take turns
+    on_device = on_host if device.type == "cpu" else torch.Generator(device.type).manual_seed(seed)
     stage = 1 if epoch < config.epochs_intra else 2
     set_lr(state.optimizer, config, epoch)
 
@@ -121,9 +123,8 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
 
 def extract_all(model: torch.nn.Module, images: TrainImages, config: Config) -> torch.Tensor:
     """Unit features (N, D) of every image on every process, each process embedding its share."""
-    return torch.cat(
-        [_extract(model, x, m, images, config) for m, x in zip(MODALITIES, images.pixels, strict=True)]
-    )
+    sides = zip(images.pixels, MODALITIES, strict=True)
+    return torch.cat([_extract(model, *side, images, config) for side in sides])
 
 
 def extract_exchanged(
@@ -209,9 +210,3 @@ class _Clock:
     def seconds(self) -> float:
         distributed.finish(self.device)
         return time.perf_counter() - self.began
-
-
-def _generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
-    """Generators for draws on the host and on the device; on a CPU they are one, whose draws take turns."""
-    on_host = torch.Generator().manual_seed(seed)
-    return on_host, on_host if device.type == "cpu" else torch.Generator(device.type).manual_seed(seed)

@@ -211,7 +211,7 @@ def test_settings_come_back_from_a_file(world, tmp_path, capsys):
     for name, message in (
         ("d.json", "should hold fields of Config"),
         ("e.json", "cannot be read as JSON"),
-        ("f", "no file"),
+        ("f", "No such file"),
     ):
         assert main(command("x", "--config", str(tmp_path / name))) == 2
         assert message in capsys.readouterr().err

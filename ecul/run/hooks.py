@@ -51,7 +51,7 @@ def call_hook(hook: Hook, row: dict, model: nn.Module) -> tuple[dict[str, float]
         hook(given, model)
     except StopIteration:
         stop = True
-    for name in given.keys() - row.keys():
+    for name in [name for name in given if name not in row]:
         try:
             number = math.nan if isinstance(given[name], str | bytes) else float(given[name])
         except (TypeError, ValueError, RuntimeError, OverflowError):
