@@ -199,7 +199,8 @@ def _image_sections(
 ) -> tuple[list[Section], list[tuple[str, str]]]:
     """The sections that need images, and what they say in short."""
     trained = tested = Embedded.by(model, (dataset.visible, dataset.infrared), progress)
-    sections, happened = [], []
+    sections: list[Section] = []
+    happened: list[tuple[str, str]] = []
     if dataset.test_visible is not None and dataset.test_infrared is not None:
         tested = Embedded.by(model, (dataset.test_visible, dataset.test_infrared), progress)
         sections, happened = _accuracy(dataset, tested)
@@ -259,7 +260,7 @@ def _ranked_section(
         who = "" if pids is None else f"person {pids[row]}\n"
         rows.append(Row(who + pictures.short_path(query.names[index]), cells))
     text = (
-        f"{len(rows)} random infrared queries, and their best answers among {len(gallery)} visible {kind} "
+        f"{len(rows)} random infrared queries and their best answers among {len(gallery)} visible {kind} "
         "images, best first. "
         + ("Identities are not known." if pids is None else "Green ✓: the same person; red ✗: another.")
         + f" Below each: rank, cosine similarity{', camera' if gallery.camids.any() else ''}, file."

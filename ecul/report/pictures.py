@@ -293,4 +293,5 @@ def draw_tuning(path: str | Path, tables: dict[str, list[dict]], chosen: dict[st
                 _dress(panel, f"{name}: {kind}")
                 panel.set(xlabel="eps")
             told = f"recommended: k1 {best['k1']}, eps {best['eps']}"
-            line[-1].legend(title=told, fontsize=7, title_fontsize=7, frameon=False)
+            beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+            line[-1].legend(title=told, fontsize=7, title_fontsize=7, frameon=False, **beside)
