@@ -31,7 +31,7 @@ FLAG: dict[str, Any] = {"action": "store_true"}
 RERANK: dict[str, Any] = {
     "nargs": "?", "const": "k-reciprocal", "choices": ("k-reciprocal", "modality"),
     "help": "(after the other arguments) re-rank by the neighbourhoods of queries and gallery together: "
-    "k-reciprocal ones (default), or those that count both modalities alike",
+    "k-reciprocal (default), or modality, which counts both modalities alike",
 }  # fmt: skip
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
 PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}

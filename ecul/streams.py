@@ -22,7 +22,7 @@ from ecul.data.images import check_modality
 from ecul.model import TwoStreamResNet, make_neck, neck_rows
 
 LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
-    # the function that builds a network by its name, its arguments, and those that tell it the images' size
+    # the function that builds a network by its name, its arguments, and how it is told the image size
     "timm": ("timm.create_model", {"pretrained": False, "num_classes": 0}, lambda size: {"img_size": size}),
     "torchvision": ("torchvision.models.get_model", {"weights": None}, lambda size: {"image_size": size[0]}),
 }
@@ -113,7 +113,7 @@ class Backbone(Pretrained):
 
 
 class TwoStream(Backbone):
-    """A network of timm, of torchvision or of one's own as a model of two modalities.
+    """A network of timm, of torchvision or your own as a model of two modalities.
 
         model = TwoStream("timm:convnext_tiny", (288, 144))       # from the shell: --set backbone=timm:...
         model = TwoStream("torchvision:resnet18", (288, 144))
@@ -125,8 +125,8 @@ class TwoStream(Backbone):
     torchvision's classifier is removed; timm builds none with `num_classes=0`. input_size: (H, W). Networks
     that must know it, such as ViTs, are told (torchvision's take squares alone).
 
-    A model by name is saved with the name, so `load_model` and every command load it. One's own network is
-    loaded by `TwoStream.from_pretrained(path, network)`. Errors: ValueError, before any work, for an unknown
+    A model by name is saved with the name, so `load_model` and every command load it. Your own network needs
+    `TwoStream.from_pretrained(path, network)`. Errors: ValueError, before any work, for an unknown
     name or a network that does not give rows (N, num_features), in training or in evaluation; ImportError
     without its package.
     """

@@ -1,4 +1,4 @@
-"""Several runs side by side: a table of what differs between them and what came of it, and their curves."""
+"""Several runs side by side: a table of their settings and results, and their curves."""
 
 import fnmatch
 import json
@@ -23,7 +23,7 @@ from ecul.run.saved import SavedRun, find_trials, read_run
 from ecul.streams import load_model
 
 log = logging.getLogger("ecul")
-PANELS = (  # of the curves: title, what the names in the log match, and what becomes of several of them
+PANELS = (  # of the curves: title, pattern of the names in the log, and how several values become one
     ("label-free score", "score", np.mean),
     ("sum of the losses", "loss_*", np.sum),
     ("adjusted Rand index (reads identities)", "monitor_*", np.mean),
@@ -35,8 +35,8 @@ PANELS = (  # of the curves: title, what the names in the log match, and what be
 class Group:
     """Runs that differ in their seed or trial alone.
 
-    settings: those in which groups differ; figures: a value a run under each heading; caution: what keeps
-    the accuracy from being compared.
+    settings: the ones that differ between groups. figures: one value for each run under each heading.
+    caution: a reason not to compare the accuracy.
     """
 
     runs: tuple[SavedRun, ...]
@@ -46,7 +46,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What tells it from the others: its settings, or its directories."""
+        """The settings that differ from the other groups, or the directories."""
         told = shorten([f"{name} {value}" for name, value in self.settings.items()], 4)
         return told or shorten([str(run.directory) for run in self.runs], 2)
 
@@ -97,10 +97,10 @@ def compare(
 ) -> Comparison:
     """Compare the runs in these directories; all trials in a directory count, each as a run.
 
-    Runs that differ in seed or trial alone are one row. Accuracy is that of the published protocol, where the
-    data set lies where it lay or in `root`, and is kept in the run as `accuracy.json`; score and time are
-    those of the log. device: by default the GPU when there is one. Errors: ValueError for a directory that is
-    no run, or a run without an epoch.
+    Runs that differ in seed or trial alone are one row. Accuracy follows the published protocol. It needs the
+    data set at its place in training or in `root`, and is kept in the run as `accuracy.json`. Score and time
+    come from the log. device: by default the GPU when there is one. Errors: ValueError for a directory that
+    is no run, or a run without an epoch.
     """
     groups: dict[str, list[SavedRun]] = {}
     for run in (read_run(path) for given in runs for path in find_trials(given)):
@@ -116,14 +116,14 @@ def compare(
 
 
 def _settings(run: SavedRun) -> dict[str, Any]:
-    """What makes another run than a repetition: all but the seed, the trial and where things lie."""
+    """The settings of a run without its seed, trial and paths: runs that share them are repetitions."""
     options = {k: v for k, v in run.dataset["options"].items() if k not in ("trial", "pack")}
     config = {k: v for k, v in run.config.to_dict().items() if k != "seed"}
     return {"dataset": run.dataset["dataset"], **options, **config, "epochs done": len(run.history)}
 
 
 def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The names of those that differ, within a method or beyond what the methods themselves set."""
+    """The settings that differ within a method, or that differ and were not set by the methods."""
     texts = [{name: json.dumps(value) for name, value in own.items()} for own in settings]
     presets = {json.dumps(m): {k: json.dumps(v) for k, v in own.items()} for m, own in METHODS.items()}
     found = []
@@ -189,7 +189,7 @@ def _told(heading: str, values: Sequence[float]) -> str:
 
 
 def _curves(group: Group, pattern: str, gather: Callable) -> np.ndarray:
-    """(runs, epochs): what the log says under the names that match, NaN where it says nothing."""
+    """(runs, epochs): the values in the log under the names that match, NaN where there are none."""
     table = np.full((len(group.runs), max(len(run.history) for run in group.runs)), np.nan)
     for line, run in zip(table, group.runs, strict=True):
         for row in run.history:

@@ -2,9 +2,9 @@
 
     pixels (N, 3, H, W) float32, RGB in 0..255  ->  features (N, num_features) float32 unit rows
 
-Normalisation and the mirror image of the test feature are inside the program: resizing to (H, W) is all that
-is left to the caller, with Pillow's LANCZOS as in training. The file says so itself: in the metadata of an
-ONNX model, in `about.json` of a `.pt2`.
+The program normalises the pixels and adds the mirror image of the test feature. The caller resizes images to
+(H, W) with Pillow's LANCZOS, as in training. The file says so in the metadata of an ONNX model, or in
+`about.json` of a `.pt2`.
 """
 
 import io

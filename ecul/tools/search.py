@@ -29,7 +29,7 @@ STRIP = 256  # queries re-ranked at a time
 class Ranking:
     """The answers to each query, best first: gallery rows (Q, top) int64, cosine similarities float32.
 
-    threshold: the similarity from which on an answer counts as the same person; None: nobody said.
+    threshold: answers of at least this similarity count as the same person; None where it is not known.
     """
 
     query: FolderFeatures
@@ -141,9 +141,9 @@ def search(
     query: an image or a folder; gallery: a folder; each modality is "visible" or "infrared". top is clamped
     to the gallery's size. rerank: "k-reciprocal" or "modality" orders by the distances of
     `ecul.evaluation.rerank`, over all queries and the gallery together; the scores are still cosines.
-    threshold: from `Threshold.load(model's directory)`: answers are then marked as the same person or not, so
-    that a share `unknown` of people who are not in the gallery is taken for somebody. options: those of
-    `extract_folder`. Errors: those of `extract_folder`; ValueError for top below 1 or an unknown rerank.
+    threshold: from `Threshold.load(model's directory)`; it marks answers as the same person or not, with a
+    false-accept rate of `unknown` for people who are not in the gallery. options: as in `extract_folder`.
+    Errors: as in `extract_folder`; ValueError, before any work, for another top, rerank or unknown.
     """
     if rerank is not None and rerank not in RERANKINGS:
         raise ValueError(f"rerank must be one of {', '.join(RERANKINGS)}, or None, got {rerank!r}")

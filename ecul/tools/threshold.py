@@ -1,4 +1,4 @@
-"""Same person or not: from which similarity on, and how often that is wrong, without labels.
+"""Same person or not: the similarity to decide by, and how often it is wrong, without labels.
 
 Images of different clusters nearly always show different people, however mixed the clusters are. The upper
 tail of their similarities is close to a normal variable's, which reaches to the rare ones that a search among
@@ -35,7 +35,7 @@ GALLERIES = (100, 1000, 10_000)  # images, of the table
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known of queries of one modality and a gallery of another, or of the same.
+    """The statistics of queries of one modality and a gallery of another, or of the same.
 
     location, scale: the normal variable of different people's similarities. own: the quantiles 0, 5, ...
     100 % of a query's best similarity to another image of its own person; empty where there were none. apart:

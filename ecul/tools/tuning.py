@@ -1,4 +1,4 @@
-"""Which eps and k1 a clustering should have, without labels: what each gives, how apart its clusters are."""
+"""Choose eps and k1 of a clustering without labels: clusters, outliers and score of each setting."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ EPS = tuple(round(0.2 + 0.05 * step, 2) for step in range(13))  # 0.2, 0.25, ...
 
 @dataclass(frozen=True)
 class Tuning:
-    """What each setting gives: rows of k1, eps, clusters, outliers and score; `best` has the best score."""
+    """A row for each setting: k1, eps, clusters, outliers and score."""
 
     rows: list[dict[str, Any]]
 
@@ -126,7 +126,7 @@ class Settings:
 def tune_config(model: Any, dataset: Dataset, config: Config, eps: Sequence[float] = EPS) -> Settings:
     """`tune` for each clustering of a run: visible, infrared, and both jointly, k1 halved and doubled.
 
-    model: what `extract` takes; dataset: whose training images it embeds. Errors: those of `extract`.
+    model: what `extract` takes; dataset: its training images are embedded. Errors: those of `extract`.
     """
     images = [getattr(dataset, m) for m in MODALITIES]
     features = [extract(model, side, side.modality) for side in images]
