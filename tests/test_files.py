@@ -207,6 +207,17 @@ def test_a_disk_that_cannot_be_written_is_told_with_the_name_of_the_file(tmp_pat
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_arrays_of_any_kind_are_written(tmp_path):
+    x = np.arange(6.0).reshape(2, 3)
+    fixed = np.broadcast_to(np.float32(1), (2, 2))
+    write_tensors(tmp_path / "x", {"swapped": x.astype(">f8"), "reversed": x[::-1], "read-only": fixed})
+    found = read_tensors(tmp_path / "x").tensors
+    for name, want in {"swapped": x, "reversed": x[::-1], "read-only": fixed}.items():
+        assert np.array_equal(found[name].numpy(), want)
+    with pytest.raises(TypeError, match="x must be a dense tensor"):
+        write_tensors(tmp_path / "x", {"x": torch.zeros(2, device="meta")})
+
+
 def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
     write_file(tmp_path / ("x" * 255), b"y")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"y"]

@@ -87,10 +87,8 @@ class Pretrained(nn.Module):
         state, metadata, sha256 = read_tensors(file)
         found = metadata.get("architecture")
         if found != cls.__name__:
-            hint = {"TwoStreamResNet": "model", "Backbone": "model", "TwoStream": "streams"}.get(str(found))
-            told = (
-                f"in Python ecul.{hint}.{found} loads it" if hint else "give a model that this library wrote"
-            )
+            home = {"TwoStreamResNet": "model", "Backbone": "model", "TwoStream": "streams"}.get(str(found))
+            told = f"in Python ecul.{home}.{found} loads it" if home else "give a model of this library"
             raise ValueError(f"{file} holds {clipped(found or 'no network', 60)}, not {cls.__name__}; {told}")
         with reading(file):
             about = {name: _setting(name, metadata[name], known) for name, known in settings.items()}
@@ -119,11 +117,9 @@ class Pretrained(nn.Module):
         """
         require_fit(self.state_dict(), state, path, self.described(), own)
         if any(value.is_meta for value in self.state_dict().values()):
-            self.to_empty(device="cpu")
-            state = {k: torch.zeros_like(v) for k, v in self.state_dict().items() if k not in state} | {
-                **state
-            }
-        self.load_state_dict({**self.state_dict(), **state})
+            for value in self.to_empty(device="cpu").state_dict().values():
+                value.zero_()
+        self.load_state_dict(state, strict=False)
         self.sha256 = None
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ecul.common.arrays import as_tensor
 from ecul.common.files import draft, reading
 from ecul.common.names import shorten
 
@@ -32,11 +33,12 @@ class Content(NamedTuple):
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a dict of tensors as safetensors with a checksum; metadata values become strings.
+    """Write a dict of tensors, or of arrays, as safetensors with a checksum; metadata values become strings.
 
     Tensors that share storage (tied weights) are written once each, as the format asks.
     """
-    copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    dense = {k: as_tensor(k, v).detach().cpu() for k, v in tensors.items()}
+    copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in dense.items()}
     # a path may hold bytes that are not UTF-8: they are written as escapes
     texts = {k: str(v).encode("utf-8", "surrogateescape") for k, v in (metadata or {}).items()}
     about = {k: text.decode("utf-8", "backslashreplace") for k, text in texts.items()}

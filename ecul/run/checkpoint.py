@@ -28,6 +28,8 @@ from ecul.run.saved import FILE, parse_run
 # The rate of the epochs to come, and where and how they are computed.
 MAY_CHANGE = ("lr", "lr_gamma", "weights", "precision", "compile", "checkpointing", "batch_extract")
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+
 
 @contextmanager
 def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterator[Any]:
@@ -36,15 +38,15 @@ def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterat
     Errors, before any work: a directory that cannot be written, is nearly full (under 1 GiB free) or is
     held by another run.
     """
+    output = None if output is None else Path(output)
     if output is None or not hold:
-        yield output if output is None else Path(output)
+        yield output
         return
-    output = Path(output)
     lock = output / ".lock"
-    if lock.exists() and not lock.is_file():
-        raise ValueError(f"output: {lock} is no file; remove it, or choose another directory")
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if lock.exists() and not lock.is_file():
+            raise ValueError(f"output: {lock} is no file; remove it, or choose another directory")
         file = open(lock, "a")  # noqa: SIM115 - held for the whole run
     except OSError as e:
         raise ValueError(f"output: cannot write to {output} ({e.strerror}); choose another directory") from e
@@ -78,23 +80,19 @@ def holds_run(directory: Path) -> bool:
     """
     if (directory / FILE).exists():
         return True
-    log = directory / "log.jsonl"
+    log, model = directory / "log.jsonl", directory / "model.safetensors"
     epochs = log.read_bytes().count(b"\n") if log.is_file() else 0
-    if epochs > 1:  # after one, the first epoch's files may not all be there yet
-        raise ValueError(
-            f"output: {directory} holds a run of {epochs} epochs without its {FILE}; put it back, or choose "
-            "another directory"
-        )
-    if (directory / "model.safetensors").exists() and not epochs:
-        raise ValueError(f"output: {directory} holds a model that no run wrote; choose another directory")
+    if epochs > 1 or (model.exists() and not epochs):  # after one epoch, its files may not all be there yet
+        held = f"a run of {epochs} epochs without its {FILE}" if epochs else "a model that no run wrote"
+        raise ValueError(f"output: {directory} holds {held}; choose another directory")
     return False
 
 
 def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Mapping) -> None:
     """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
 
-    state: `model`, `optimizer`, `history` (a dict an epoch) and `labels` (a tensor or None). data: the
-    data set's fingerprint. source: where it lies and how it was opened, for `ecul report`.
+    state: `model`, `optimizer`, `history` (a dict an epoch) and `labels` (N,) int64. data: the data set's
+    fingerprint. source: where it lies and how it was opened, for `ecul report`.
     """
     model, history = state.model, state.history
     metadata = {"method": config.method, "dataset": data["dataset"], "epoch": len(history)}
@@ -104,9 +102,7 @@ def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Ma
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
         write_json(output / "config.json", config.to_dict())
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    if state.labels is not None:
-        tensors["labels"] = state.labels
+    tensors = {"labels": state.labels, **{f"model.{k}": v for k, v in model.state_dict().items()}}
     for i, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
     about = {"config": config.to_dict(), "dataset": {**data, **source}, "model": _settings(model)}
@@ -137,14 +133,22 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
         raise ValueError(
             f"{output} holds a run of another network: {run.model} then, {network} now; give model="
         )
-    with reading(file):
-        labels = _labels(tensors, data)
-    weights, moments = _part(tensors, "model."), _part(tensors, "optimizer.")
-    require_fit(state.model.state_dict(), weights, file, "this network; give model= the one of the run")
-    loaded = _moments(moments, state.optimizer, file)
-    state.model.load_state_dict({**state.model.state_dict(), **weights})
-    state.labels, state.history = labels, run.history
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": loaded})
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    moved = {i: p for i, p in enumerate(parameters) if f"optimizer.{i}.step" in tensors}
+    mine = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    mine |= {f"optimizer.{i}.{name}": p for i, p in moved.items() for name in MOMENTS}
+    mine |= {f"optimizer.{i}.step": torch.zeros(()) for i in moved}
+    mine["labels"] = torch.empty(data["visible_images"] + data["infrared_images"], dtype=torch.int64)
+    require_fit(mine, tensors, file, "this network; give model= the one of the run")
+    state.model.load_state_dict(
+        {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False
+    )
+    moments: dict[int, dict] = {i: {"step": tensors[f"optimizer.{i}.step"]} for i in moved}
+    for i, p in moved.items():  # in the parameter's memory format: a fused step relies on it
+        for name in MOMENTS:
+            moments[i][name] = torch.empty_like(p).copy_(tensors[f"optimizer.{i}.{name}"])
+    state.labels, state.history = tensors["labels"], run.history
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
 
 
 def _settled(config: Config, epochs: int) -> dict[str, Any]:
@@ -159,32 +163,3 @@ def _settled(config: Config, epochs: int) -> dict[str, Any]:
 def _settings(model: torch.nn.Module) -> dict[str, Any]:
     """The network's class and its own settings, as JSON gives them back."""
     return json.loads(json.dumps({"architecture": type(model).__name__, **getattr(model, "settings", {})}))
-
-
-def _part(tensors: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)}
-
-
-def _labels(tensors: Mapping[str, torch.Tensor], data: Mapping) -> torch.Tensor | None:
-    """The last epoch's labels of all images."""
-    labels, count = tensors.get("labels"), data["visible_images"] + data["infrared_images"]
-    if labels is not None and (labels.dtype != torch.int64 or labels.shape != (count,) or labels.amin() < -1):
-        raise ValueError(f"its labels are not those of {count} images")
-    return labels
-
-
-def _moments(
-    tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, file: Path
-) -> dict[int, dict[str, torch.Tensor]]:
-    """Adam's tensors by parameter, in the parameter's memory format: a fused step relies on it."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [i for i in range(len(parameters)) if any(k.startswith(f"{i}.") for k in tensors)]
-    names = ("exp_avg", "exp_avg_sq")
-    mine = {f"{i}.step": torch.zeros(()) for i in kept}
-    mine |= {f"{i}.{name}": parameters[i] for i in kept for name in names}
-    require_fit(mine, tensors, file, "the optimiser of this network")
-    return {
-        i: {"step": tensors[f"{i}.step"]}
-        | {name: torch.empty_like(parameters[i]).copy_(tensors[f"{i}.{name}"]) for name in names}
-        for i in kept
-    }

@@ -1,4 +1,4 @@
-"""What the log says of an epoch: counts, label-free scores, monitors, and one line of text."""
+"""The row of an epoch in the log: label-free scores, monitors, warnings, and one line of text."""
 
 import logging
 
@@ -11,15 +11,14 @@ from ecul.run.scores import adjusted_rand, mutual_rate, separation
 
 log = logging.getLogger("ecul")
 LEGEND = (
-    "clusters and outliers: visible/infrared, then of both together; score: separation of the clusters, "
-    "without identities; loss: the sum of the stage's terms, of which stage 2 has more, then the mean of "
-    "each, visible/infrared/joint"
+    "clusters and outliers: visible/infrared/joint; score: separation of the clusters, without identities; "
+    "loss: the sum of the stage's terms (stage 2 has more), then the mean of each, visible/infrared/joint"
 )
 PARTS = ("extract", "labels", "train")  # of an epoch's seconds
 
 
 def label_scores(features: torch.Tensor, labels: Labels, previous: torch.Tensor | None) -> dict[str, float]:
-    """Scores of the weights that an epoch starts from, without identities; each is higher for better.
+    """Scores of the weights at the start of an epoch, without identities; higher is better.
 
     stability: adjusted Rand index with the previous epoch's own labels (N,); separation: simplified
     silhouette; both the mean of the modalities; mutual: share of mutual nearest neighbours across modalities.
@@ -38,10 +37,10 @@ def label_scores(features: torch.Tensor, labels: Labels, previous: torch.Tensor 
 
 
 def fell_apart(row: dict, history: list[dict], images: int) -> dict[str, int]:
-    """{"fell_apart": 1}, with a warning, where the clusters of an epoch fell apart against the epoch before.
+    """{"fell_apart": 1}, with a warning, if the clusters fell apart since the epoch before; else {}.
 
-    That is: the separation is down, and outliers are three times as many and a tenth of all images, or
-    clusters are half as many. A learning rate that is too high does that to a good start.
+    That is: the separation is lower, and there are half as many clusters, or three times as many outliers,
+    a tenth of all images. A learning rate that is too high does that to a good start.
     """
     if not history:
         return {}
@@ -62,7 +61,7 @@ def fell_apart(row: dict, history: list[dict], images: int) -> dict[str, int]:
 
 
 def monitors(labels: Labels, identities: np.ndarray | None) -> dict[str, float]:
-    """Adjusted Rand index of the labels with the identities (N,), where known: for the reader alone."""
+    """Adjusted Rand index of the labels with the identities (N,), if known. Training never reads it."""
     if identities is None:
         return {}
     border, named = labels.num_visible, {}
@@ -74,12 +73,12 @@ def monitors(labels: Labels, identities: np.ndarray | None) -> dict[str, float]:
 
 
 def remaining(history: list[dict], epochs: int, latest: int = 5) -> float:
-    """Seconds that a run of so many epochs will take from here, if epochs go on as the latest ones."""
+    """Seconds until a run of so many epochs ends, if each takes as long as the latest ones."""
     return float(np.mean([row["seconds"] for row in history[-latest:]])) * (epochs - len(history))
 
 
 def describe(row: dict, epochs: int | None = None, left: float = 0.0) -> str:
-    """One line of text for one epoch of so many, with so many seconds left."""
+    """One line of text for an epoch. epochs: of the whole run; left: seconds until its end."""
     clusters, outliers = (_joined(row, kind, "d") for kind in ("clusters_", "outliers_"))
     total = "" if epochs is None else f"/{epochs}"
     text = f"epoch {row['epoch'] + 1}{total} stage {row['stage']} clusters {clusters} outliers {outliers}"
@@ -92,19 +91,17 @@ def describe(row: dict, epochs: int | None = None, left: float = 0.0) -> str:
         text += f" loss {sum(losses.values()):.3f} ({', '.join(parts)})"
         text += f" {row['seconds']:.1f} s ({'/'.join(PARTS)} {shares} %)"
         text += f" {row['images_per_second']:.0f} images/s"
-    for heading, kind, form in (
-        ("monitor: ARI", "monitor_", ".2f"),
-        ("validation: Rank-1/mAP", "valid", ".1f"),
-    ):
-        told = _joined(row, kind, form)
-        text += f" ({heading} {told})" if told else ""
+    if told := _joined(row, "monitor_", ".2f"):
+        text += f" (monitor: ARI {told})"
+    if told := _joined(row, "valid", ".1f"):
+        text += f" (validation: Rank-1/mAP {told})"
     return text + (f", {_span(left)} left" if left else "")
 
 
 def _span(seconds: float) -> str:
-    """So much time in the unit that suits it."""
-    size, unit = next((s, u) for s, u in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= s or s == 1)
-    return f"{seconds / size:.{0 if size == 1 else 1}f} {unit}"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _joined(row: dict, kind: str, form: str) -> str:

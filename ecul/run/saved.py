@@ -49,25 +49,20 @@ class SavedRun:
 
         Errors: ValueError where it is no longer there.
         """
-        known = self.dataset
-        if known["root"] is None:
+        known = self.dataset["root"]
+        if known is None:
             raise ValueError("the images were in memory; in Python, report(run, dataset) takes them")
         kept = self.options | ({"pack": False} if root is None else {})
-        root = root or known["root"]
-        if root == known["root"] and not Path(root).is_dir():
-            raise ValueError(f"the images are no longer at {root}; --root (root=) names their folder")
-        return open_dataset(known["dataset"], root, **{**kept, **dict(options)})
+        if root in (None, known) and not Path(known).is_dir():
+            raise ValueError(f"the images are no longer at {known}; --root (root=) names their folder")
+        return open_dataset(self.dataset["dataset"], root or known, **{**kept, **dict(options)})
 
     def require_same(self, dataset: Dataset) -> None:
         """A ValueError that names what differs, unless the run was trained on this data set."""
-        now = dataset_fingerprint(dataset).items()
-        differs = [
-            f"{k} is {v!r}, in training it was {self.dataset[k]!r}" for k, v in now if self.dataset[k] != v
-        ]
-        if differs:
-            raise ValueError(
-                f"dataset: not the one that {self.directory} was trained on: {'; '.join(differs)}"
-            )
+        now, then = dataset_fingerprint(dataset), self.dataset
+        told = [f"{k} is {v!r}, in training it was {then[k]!r}" for k, v in now.items() if then[k] != v]
+        if told:
+            raise ValueError(f"dataset: not the one that {self.directory} was trained on: {'; '.join(told)}")
 
 
 def parse_run(directory: Path, metadata: Mapping[str, str]) -> SavedRun:
@@ -123,6 +118,6 @@ def trained_trial(run: SavedRun | None, dataset: str, trial: int | None) -> int 
     if trial not in (None, trained):
         raise ValueError(
             f"{run.directory} was trained on trial {trained}, which holds test people of trial {trial}; "
-            "leave the trial away, or give the model of that trial"
+            "leave out the trial, or give the model of that trial"
         )
     return trained

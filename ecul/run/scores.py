@@ -1,4 +1,4 @@
-"""How good is a clustering: agreement with identities (a monitor), and scores that need none."""
+"""Scores of a clustering: its agreement with identities (a monitor), and scores without identities."""
 
 import numpy as np
 import torch
@@ -9,9 +9,9 @@ from ecul.memory import cluster_means
 
 
 def adjusted_rand(labels: ArrayLike, reference: ArrayLike) -> float:
-    """Adjusted Rand index of labels (N,) with a reference (N,); images that are -1 in either are left out.
+    """Adjusted Rand index of labels (N,) with a reference (N,); images with -1 in either are left out.
 
-    Equals `sklearn.metrics.adjusted_rand_score(reference[kept], labels[kept])`; nan below two images.
+    Equals `sklearn.metrics.adjusted_rand_score(reference[kept], labels[kept])`; NaN below two images.
     """
     labels, reference = np.asarray(labels), np.asarray(reference)
     kept = (labels >= 0) & (reference >= 0)
@@ -34,7 +34,7 @@ def _pairs(counts: np.ndarray) -> float:
 def separation(features: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor | None = None) -> float:
     """Simplified silhouette: mean over images of (b - a) / max(a, b), an outlier counts 0.
 
-    a is the cosine distance to the image's own cluster centre, b that to the nearest other centre.
+    a: cosine distance to the image's own cluster centre; b: cosine distance to the nearest other centre.
     features: (N, D) unit rows; labels: (N,) int64, -1 = outlier; centers: (C, D), by default
     `cluster_means(features, labels)`. In [-1, 1]; 0 below two clusters.
     """
@@ -53,7 +53,7 @@ def separation(features: torch.Tensor, labels: torch.Tensor, centers: torch.Tens
 
 
 def mutual_rate(visible: torch.Tensor, infrared: torch.Tensor) -> float:
-    """Share of images that are the nearest neighbour across modalities of their own nearest one.
+    """Share of images in pairs that are each other's nearest neighbour across modalities.
 
     visible: (A, D), infrared: (B, D) unit rows. 2 * (mutual pairs) / (A + B), in [0, 1]; needs no labels.
     """
