@@ -269,6 +269,37 @@ def test_a_hash_is_that_of_the_weights_that_were_loaded(tmp_path, dataset):
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        b"[1]",
+        b"[" * 100_000,
+        b"\xff",
+        b'{"__metadata__": [1]}',
+        b'{"a": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_headers_that_lie_are_named(header, tmp_path):
+    file = tmp_path / "x.safetensors"
+    for size in (len(header), 2**63):
+        file.write_bytes(size.to_bytes(8, "little") + header + b"1234")
+        for read in (load_model, import_checkpoint, read_tensors):
+            with pytest.raises(ValueError, match="x.safetensors "):
+                read(file)
+
+
+def test_a_folder_a_link_to_nothing_and_a_pipe_are_no_files(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name in ("folder", "link", "pipe"):
+        for read in (load_model, read_tensors, read_json, import_checkpoint):
+            with pytest.raises(FileNotFoundError, match=f"there is no file .*{name}.safetensors"):
+                read(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "{", "[" * 100_000, "9" * 5000, '"\\ud800', b"\xff\xfe"],
 )
@@ -277,12 +308,6 @@ def test_what_is_no_json_is_told_with_its_file(text, tmp_path):
     with pytest.raises(ValueError, match="x.json is damaged: ") as error:
         read_json(tmp_path / "x.json")
     assert len(str(error.value)) < 400
-
-
-def test_json_of_a_pipe_is_no_file(tmp_path):
-    os.mkfifo(tmp_path / "x.json")
-    with pytest.raises(FileNotFoundError, match="there is no file .*x.json"):
-        read_json(tmp_path / "x.json")
 
 
 def test_foreign_text_does_not_steer_the_terminal(tmp_path, capsys):

@@ -70,7 +70,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 
 def _metadata(file: Any) -> dict[str, str]:
     size = min(int.from_bytes(file.read(8), "little"), 10**8)  # the format's own limit
-    return json.loads(file.read(size)).get("__metadata__", {})
+    return {k: str(v) for k, v in json.loads(file.read(size)).get("__metadata__", {}).items()}
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
