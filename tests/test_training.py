@@ -261,9 +261,9 @@ def test_memory_that_runs_out_is_halved_in_extraction_and_advised_on_in_training
 def test_a_bar_promises_the_steps_of_an_epoch(dataset, monkeypatch):
     promised, progress = [], logs.progress
 
-    def watched(total, what, *rest):
+    def watched(total, what, *rest, **more):
         promised.append((what, total))
-        return progress(total, what, *rest)
+        return progress(total, what, *rest, **more)
 
     monkeypatch.setattr(logs, "progress", watched)
     train(dataset, tiny(iterations=3, epochs_cross=0))
