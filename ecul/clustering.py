@@ -7,12 +7,12 @@ and lists and returns NumPy. With `together`, the processes of torch.distributed
 call it with equal arguments, and all get the whole result.
 
 Labels are the same on every device and in any number of threads or processes, because all sums are exact
-(`common/exact.py`). On a GPU, N = 1,000,000 points of D = 2048 need 22 GB beyond the features.
+(`common/exact.py`). Equal rows are handled once (`common/duplicates.py`), so memory is linear for any data: on
+a GPU about 22 GB beyond the features for N = 1,000,000 points of D = 2048.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ecul.common import distributed, logs
-from ecul.common.arrays import as_tensor, same_kind
+from ecul.common.arrays import check_codes, check_points, check_ranks, check_sizes, same_kind
 from ecul.common.duplicates import distinct_encodings, equal_rows, nearest_members
 from ecul.common.exact import exp, on_grid, unit_rows
 from ecul.common.sparse import CSR, STRIP_ROWS, coalesced, entries, lengths, product, stacked, times
@@ -79,11 +79,11 @@ def emcc(
         TypeError, ValueError: an argument of the wrong kind, shape or range; a row of features that is not
             finite, or all zeros.
     """
-    _check_sizes(k1=k1, k2=k2, k3=k3, min_samples=min_samples)
+    check_sizes(k1=k1, k2=k2, k3=k3, min_samples=min_samples)
     if not isinstance(eps, float | int | np.number) or not 0 < eps <= 1:
         raise ValueError(f"eps must be a number in (0, 1], got {eps!r}")
     points = unit_rows(features)
-    cameras, modalities = _check_codes(cameras, modalities, points)
+    cameras, modalities = check_codes(cameras, modalities, points)
     if eps == 1:  # no distance is larger
         return torch.full((len(points),), 0 if len(points) >= min_samples else -1, device=points.device)
     bar = logs.progress(5, "emcc", "step", not together or distributed.rank() == 0)
@@ -110,8 +110,8 @@ def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torc
     `(points.double() @ points.double().T).float().fill_diagonal_(inf).topk(k).indices`, ties to the lower
     index, for points (N, D) float32 from `unit_rows`.
     """
-    _check_sizes(k=k)
-    _check_points(points)
+    check_sizes(k=k)
+    check_points(points)
     itself = torch.arange(len(points), device=points.device)
     k = min(k, len(points))
     if k <= 1:
@@ -147,9 +147,9 @@ def reciprocal_encodings(
     Returns:
         indptr, indices, values.
     """
-    _check_sizes(k1=k1)
-    _check_points(points)
-    _check_ranks(ranks, len(points), k1)
+    check_sizes(k1=k1)
+    check_points(points)
+    check_ranks(ranks, len(points), k1)
     near, mutual = _reciprocal(ranks, k1)
     near_half, mutual_half = _reciprocal(ranks, round(k1 / 2) + 1)
     half = stacked([(mutual_half.sum(1), near_half[mutual_half], mutual_half[mutual_half].double())])
@@ -200,10 +200,10 @@ def extend_encodings(
     Returns:
         indptr, indices, values; sums are float64, rounded once.
     """
-    _check_sizes(k2=k2, k3=k3)
+    check_sizes(k2=k2, k3=k3)
     check_csr(indptr, indices, values)
-    _check_ranks(ranks, len(indptr) - 1, k3 or k2)
-    cameras, modalities = _check_codes(cameras, modalities, ranks)
+    check_ranks(ranks, len(indptr) - 1, k3 or k2)
+    cameras, modalities = check_codes(cameras, modalities, ranks)
     codes = 2 * cameras.unique(return_inverse=True)[1] + modalities
     if k3 is None:
         codes, k3 = torch.zeros_like(codes), k2
@@ -276,7 +276,7 @@ def dbscan(
 
     The work is done on the host: the graph is small, and finding connected components is sequential.
     """
-    _check_sizes(min_samples=min_samples)
+    check_sizes(min_samples=min_samples)
     check_csr(indptr, indices)
     size = len(indptr) - 1
     rows, cols = np.repeat(np.arange(size), indptr.diff().cpu().numpy()), indices.cpu().numpy()
@@ -305,47 +305,3 @@ def _threads_for(products: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _check_codes(cameras: Any, modalities: Any, points: torch.Tensor) -> list[torch.Tensor]:
-    checked = []
-    for name, codes, largest in (("cameras", cameras, None), ("modalities", modalities, 1)):
-        codes = as_tensor(name, torch.zeros(len(points)).long() if codes is None else codes, points.device)
-        if codes.is_floating_point() or codes.is_complex():
-            raise TypeError(f"{name} must be integers, got {codes.dtype}")
-        if codes.shape != (len(points),):
-            raise ValueError(
-                f"{name} must have one entry a point, ({len(points)},), got {tuple(codes.shape)}"
-            )
-        checked.append(codes.long())
-        if len(codes) and (codes.min() < 0 or (largest is not None and codes.max() > largest)):
-            expected = "not be negative" if largest is None else f"lie in 0..{largest}"
-            raise ValueError(f"{name} must {expected}, got {int(codes.min())}..{int(codes.max())}")
-    return checked
-
-
-def _check_sizes(**sizes: Any) -> None:
-    for name, size in sizes.items():
-        if name == "k3" and size is None:
-            continue
-        if isinstance(size, bool) or not isinstance(size, int | np.integer):
-            raise TypeError(f"{name} must be an integer, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
-        if name == "k3" and size < sizes["k2"]:
-            raise ValueError(
-                f"k3 must be at least k2 = {sizes['k2']}, or None for the k2 nearest, got {size}"
-            )
-
-
-def _check_points(points: torch.Tensor) -> None:
-    rows = points.dtype == torch.float32 and points.ndim == 2
-    if not rows or not ((points.norm(dim=1) - 1).abs() < 1e-3).all():
-        raise ValueError("points must be unit rows (N, D) in float32, as unit_rows(features) makes them")
-
-
-def _check_ranks(ranks: torch.Tensor, size: int, k: int) -> None:
-    if ranks.ndim != 2 or len(ranks) != size or ranks.shape[1] < min(k, size):
-        raise ValueError(f"ranks must have shape ({size}, {min(k, size)} or more), got {tuple(ranks.shape)}")
-    if ranks.dtype != torch.int64 or ranks.numel() and not 0 <= int(ranks.min()) <= int(ranks.max()) < size:
-        raise ValueError(f"ranks must be int64 rows of points, 0..{size - 1}, got {ranks.dtype} beyond them")

@@ -24,7 +24,7 @@ class Labels:
 
     own: clusters of each modality, both numbered from 0. centers: their normalised means, visible (A, D) and
     infrared (B, D). joint: clusters of both modalities together, and selected: those that instance selection
-    keeps; None without joint losses. match: bool (B, A), which clusters belong together; None in stage 1.
+    keeps; None without joint losses. match: bool (B, A), which clusters belong together, else None.
 
     mutual: how a match is used, from `Config.matching`.
         True: a cluster has one match at most. Batches draw the modalities independently, and the agnostic

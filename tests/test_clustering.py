@@ -269,11 +269,7 @@ def test_sizes_beyond_the_points_and_hardly_any_points():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (
-            {"features": "file.npy"},
-            TypeError,
-            "features must be a tensor or an array of .* numbers, got 'file",
-        ),
+        ({"features": "file.npy"}, TypeError, "features must be a tensor or an array of .* got 'file.npy'"),
         ({"features": [[1, 2], [3]]}, ValueError, "features must be an array of numbers: .*inhomogeneous"),
         ({"features": [["a", "b"]]}, TypeError, "features must be an array of real numbers, got <U1"),
         ({"features": torch.ones(3, 2).to_sparse()}, TypeError, "features must be a dense tensor"),
@@ -282,11 +278,7 @@ def test_sizes_beyond_the_points_and_hardly_any_points():
         ({"features": np.array([[1, 1], [1, np.nan], [1, 1]])}, ValueError, "row 1 is not finite"),
         ({"features": np.array([[1, 1], [1, 1], [np.inf, 1]])}, ValueError, "row 2 is not finite"),
         ({"features": np.array([[1.0, 1], [0, 0], [0, 0]])}, ValueError, r"row 1 is all zeros \(2 such"),
-        (
-            {"cameras": np.zeros(2, int)},
-            ValueError,
-            "cameras must have one entry a point",
-        ),
+        ({"cameras": np.zeros(2, int)}, ValueError, "cameras must have one entry a point"),
         ({"cameras": np.array([0, -1, 2])}, ValueError, "cameras must not be negative, got -1..2"),
         ({"cameras": np.zeros(3)}, TypeError, "cameras must be integers"),
         ({"modalities": np.array([0, 1, 2])}, ValueError, "modalities must lie in 0..1, got 0..2"),

@@ -1,4 +1,4 @@
-"""Arrays of any kind at the public edges: one function makes tensors of them."""
+"""Arguments at the public edges: arrays of any kind become tensors, and those of `emcc` are checked."""
 
 import functools
 import inspect
@@ -51,3 +51,51 @@ def same_kind(function: Callable) -> Callable[..., Any]:
         return tuple(part.numpy() for part in result) if isinstance(result, tuple) else result.numpy()
 
     return wrapper
+
+
+def check_codes(cameras: Any, modalities: Any, points: torch.Tensor) -> list[torch.Tensor]:
+    """Cameras and modalities of the points as (N,) int64 on their device, zeros for None."""
+    checked = []
+    for name, codes, largest in (("cameras", cameras, None), ("modalities", modalities, 1)):
+        codes = as_tensor(name, torch.zeros(len(points)).long() if codes is None else codes, points.device)
+        if codes.is_floating_point() or codes.is_complex():
+            raise TypeError(f"{name} must be integers, got {codes.dtype}")
+        if codes.shape != (len(points),):
+            raise ValueError(
+                f"{name} must have one entry a point, ({len(points)},), got {tuple(codes.shape)}"
+            )
+        checked.append(codes.long())
+        if len(codes) and (codes.min() < 0 or (largest is not None and codes.max() > largest)):
+            expected = "not be negative" if largest is None else f"lie in 0..{largest}"
+            raise ValueError(f"{name} must {expected}, got {int(codes.min())}..{int(codes.max())}")
+    return checked
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Integers of at least 1; k3 at least k2, or None."""
+    for name, size in sizes.items():
+        if name == "k3" and size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int | np.integer):
+            raise TypeError(f"{name} must be an integer, got {size!r}")
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+        if name == "k3" and size < sizes["k2"]:
+            raise ValueError(
+                f"k3 must be at least k2 = {sizes['k2']}, or None for the k2 nearest, got {size}"
+            )
+
+
+def check_points(points: torch.Tensor) -> None:
+    """Unit rows in float32."""
+    rows = points.dtype == torch.float32 and points.ndim == 2
+    if not rows or not ((points.norm(dim=1) - 1).abs() < 1e-3).all():
+        raise ValueError("points must be unit rows (N, D) in float32, as unit_rows(features) makes them")
+
+
+def check_ranks(ranks: torch.Tensor, size: int, k: int) -> None:
+    """At least k neighbours of each of `size` points."""
+    if ranks.ndim != 2 or len(ranks) != size or ranks.shape[1] < min(k, size):
+        raise ValueError(f"ranks must have shape ({size}, {min(k, size)} or more), got {tuple(ranks.shape)}")
+    if ranks.dtype != torch.int64 or ranks.numel() and not 0 <= int(ranks.min()) <= int(ranks.max()) < size:
+        raise ValueError(f"ranks must be int64 rows of points, 0..{size - 1}, got {ranks.dtype} beyond them")
