@@ -7,8 +7,8 @@ and lists and returns NumPy. With `together`, the processes of torch.distributed
 call it with equal arguments, and all get the whole result.
 
 Labels are the same on every device and in any number of threads or processes, because all sums are exact
-(`common/exact.py`). Equal rows are handled once (`common/duplicates.py`), so memory is linear for any data: on
-a GPU about 22 GB beyond the features for N = 1,000,000 points of D = 2048.
+(`common/exact.py`). Equal rows are handled once (`common/duplicates.py`), so memory is linear for any data:
+about 22 GB beyond the features on a GPU, for N = 1,000,000 points of D = 2048.
 """
 
 import contextlib
