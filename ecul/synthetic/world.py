@@ -183,10 +183,10 @@ def _write_world(root: Path, parameters: dict[str, Any], progress: bool) -> None
     counts: dict[str, dict[str, Any]] = {}
     for name, people in (("train", {*splits["train"], *splits["val"]}), ("test", {*splits["test"]})):
         seen = Counter(camid for pid, camid in jobs if pid in people)
-        cameras = {camid: parameters["images"] * seen[camid] for camid in CAMERAS}
-        sides = (("visible", VISIBLE_CAMERAS), ("infrared", INFRARED_CAMERAS))
-        counts[name] = {"identities": len(people), "cameras": cameras}
-        counts[name] |= {side: sum(cameras[camid] for camid in camids) for side, camids in sides}
+        number = {camid: parameters["images"] * seen[camid] for camid in CAMERAS}
+        counts[name] = {"identities": len(people), "cameras": number}
+        for side, camids in (("visible", VISIBLE_CAMERAS), ("infrared", INFRARED_CAMERAS)):
+            counts[name][side] = sum(number[camid] for camid in camids)
     about = {"generator": "ecul synthesize", "version": VERSION, "parameters": parameters, "counts": counts}
     (root / "synthetic.json").write_text(json.dumps(about, indent=2) + "\n")
 
