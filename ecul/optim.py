@@ -18,7 +18,7 @@ log = logging.getLogger("ecul")
 def build_model(
     config: Config, device: torch.device, model: torch.nn.Module | None = None
 ) -> torch.nn.Module:
-    """The network of this configuration, initialised from its seed alone, or one's own."""
+    """The user's network, or the one of this configuration, initialised from its seed only."""
     if model is None:
         with drawing(config.seed):
             if config.backbone is None:
@@ -41,7 +41,7 @@ def build_model(
 
 
 def _own_model(model: torch.nn.Module, config: Config) -> torch.nn.Module:
-    """One's own network, wrapped unless it has `embed`; settings that would not reach it are refused."""
+    """The user's network, wrapped unless it has `embed`. Errors: ValueError for settings it cannot follow."""
     if config.weights is not None:
         raise ValueError("weights are for the network that train builds; load your own model's before")
     if not hasattr(model, "embed"):

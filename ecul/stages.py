@@ -42,10 +42,10 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class Contrast:
-    """Contrastive loss of one memory, summed over views: views times the mean over the labelled samples, so
-    that a view of which fewer samples are labelled weighs less [R, where clusters may have no match].
+    """Contrastive loss of one memory, summed over views: the number of views times the mean over the labelled
+    samples [R, where clusters may have no match].
 
-    modality: whose positions of the batch take part, None for both. labels: (N,) the label of each training
+    modality: its positions of the batch take part, those of both with None. labels: (N,) the label of each training
     image in this memory; slots: (N,) the row that it moves, its cluster or its own. paired: a position counts
     as the image of this modality in its matched pair, None as its own image.
     """

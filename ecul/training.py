@@ -63,12 +63,12 @@ def train(
     """Train a visible-infrared model on unlabelled images.
 
     dataset: a `Dataset` (`open_dataset`, `Dataset.from_arrays`, `Dataset.from_folders`); its identities, if
-    any, are read by the monitors of the log alone. config: a `Config`, by default `Config()`. output: the
+    any, are read by the monitors of the log only. config: a `Config`, by default `Config()`. output: the
     run directory, None for none; resume: go on with the run that is there (`ecul.run.checkpoint.load_run`
     says what may change). device: by default the GPU when there is one. on_epoch(row) or
     on_epoch(row, model): called after each epoch with its dict, and with the model where it takes two; by
     `raise StopIteration` it ends the run here, as if these had been all epochs. model: a backbone of one's
-    own, any module with `num_features` that maps (N, 3, H, W) to (N, num_features), or one with `embed` like
+    own: any module with `num_features` that maps (N, 3, H, W) to (N, num_features), or one with `embed` like
     `TwoStreamResNet`. validate: every so many epochs evaluate the test images of a data set opened with
     `validation`, or of one's own; the log has the figures, and nothing is selected by them. Under torchrun
     the processes share one run. Returns a `Run` with the last epoch's weights.
@@ -130,11 +130,10 @@ def extract_all(model: torch.nn.Module, images: TrainImages, config: Config) -> 
 def extract_exchanged(
     model: torch.nn.Module, images: TrainImages, config: Config, stage: int
 ) -> torch.Tensor | None:
-    """Unit features (3, num_visible, D) of the visible images as the infrared stem sees each of their
-    channels, given as a grey image is: copied into all, then normalised.
+    """Unit features (3, num_visible, D) of the visible images' three channels through the infrared stem.
 
-    None where that stem does not learn to see them, or nothing is matched by them: in stage 1, or where no
-    loss reads the matches.
+    Each channel is given like a grey image: copied into all three, then normalised. None where exchanged
+    views do not pass that stem in training, or where no loss reads mutual matches.
     """
     if not (config.exchanged_crosses(stage) and config.matching == "mutual" and config.reads_matches):
         return None
@@ -202,7 +201,7 @@ def step(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor]) -> N
 
 
 class _Clock:
-    """Seconds since it was made, with all that the device was asked for done."""
+    """Seconds since it was made; it waits until the device has finished its work."""
 
     def __init__(self, device: torch.device):
         self.device, self.began = device, time.perf_counter()

@@ -23,10 +23,10 @@ log = logging.getLogger("ecul")
 
 @dataclass(frozen=True)
 class TrainImages:
-    """All N training images, visible ones first, decoded once and kept on the device, else on the host.
+    """All N training images, visible ones first, decoded once and kept on the device or on the host.
 
-    pixels: visible and infrared uint8 (n, 3, H, W); cameras: (N,) int64; identities: (N,) int64 for
-    monitors, None unless both modalities' are known.
+    pixels: visible and infrared uint8 (n, 3, H, W); cameras: (N,) int64; identities: (N,) int64 for the
+    monitors, None unless those of both modalities are known.
     """
 
     pixels: tuple[torch.Tensor, torch.Tensor]
@@ -52,7 +52,7 @@ class TrainImages:
         return (torch.arange(len(self), device=self.cameras.device) >= self.num_visible).long()
 
     def take(self, rows: torch.Tensor, modality: int) -> torch.Tensor:
-        """The pixels of these images of one modality, on the device that trains; the host does not wait."""
+        """The pixels of these rows, images of one modality, on the device that trains, without a wait."""
         pixels, device = self.pixels[modality], self.device
         index = rows - modality * self.num_visible
         if pixels.device.type == device.type:
@@ -90,7 +90,7 @@ def load_images(dataset: Dataset, size: tuple[int, int], device: torch.device) -
 
 
 def dataset_fingerprint(dataset: Dataset) -> dict:
-    """What makes this the same data set again: its name, numbers of images, a hash of names and cameras."""
+    """What a run knows its data set by: its name, numbers of images, a hash of names and cameras."""
     digest = hashlib.sha256()
     for m in MODALITIES:
         images = getattr(dataset, m)

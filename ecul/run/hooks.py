@@ -1,4 +1,4 @@
-"""What is called after each epoch: functions of a row of the log, or of a row and the model."""
+"""Functions that are called after each epoch, with a row of the log, or with a row and the model."""
 
 import inspect
 import json
@@ -19,10 +19,7 @@ Hook = Callable[[dict, nn.Module], object]
 
 
 def as_hook(on_epoch: Callable[..., object] | None) -> Hook:
-    """on_epoch as a function of a row and the model, whichever of the two it takes.
-
-    Errors: TypeError for what is neither a function of one nor of both.
-    """
+    """on_epoch as a function of a row and the model. Errors: TypeError unless it takes a row, or both."""
     if on_epoch is None:
         return lambda row, model: None
     wanted = f"on_epoch must be a function of a row, or of a row and the model, got {on_epoch!r}"
