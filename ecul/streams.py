@@ -108,7 +108,8 @@ class Backbone(Pretrained):
                 f"{cls.__name__}.from_pretrained(path, network) loads it"
             )
         with drawing(0):
-            model = cls(name if network is None else network, tuple(saved.about["input_size"]))
+            made_of: Any = name if network is None else network  # `TwoStream` takes a name
+            model = cls(made_of, tuple(saved.about["input_size"]))
         return model._filled(saved)
 
 

@@ -197,8 +197,8 @@ def closest(
         within = best >= bounds(best, k, margin[rows], coarse)[:, None]
         overflowed = (counts[rows] > room) | (within[:, -1] & (counts[rows] > best.shape[1]))
         found.append((torch.where(within, lists[rows].gather(1, order), -1), overflowed))
-    columns, overflowed = zip(*found, strict=True)
-    return torch.cat(columns), torch.cat(overflowed)
+    columns, overflows = zip(*found, strict=True)
+    return torch.cat(columns), torch.cat(overflows)
 
 
 def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:

@@ -81,7 +81,7 @@ def momentum_update_reference(
         own = (labels == label).nonzero()[:, 0]
         row, samples = bank[label].float(), x[own].float()
         if rule == "instance":
-            samples = samples[priority[own].argmin()][None]
+            samples = samples[priority[own].argmin()][None]  # type: ignore[index]
         elif rule == "mean":
             samples = samples.mean(0, keepdim=True)
         elif rule == "hard":

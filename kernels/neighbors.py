@@ -112,8 +112,8 @@ def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, T
         values[start : start + rows], indices[start : start + rows] = _best(products.float(), listed, k)
     last = values[:, -1].abs()  # float32 cannot rank products that are tiny or infinite
     overflowed |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
-    *finite, repeated = torch.cat([finite, overflowed.any()[None]]).tolist()
-    _require_finite(finite)
+    *known, repeated = torch.cat([finite, overflowed.any()[None]]).tolist()
+    _require_finite(known)
     if repeated:
         again = overflowed.nonzero()[:, 0]
         values[again], indices[again] = _by_strips(x[again], y, k, again if exclude_self else None)

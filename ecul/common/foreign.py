@@ -50,7 +50,7 @@ def read_foreign(path: str | os.PathLike, wanted: Iterable[str]) -> dict[str, Te
     path = weights_file(path)
     with torch.serialization.safe_globals(BESIDE):
         content = read_weights(path)
-    inside = []
+    inside: list[str] = []
     while len(inside) < 4 and (name := _container(content)) is not None:
         inside.append(repr(name))
         content = content[name]

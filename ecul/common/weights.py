@@ -78,7 +78,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     shapes = {k: [str(tensors[k].dtype), *tensors[k].shape] for k in sorted(tensors)}
     digest = hashlib.blake2b(json.dumps([about, shapes], sort_keys=True).encode(), digest_size=16)
     for name in shapes:
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

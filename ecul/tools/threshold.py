@@ -97,10 +97,10 @@ class Threshold:
         lines = [head, "query-gallery        100 images      1,000 images     10,000 images"]
         least, weak = "" if self.source == "identities" else "≥ ", []
         for name in self.pairs:
-            cells = []
+            cells, (query, gallery) = [], name.split("-")
             for images in GALLERIES:
-                found = self.at(*name.split("-"), images, unknown)
-                missed = self.missed(*name.split("-"), found)
+                found = self.at(query, gallery, images, unknown)
+                missed = self.missed(query, gallery, found)
                 told = "unknown" if missed is None else f"{least}{missed:.0%}"
                 cells.append(f"{f'{found:.3f}' if found <= 1 else 'none '} ({told})".ljust(18))
                 weak += [name] * (images == GALLERIES[1] and (found > 1 or (missed or 0) > 0.5))
@@ -190,13 +190,13 @@ def estimate_threshold(
         points = as_tensor(f"{m} features", features[m], "cpu").float()
         rows[m] = [part[given >= 0] for part in (points, given, codes)]
     for query, gallery in SIDES:
-        found[f"{query}-{gallery}"] = _compare(*rows[query], *rows[gallery], query == gallery)
+        found[f"{query}-{gallery}"] = _compare(query == gallery, *rows[query], *rows[gallery])
     return Threshold(found, source)
 
 
 def _compare(
-    x: torch.Tensor, x_labels: torch.Tensor, x_cameras: torch.Tensor,
-    y: torch.Tensor, y_labels: torch.Tensor, y_cameras: torch.Tensor, itself: bool,
+    itself: bool, x: torch.Tensor, x_labels: torch.Tensor, x_cameras: torch.Tensor,
+    y: torch.Tensor, y_labels: torch.Tensor, y_cameras: torch.Tensor,
 ) -> Pairs:  # fmt: skip
     step = 1 + len(x) // MOST
     cosines = x[::step] @ y.T

@@ -96,7 +96,7 @@ class Settings:
     @property
     def chosen(self) -> dict[str, dict[str, Any]]:
         """The recommended row of each clustering: visible and infrared share the best mean score's."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for names in (MODALITIES, ("joint",)):
             tables = [self.tunings[name].rows for name in names]
             scores = [sum(row["score"] for row in rows) for rows in zip(*tables, strict=True)]
