@@ -45,9 +45,9 @@ class Contrast:
     """Contrastive loss of one memory, summed over views: the number of views times the mean over the labelled
     samples [R, where clusters may have no match].
 
-    modality: its positions of the batch take part, those of both with None. labels: (N,) the label of each training
-    image in this memory; slots: (N,) the row that it moves, its cluster or its own. paired: a position counts
-    as the image of this modality in its matched pair, None as its own image.
+    modality: whose positions of the batch take part; None for both. labels: (N,) the label of each training
+    image in this memory. slots: (N,) the row that each image moves: its cluster's, or its own. paired: None:
+    a position counts as its own image; else as the image of this modality in its matched pair.
     """
 
     name: str
