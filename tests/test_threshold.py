@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import norm
 from tiny import tiny
 
-from ecul import MODALITIES, TwoStreamResNet, extract, open_dataset, synthesize
+from ecul import MODALITIES, Config, TwoStreamResNet, extract, open_dataset, synthesize
 from ecul.augment import normalize
 from ecul.cli import main
 from ecul.features import FolderFeatures
@@ -42,6 +42,18 @@ def measured(request, tmp_path_factory):
     tested = {m: getattr(dataset, f"test_{m}") for m in MODALITIES}
     features = {m: extract(model.eval(), tested[m], m, progress=False) for m in MODALITIES}
     return measure_threshold(model, blind, config), features, tested
+
+
+def test_a_network_that_has_learned_little_gets_smaller_clusters(dataset):
+    """At the preset's eps one cluster holds every image of a random network."""
+    torch.manual_seed(0)
+    model = TwoStreamResNet(10, 8, False, SIZE)
+    blind = {m: copy.copy(getattr(dataset, m)) for m in MODALITIES}
+    for side in blind.values():
+        side.pids, side.camids = None, 0 * side.camids
+    blind = dataclasses.replace(dataset, test_visible=None, test_infrared=None, **blind)
+    found = measure_threshold(model, blind, Config.preset("demo", size=SIZE))
+    assert found.source == "clusters" and np.isfinite([p.location for p in found.pairs.values()]).all()
 
 
 @pytest.mark.parametrize("sides", [(q, g) for q in MODALITIES for g in MODALITIES], ids="-".join)

@@ -151,8 +151,8 @@ def check_share(unknown: float) -> None:
 def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold:
     """`estimate_threshold` of a data set's test images, or of the training images where it has none.
 
-    It reads identities where they are known, else the joint clusters that `config` makes. model: as for
-    `extract`. Errors: those of `extract`.
+    It reads identities where they are known, else the joint clusters that `config` makes, by a smaller eps
+    where a modality has less than two of them. model: as for `extract`. Errors: those of `extract`.
     """
     require_model(model)
     held_out = dataset.test_visible is not None and dataset.test_infrared is not None
@@ -165,8 +165,12 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
         counts = [len(side) for side in images.values()]
         sides = torch.arange(2).repeat_interleave(torch.tensor(counts))
         rows, codes = torch.cat([*features.values()]), torch.cat([*cameras.values()])
-        joint = cluster(rows, codes, sides, config, "_joint")
-        labels, source = dict(zip(MODALITIES, joint.split(counts), strict=True)), "clusters"
+        for share in (1, 0.75, 0.5):  # one cluster can hold everybody where a network has learned little
+            narrow = config.replace(eps_joint=share * config.eps_joint)
+            joint = cluster(rows, codes, sides, narrow, "_joint").split(counts)
+            if all(len(part[part >= 0].unique()) > 1 for part in joint):
+                break
+        labels, source = dict(zip(MODALITIES, joint, strict=True)), "clusters"
     found = estimate_threshold(features, labels, source, cameras)
     return replace(found, model_sha256=getattr(model, "sha256", None))
 
