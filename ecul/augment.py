@@ -34,8 +34,6 @@ def train_view(
     (MBCCM, its visible view 1).
     """
     last = {"visible": lambda x, _: x, "exchanged": exchange_channels, "infrared": adapt_channels}
-    if view not in last:
-        raise ValueError(f'view must be "visible", "exchanged" or "infrared", got {view!r}')
     x = flip(crop(images, pad, generator), generator).float() / 255
     if linear_transform:
         x = scale_rectangles(x, 0.8, generator)

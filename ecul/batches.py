@@ -95,10 +95,8 @@ def draw_batches(
     if labels.pairing is not None:
         chosen = matched_clusters(labels.pairing, config.identities, rng)
     for _ in range(config.iterations):
-        yield (
-            visible.draw(next(chosen), config.instances, rng),
-            infrared.draw(next(chosen), config.instances, rng),
-        )
+        first, second = (side.draw(next(chosen), config.instances, rng) for side in (visible, infrared))
+        yield first, second
 
 
 class Clusters:

@@ -355,7 +355,7 @@ def _options(args: argparse.Namespace, run: Any = None, trial: int | None = None
 
 def _model(args: argparse.Namespace, path: Any = None) -> Any:
     from ecul.common.distributed import choose_device
-    from ecul.streams import load_model
+    from ecul.model import load_model
 
     return load_model(path or args.model).to(choose_device(args.device))
 

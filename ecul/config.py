@@ -61,11 +61,11 @@ class Rule(NamedTuple):
 
 
 def _is_whole(value: object, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return type(value) is int and value >= least
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < math.inf
+    return type(value) in (int, float) and abs(value) < math.inf
 
 
 def _at_least(least: int) -> Rule:
@@ -91,8 +91,10 @@ NOT_NEGATIVE = Rule("be a number of at least 0", lambda v: _is_number(v) and v >
 DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: _is_number(v) and 0 < v <= 1)
 MOMENTUM = Rule("be a number in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
 FILE = Rule("be the path of a file", lambda v: isinstance(v, str))
-KINDS = ("timm:", "torchvision:")
-BACKBONE = Rule("be timm:NAME or torchvision:NAME", lambda v: isinstance(v, str) and v.startswith(KINDS))
+BACKBONE = Rule(
+    "be timm:NAME or torchvision:NAME",
+    lambda v: isinstance(v, str) and v.startswith(("timm:", "torchvision:")),
+)
 EPOCHS = Rule("be whole numbers like (20, 40, 60)", lambda v: isinstance(v, tuple) and all(map(_is_whole, v)))
 SEED = Rule("be a whole number from 0 to 2**63 - 1", lambda v: _is_whole(v) and v < 2**63)
 PIXELS = Rule(
@@ -202,11 +204,9 @@ class Config:
             if most is not None and most < least:
                 told = f"at least {small}, or None for plain clustering, got {most} and {least}"
                 raise ValueError(f"{large} must be {told}")
-        if self.pairs == "joint" and self.weight_joint == 0:
-            raise ValueError('pairs="joint" draws from joint clusters: set weight_joint above 0')
-        if self.pairs == "joint" and self.reads_matches:
-            told = "set weight_agnostic and weight_consistency to 0"
-            raise ValueError(f'pairs="joint" has no matched pairs: {told}')
+        if self.pairs == "joint" and (self.weight_joint == 0 or self.reads_matches):
+            told = "set weight_joint above 0, weight_agnostic and weight_consistency to 0"
+            raise ValueError(f'pairs="joint" draws joint clusters, and no matched pairs: {told}')
 
     def exchanged_crosses(self, stage: int) -> bool:
         """Whether channel-exchanged views pass the infrared stem in this stage."""

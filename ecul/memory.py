@@ -8,7 +8,7 @@ ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from ecul.kernels import memory_contrast, momentum_update_
 
 RULES = ("sequential", "instance", "mean", "hard")
 Whole = torch.Tensor | ArrayLike  # whole numbers of any kind: a tensor, an array, a list
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def contrastive_loss(
@@ -59,18 +58,20 @@ def consistency_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 0.5 * ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(dim=1).mean()
 
 
-def _also(**published: str) -> Callable[[Function], Function]:
+def _also(**published: str) -> Callable[[Callable], Callable]:
     """Let keyword arguments have the names that published memories give them: `inputs="x"`."""
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def wrapper(*args: Any, **options: Any) -> Any:
-            for old, name in published.items():
-                if old in options and name in options:
+            for old in published.keys() & options.keys():
+                name = published[old]
+                if name in options:
                     raise TypeError(f"{old} is called {name} here: give one of the two")
-            return function(*args, **{published.get(name, name): value for name, value in options.items()})
+                options[name] = options.pop(old)
+            return function(*args, **options)
 
-        return cast(Function, wrapper)
+        return wrapper
 
     return decorate
 
@@ -130,9 +131,7 @@ class _Memory(nn.Module):
         weights: (B,) a factor for each sample's loss. Errors: TypeError for any other argument.
         """
         if others:
-            told = (
-                "a memory moves in update(x, labels, momentum=...) alone, and weights= are per-sample weights"
-            )
+            told = "a memory moves in update(x, labels, momentum=...) alone, weights= are per sample"
             raise TypeError(f"the loss takes x, labels and weights, not {', '.join(others)}: {told}")
         labels = _whole("labels", labels, x.device)
         return contrastive_loss(_unit(x), self.features, self.labels, labels, self.temp, weights)

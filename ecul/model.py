@@ -3,11 +3,9 @@
 ResNet: https://arxiv.org/abs/1512.03385, two-stream and BNNeck as in ECUL: https://arxiv.org/abs/2412.19134
 """
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from ecul import MODALITIES
 from ecul.common.foreign import load_foreign
 from ecul.common.pretrained import SIDE, WIDTH, Pretrained
 from ecul.data.images import check_modality
+from ecul.streams import Backbone, TwoStream, make_neck, neck_rows
 
 BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -96,27 +95,6 @@ class Stem(nn.Module):
         return F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
 
 
-def __getattr__(name: str) -> Any:
-    """`Backbone`, from the file that imports this one."""
-    if name != "Backbone":
-        raise AttributeError(f"module 'ecul.model' has no attribute {name!r}")
-    return importlib.import_module("ecul.streams").Backbone
-
-
-def make_neck(features: int) -> nn.BatchNorm1d:
-    """BNNeck of two streams: a weight that starts near 1, a bias that stays 0."""
-    neck = nn.BatchNorm1d(features, dtype=torch.float32)
-    nn.init.normal_(neck.weight, 1.0, 0.01)
-    neck.bias.requires_grad_(False)
-    return neck
-
-
-def neck_rows(neck: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
-    """Unit embeddings (N, D) float32 of features (N, D): through the neck in full precision."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.normalize(neck(x.float()), dim=1)
-
-
 class TwoStreamResNet(Pretrained):
     """Unit embeddings of visible and infrared images.
 
@@ -162,16 +140,11 @@ class TwoStreamResNet(Pretrained):
         self.non_local = _non_local(width * block.expansion, BLOCKS[depth]) if non_local else nn.ModuleDict()
         self.num_features = inputs
         self.float()  # whatever torch's default is
-        self._initialize()
-        self.bottleneck = make_neck(inputs)
-
-    def _initialize(self) -> None:
-        if self.visible.conv1.weight.is_meta:  # shapes alone are wanted
-            return
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.infrared.load_state_dict(self.visible.state_dict())
+        self.bottleneck = make_neck(inputs)
 
     def forward(self, visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
         """Unit embeddings (A + B, num_features) float32 of (A, 3, H, W) and (B, 3, H, W), visible first."""
@@ -184,9 +157,9 @@ class TwoStreamResNet(Pretrained):
         return self._shared(getattr(self, modality)(x))
 
     def _shared(self, x: torch.Tensor) -> torch.Tensor:
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
         for stage in range(1, 5):
             for i, block in enumerate(getattr(self, f"layer{stage}")):
-                recompute = self.checkpointing and self.training and torch.is_grad_enabled()
                 x = _checkpointed(block, x) if recompute else block(x)
                 if f"{stage}_{i}" in self.non_local:
                     x = self.non_local[f"{stage}_{i}"](x)
@@ -216,6 +189,12 @@ class TwoStreamResNet(Pretrained):
         flag, sides = (False, True), (SIDE, SIDE)
         settings = {"depth": BLOCKS, "width": WIDTH, "non_local": flag, "input_size": sides}
         return cls._build(cls._read(path, {**settings, "stem_stride": (1, 2), "gem": flag}))
+
+
+def load_model(path: str | Path) -> TwoStreamResNet | Backbone:
+    """The model saved at this path, a `TwoStream` or a `TwoStreamResNet`, in eval mode."""
+    kind = TwoStream if TwoStream.holds(path) else TwoStreamResNet
+    return kind.from_pretrained(path)
 
 
 def _checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:

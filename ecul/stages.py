@@ -1,14 +1,14 @@
 """What an epoch learns from: a stage is a list of terms, each one loss with its memory.
 
-The loop treats every term alike. Stage 1 has a cluster and an instance term per modality. Stage 2 adds joint
-terms (ECUL), agnostic terms (united), or agnostic terms and the consistency constraint (MBCCM).
+The loop treats every term alike: `loss` of a batch's features x (2P + Q, D), a scalar times its weight, then
+`update` of its memory, after the optimiser's step. Stage 1 has a cluster and an instance term per modality.
+Stage 2 adds joint terms (ECUL), agnostic terms (united), or agnostic and consistency terms (MBCCM).
 
 ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -16,28 +16,7 @@ from ecul.batches import Batch
 from ecul.common import distributed
 from ecul.config import Config
 from ecul.labels import Labels, count_clusters
-from ecul.memory import (
-    ClusterMemory,
-    InstanceMemory,
-    cluster_means,
-    consistency_loss,
-    random_members,
-    tsmem,
-)
-
-
-class Term(Protocol):
-    """One loss of a batch's features x (2P + Q, D), times its weight, and what moves after the step."""
-
-    @property
-    def name(self) -> str:
-        """What the log calls it."""
-
-    def loss(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """A scalar, with its weight."""
-
-    def update(self, x: torch.Tensor, batch: Batch) -> None:
-        """Move the memory towards these features, after the optimiser's step."""
+from ecul.memory import ClusterMemory, InstanceMemory, cluster_means, consistency_loss, random_members, tsmem
 
 
 @dataclass(frozen=True)
@@ -73,22 +52,23 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Consistency:
-    """MBCCM's consistency constraint, summed over the three views: specific and agnostic memories, visible
-    and infrared ones of each, must give the same soft assignment."""
+    """MBCCM's consistency constraint, summed over the three views: a modality's specific and agnostic
+    memories must give the same soft assignment. banks: the two memories of each modality."""
 
     name: str
     weight: float
-    specific: list[ClusterMemory | InstanceMemory]
-    agnostic: list[ClusterMemory | InstanceMemory]
+    banks: list[tuple[ClusterMemory | InstanceMemory, ClusterMemory | InstanceMemory]]
 
     def loss(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        pairs = [*zip(self.specific, self.agnostic, strict=True)]
         views = x.split(batch.sizes)
-        losses = [consistency_loss(s.logits(view), a.logits(view)) for view in views for s, a in pairs]
+        losses = [consistency_loss(s.logits(view), a.logits(view)) for view in views for s, a in self.banks]
         return self.weight * torch.stack(losses).sum()
 
     def update(self, x: torch.Tensor, batch: Batch) -> None:
         """Nothing: the contrast terms move these memories."""
+
+
+Term = Contrast | Consistency
 
 
 def make_terms(
@@ -124,8 +104,9 @@ def make_terms(
         else:
             rows = cluster_means(x, y, groups=(index[part] >= border).long())
         memory = ClusterMemory.from_clusters(rows, config.temp, momentum, rule)
-        term = Contrast(f"cluster_{kind}", weight, memory, modality, clusters, clusters, generator=generator)
-        contrasts.append(term)
+        contrasts.append(
+            Contrast(f"cluster_{kind}", weight, memory, modality, clusters, clusters, generator=generator)
+        )
         if weight_instance > 0:
             bank = InstanceMemory.from_features(x, images[part], config.temp, momentum)
             slots = index - index[part][0]
@@ -138,8 +119,8 @@ def make_terms(
     agnostic = [_agnostic(term, config.weight_agnostic, labels) for term in specific]
     terms: list[Term] = [*contrasts, *agnostic]
     if config.weight_consistency > 0:
-        banks = [[term.memory for term in kind] for kind in (specific, agnostic)]
-        terms.append(Consistency("consistency", config.weight_consistency, banks[0], banks[1]))
+        banks = [(a.memory, b.memory) for a, b in zip(specific, agnostic, strict=True)]
+        terms.append(Consistency("consistency", config.weight_consistency, banks))
     return terms
 
 
@@ -149,11 +130,9 @@ def _agnostic(term: Contrast, weight: float, labels: Labels) -> Contrast:
     An image is labelled by its own cluster or that one's match where matches are one to one, else by its
     pair in the batch.
     """
-    modality = term.modality
-    shared = replace(
-        term, name=f"agnostic_{modality}", weight=weight, memory=copy.deepcopy(term.memory), modality=None
-    )
+    modality, memory = str(term.modality), copy.deepcopy(term.memory)
+    shared = replace(term, name=f"agnostic_{modality}", weight=weight, memory=memory, modality=None)
     if labels.pairing is not None:
         return replace(shared, paired=modality)
-    table = labels.across(str(modality))
+    table = labels.across(modality)
     return replace(shared, labels=table, slots=table)

@@ -19,13 +19,26 @@ from ecul.common.foreign import load_foreign
 from ecul.common.names import printable
 from ecul.common.pretrained import SIDE, Pretrained
 from ecul.data.images import check_modality
-from ecul.model import TwoStreamResNet, make_neck, neck_rows
 
 LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
     # the function that builds a network by its name, its arguments, and how it is told the image size
     "timm": ("timm.create_model", {"pretrained": False, "num_classes": 0}, lambda size: {"img_size": size}),
     "torchvision": ("torchvision.models.get_model", {"weights": None}, lambda size: {"image_size": size[0]}),
 }
+
+
+def make_neck(features: int) -> nn.BatchNorm1d:
+    """BNNeck of two streams: a weight that starts near 1, a bias that stays 0."""
+    neck = nn.BatchNorm1d(features, dtype=torch.float32)
+    nn.init.normal_(neck.weight, 1.0, 0.01)
+    neck.bias.requires_grad_(False)
+    return neck
+
+
+def neck_rows(neck: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
+    """Unit embeddings (N, D) float32 of features (N, D): through the neck in full precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(neck(x.float()), dim=1)
 
 
 class PerModality(nn.Module):
@@ -172,12 +185,6 @@ class TwoStream(Backbone):
         resample = getattr(sys.modules[type(plain).__module__], "checkpoint_filter_fn", None)
         fit = dict if resample is None else lambda state: resample(state, plain)
         load_foreign(self, path, homes, self.classifier, fit)
-
-
-def load_model(path: str | Path) -> TwoStreamResNet | Backbone:
-    """The model saved at this path, a `TwoStream` or a `TwoStreamResNet`, in eval mode."""
-    kind = TwoStream if TwoStream.holds(path) else TwoStreamResNet
-    return kind.from_pretrained(path)
 
 
 def output_size(network: nn.Module, size: tuple[int, int]) -> int:

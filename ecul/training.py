@@ -90,8 +90,7 @@ def train(
 
 def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> dict:
     """One epoch: extract, cluster, match, remember, learn. Returns its row of the log."""
-    clock = _Clock(images.device)
-    rng = np.random.default_rng([config.seed, epoch])
+    began, rng = _now(images.device), np.random.default_rng([config.seed, epoch])
     seed, device = int(rng.integers(2**62)), images.device
     on_host = torch.Generator().manual_seed(seed)  # on a CPU the draws of both take turns
     on_device = on_host if device.type == "cpu" else torch.Generator(device.type).manual_seed(seed)
@@ -100,10 +99,11 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
 
     features = extract_all(state.model, images, config)
     exchanged = extract_exchanged(state.model, images, config, stage)
-    extracted = clock.seconds()
+    extracted = _now(device)
     labels = assign_labels(features, images, config, stage, exchanged)  # emcc, match_clusters
     row = {"epoch": epoch, "stage": stage, "lr": state.optimizer.param_groups[0]["lr"]}
-    row |= {"seconds_extract": extracted, "seconds_labels": clock.seconds() - extracted}
+    labelled = _now(device)
+    row |= {"seconds_extract": extracted - began, "seconds_labels": labelled - extracted}
     row |= labels.counts() | label_scores(features, labels, state.labels)
     row |= monitors(labels, images.identities) | fell_apart(row, state.history, len(images))
     state.labels = labels.own
@@ -111,14 +111,20 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
         scattered = any(2 * int((side < 0).sum()) > len(side) for side in labels.sides.values())
         advice = "raise eps or lower min_samples" if scattered else "lower eps or k1, or start from weights"
         log.warning("epoch %d skipped: fewer than two clusters in a modality; %s", epoch + 1, advice)
-        return row | {"skipped": True, "seconds": clock.seconds()}
+        return row | {"skipped": True, "seconds": _now(device) - began}
 
-    labelled = clock.seconds()
     terms = make_terms(features, labels, config, epoch, on_host)
     batches = make_batches(labels, images, config, stage, rng, on_device)
     row |= train_batches(state.forward, state.optimizer, terms, batches, config)
-    row |= {"seconds_train": clock.seconds() - labelled, "seconds": clock.seconds()}
+    ended = _now(device)
+    row |= {"seconds_train": ended - labelled, "seconds": ended - began}
     return row | {"images_per_second": row.pop("images") / row["seconds_train"]}
+
+
+def _now(device: torch.device) -> float:
+    """The time in seconds, when the device has finished its work."""
+    distributed.finish(device)
+    return time.perf_counter()
 
 
 def extract_all(model: torch.nn.Module, images: TrainImages, config: Config) -> torch.Tensor:
@@ -174,7 +180,10 @@ def train_batches(
         with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device)):
             x = embed_batch(forward, batch)
             losses = {term.name: term.loss(x, batch) for term in terms}
-        step(optimizer, losses)
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.stack(list(losses.values())).sum()
+        (total * distributed.size()).backward()  # gradients are averaged over processes
+        optimizer.step()
         for term in terms:
             term.update(x, batch)
         for name, loss in losses.items():
@@ -182,7 +191,7 @@ def train_batches(
         steps, views = steps + 1, views + len(batch)
     for buffer in forward.buffers():
         distributed.broadcast(buffer)
-    return {f"loss_{name}": float(total) / steps for name, total in totals.items()} | {"images": views}
+    return {f"loss_{name}": float(value) / steps for name, value in totals.items()} | {"images": views}
 
 
 def embed_batch(forward: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -190,22 +199,3 @@ def embed_batch(forward: torch.nn.Module, batch: Batch) -> torch.Tensor:
     shares = [v[distributed.share(len(v))] for v in batch.views]
     parts = forward(*shares).float().split([len(v) for v in shares])
     return torch.cat([distributed.gather(part, len(v)) for part, v in zip(parts, batch.views, strict=True)])
-
-
-def step(optimizer: torch.optim.Optimizer, losses: dict[str, torch.Tensor]) -> None:
-    """One step of the optimiser along the sum of the losses."""
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.stack(list(losses.values())).sum()
-    (total * distributed.size()).backward()  # gradients are averaged over processes
-    optimizer.step()
-
-
-class _Clock:
-    """Seconds since it was made; it waits until the device has finished its work."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.began = device, time.perf_counter()
-
-    def seconds(self) -> float:
-        distributed.finish(self.device)
-        return time.perf_counter() - self.began

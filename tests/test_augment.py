@@ -137,8 +137,3 @@ def test_the_linear_transform_scales_four_of_five_images_before_they_are_normali
         seen.min() >= augment.normalize(plain * 0).min()
         and seen.max() <= augment.normalize(plain + 155).max()
     )
-
-
-def test_an_unknown_view_is_named():
-    with pytest.raises(ValueError, match="'thermal'"):
-        augment.train_view(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "thermal", 2)

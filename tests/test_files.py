@@ -22,8 +22,7 @@ from ecul.common.names import printable, shorten
 from ecul.common.weights import read_metadata, read_tensors, read_weights, require_tensors, write_tensors
 from ecul.data.layouts import whole_number
 from ecul.importers import import_checkpoint
-from ecul.model import Backbone
-from ecul.streams import load_model
+from ecul.model import Backbone, load_model
 from ecul.tools.search import extract_folder, save_features
 from ecul.tools.threshold import Threshold, measure_threshold
 

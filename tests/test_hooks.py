@@ -91,7 +91,7 @@ def stop(row):
 def test_on_epoch_can_end_a_run_that_goes_on_later(dataset, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="ecul")
     run = train(dataset, tiny(), output=tmp_path / "run", on_epoch=stop)
-    assert len(run.history) == 1 and not run.model.training and "stopped after 1 of 2 epochs" in caplog.text
+    assert len(run.history) == 1 and not run.model.training and "ended the run after epoch 1" in caplog.text
     assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model)
     resumed = train(dataset, tiny(), output=tmp_path / "run", resume=True)
     assert same(resumed.model, train(dataset, tiny()).model)

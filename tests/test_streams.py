@@ -13,9 +13,9 @@ from torch import nn
 
 from ecul import Config, extract, train
 from ecul.cli import main
-from ecul.model import BasicBlock
+from ecul.model import BasicBlock, load_model
 from ecul.optim import build_model
-from ecul.streams import Backbone, TwoStream, load_model
+from ecul.streams import Backbone, TwoStream
 
 SIZE = (32, 32)
 

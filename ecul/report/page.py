@@ -20,11 +20,11 @@ from ecul.data.dataset import Dataset
 from ecul.evaluation.protocols import evaluate
 from ecul.labels import Labels
 from ecul.matching import match_clusters
+from ecul.model import load_model
 from ecul.report import measured, pictures
 from ecul.report.measured import MIXED, Clusters, Embedded, counted
 from ecul.report.pictures import Cell, Row
 from ecul.run.saved import SavedRun, read_run
-from ecul.streams import load_model
 
 log = logging.getLogger("ecul")
 MAPPED = 600  # images of a map

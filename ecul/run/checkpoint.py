@@ -28,8 +28,6 @@ from ecul.run.saved import FILE, parse_run
 # The rate of the epochs to come, and where and how they are computed.
 MAY_CHANGE = ("lr", "lr_gamma", "weights", "precision", "compile", "checkpointing", "batch_extract")
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-
 
 @contextmanager
 def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterator[Any]:
@@ -102,9 +100,7 @@ def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Ma
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
         write_json(output / "config.json", config.to_dict())
-    tensors = {"labels": state.labels, **{f"model.{k}": v for k, v in model.state_dict().items()}}
-    for i, values in state.optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in values.items()})
+    tensors = {"labels": state.labels, **_tensors(model, state.optimizer.state_dict()["state"])}
     about = {"config": config.to_dict(), "dataset": {**data, **source}, "model": _settings(model)}
     write_tensors(output / FILE, tensors, {"run": json.dumps({**about, "history": history})})
 
@@ -130,25 +126,28 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
         listed = shorten(told, len(told), "; ")
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
     if run.model != network:
-        raise ValueError(
-            f"{output} holds a run of another network: {run.model} then, {network} now; give model="
-        )
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    moved = {i: p for i, p in enumerate(parameters) if f"optimizer.{i}.step" in tensors}
-    mine = {f"model.{k}": v for k, v in state.model.state_dict().items()}
-    mine |= {f"optimizer.{i}.{name}": p for i, p in moved.items() for name in MOMENTS}
-    mine |= {f"optimizer.{i}.step": torch.zeros(()) for i in moved}
-    mine["labels"] = torch.empty(data["visible_images"] + data["infrared_images"], dtype=torch.int64)
+        told = f"{run.model} then, {network} now; give model="
+        raise ValueError(f"{output} holds a run of another network: {told}")
+    moments = {  # of Adam, in the parameter's memory format: a fused step relies on it
+        i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        for i, p in enumerate(state.optimizer.param_groups[0]["params"])
+        if f"optimizer.{i}.step" in tensors
+    }
+    labels = torch.empty(data["visible_images"] + data["infrared_images"], dtype=torch.int64)
+    mine = {"labels": labels, **_tensors(state.model, moments)}
     require_fit(mine, tensors, file, "this network; give model= the one of the run")
-    state.model.load_state_dict(
-        {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False
-    )
-    moments: dict[int, dict] = {i: {"step": tensors[f"optimizer.{i}.step"]} for i in moved}
-    for i, p in moved.items():  # in the parameter's memory format: a fused step relies on it
-        for name in MOMENTS:
-            moments[i][name] = torch.empty_like(p).copy_(tensors[f"optimizer.{i}.{name}"])
-    state.labels, state.history = tensors["labels"], run.history
+    for name, value in tensors.items():
+        mine[name].copy_(value)
+    state.labels, state.history = labels, run.history
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+
+
+def _tensors(model: torch.nn.Module, moments: dict[int, dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The weights and the optimiser's moments by their names in the file."""
+    named = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return named | {
+        f"optimizer.{i}.{k}": torch.as_tensor(v) for i, m in moments.items() for k, v in m.items()
+    }
 
 
 def _settled(config: Config, epochs: int) -> dict[str, Any]:

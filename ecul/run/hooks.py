@@ -56,11 +56,8 @@ def call_hook(hook: Hook, row: dict, model: nn.Module) -> tuple[dict[str, float]
         if isinstance(name, str) and math.isfinite(number):
             figures[name] = number
         else:
-            log.warning(
-                "on_epoch: %s is no finite number (%s): the log leaves it out",
-                clipped(name),
-                clipped(given[name], 60),
-            )
+            told = clipped(name), clipped(given[name], 60)
+            log.warning("on_epoch: %s is no finite number (%s): the log leaves it out", *told)
     return figures, stop
 
 
@@ -69,10 +66,8 @@ def csv_logger(directory: str | Path) -> Callable[[dict], None]:
     directory = Path(directory)
 
     def on_epoch(row: dict) -> None:
-        lines = (directory / "log.jsonl").read_text().splitlines()
-        write_file(
-            directory / "log.csv", render_table("csv", "", [], [json.loads(x) for x in lines]).encode()
-        )
+        rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+        write_file(directory / "log.csv", render_table("csv", "", [], rows).encode())
 
     return on_epoch
 

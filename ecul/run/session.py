@@ -57,9 +57,7 @@ class Session:
         for epoch in logs.progress(len(left), "epochs", "epoch", shown, left, lines=False):
             yield epoch
             if self.stopped:
-                log.info(
-                    "stopped after %d of %d epochs, as on_epoch asked for", epoch + 1, self.config.epochs
-                )
+                log.info("on_epoch ended the run after epoch %d of %d", epoch + 1, self.config.epochs)
                 return
 
     @contextmanager
@@ -71,16 +69,15 @@ class Session:
             self._require_finite(epoch, {})
             raise
         except (RuntimeError, MemoryError) as error:
-            told = (
-                f"failed in process {distributed.rank()} of {distributed.size()}, maybe because another ended"
-            )
-            told = f"{told}: {error}. Start again with resume=True: it goes on from the last finished epoch"
             if out_of_memory(error):
-                spares = getattr(self.state.model, "checkpointing", None) is False
                 told = f"does not fit the memory of {self.images.device}; "
-                told += "set checkpointing=True and resume, or " if spares else ""
+                if getattr(self.state.model, "checkpointing", None) is False:
+                    told += "set checkpointing=True and resume, or "
                 told += "train anew with fewer identities or instances"
-            elif distributed.size() == 1:
+            elif distributed.size() > 1:
+                told = f"failed in process {distributed.rank()}, maybe because another ended: {error}. "
+                told += "Start again with resume=True: it goes on from the last finished epoch"
+            else:
                 raise
             raise RuntimeError(f"epoch {epoch + 1} {told}") from error
 
@@ -138,13 +135,12 @@ def open_run(
     check_validation(dataset, validate)
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     data = dataset_fingerprint(dataset)
-    hold, autocast = distributed.rank() == 0, torch.autocast(place.type, enabled=False)
-    with run_directory(output, hold) as directory, autocast:
+    hold = distributed.rank() == 0
+    with run_directory(output, hold) as directory, torch.autocast(place.type, enabled=False):
         goes_on = directory is not None and holds_run(directory)
         if goes_on and not resume:
-            raise ValueError(
-                f"output: {directory} holds a run; resume it (--resume, resume=True) or choose another"
-            )
+            told = "holds a run; resume it (--resume, resume=True) or choose another"
+            raise ValueError(f"output: {directory} {told}")
         if resume and directory is not None and not goes_on:
             log.info("there is no run in %s yet: starting anew", directory)
         if model is None and not goes_on:
@@ -158,11 +154,8 @@ def open_run(
         distributed.wait()
         images = load_images(dataset, config.size, place)
         run = Session(dataset, config, directory, hook, validate, state, images)
-        if (
-            directory is not None
-            and len(state.history) >= config.epochs
-            and not (directory / "model.safetensors").exists()
-        ):
+        lost = directory is not None and not (directory / "model.safetensors").exists()
+        if lost and len(state.history) >= config.epochs:
             run.save()
         yield run
         if state.history and all(row.get("skipped") for row in state.history):

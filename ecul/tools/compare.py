@@ -18,9 +18,9 @@ from ecul.common.pretrained import weights_file
 from ecul.common.tables import render_table
 from ecul.config import METHODS
 from ecul.evaluation.protocols import Results, evaluate
+from ecul.model import load_model
 from ecul.report.pictures import draw_overlaid
 from ecul.run.saved import SavedRun, find_trials, read_run
-from ecul.streams import load_model
 
 log = logging.getLogger("ecul")
 PANELS = (  # of the curves: title, pattern of the names in the log, and how several values become one
