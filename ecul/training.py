@@ -104,7 +104,7 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
     row = {"epoch": epoch, "stage": stage, "lr": state.optimizer.param_groups[0]["lr"]}
     labelled = _now(device)
     row |= {"seconds_extract": extracted - began, "seconds_labels": labelled - extracted}
-    row |= labels.counts() | label_scores(features, labels, state.labels)
+    row |= labels.counts() | label_scores(features, labels, state.labels if len(state.labels) else None)
     row |= monitors(labels, images.identities) | fell_apart(row, state.history, len(images))
     state.labels = labels.own
     if not labels.enough:

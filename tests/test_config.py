@@ -97,7 +97,7 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"pairs": "joint", "weight_agnostic": 0.0}, "draws joint clusters, .*: set weight_joint above 0"),
         (
             {"pairs": "joint", "weight_joint": 0.7},
-            "no matched pairs: set .*weight_agnostic and weight_consis",
+            "no matched pairs: set .*weight_agnostic and weight",
         ),
     ],
 )

@@ -429,8 +429,10 @@ def test_tied_weights_of_ones_own_backbone_are_saved(dataset, tmp_path):
 
 
 def test_a_run_of_no_epochs_leaves_the_starting_model(dataset, tmp_path):
-    run = train(dataset, tiny(epochs_intra=0, epochs_cross=0), output=tmp_path / "run")
+    config = tiny(epochs_intra=0, epochs_cross=0)
+    run = train(dataset, config, output=tmp_path / "run")
     assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model) and run.history == []
+    assert same(train(dataset, config, output=tmp_path / "run", resume=True).model, run.model)
 
 
 def test_training_raises_cross_modality_map(tmp_path):

@@ -133,7 +133,8 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
         for i, p in enumerate(state.optimizer.param_groups[0]["params"])
         if f"optimizer.{i}.step" in tensors
     }
-    labels = torch.empty(data["visible_images"] + data["infrared_images"], dtype=torch.int64)
+    count = data["visible_images"] + data["infrared_images"] if epoch else 0
+    labels = torch.empty(count, dtype=torch.int64)
     mine = {"labels": labels, **_tensors(state.model, moments)}
     require_fit(mine, tensors, file, "this network; give model= the one of the run")
     for name, value in tensors.items():

@@ -33,7 +33,8 @@ class State:
     forward: torch.nn.Module  # the model as the batches see it: compiled, or one of several processes
     optimizer: torch.optim.Optimizer
     history: list = field(default_factory=list)  # a row of the log for each epoch
-    labels: torch.Tensor | None = None  # of the last epoch, (N,), for the stability score
+    # of the last epoch, (N,) int64, for the stability score
+    labels: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 @dataclass
