@@ -5,33 +5,28 @@ import torch
 from torch import Tensor
 
 Dtypes = tuple[torch.dtype, ...]
-INTEGERS: Dtypes = (torch.int64, torch.int32)
 FLOATS: Dtypes = (torch.float32, torch.bfloat16, torch.float16)
+LABELS: Dtypes = (torch.int64,)
+INTEGERS: Dtypes = (torch.int64, torch.int32)
+WEIGHTS: Dtypes = (torch.float32, torch.float64)
 
 
 def check_matrix(name: str, tensor: Tensor, columns: int | None = None, dtypes: Dtypes = FLOATS) -> None:
-    """Require a matrix with `columns` features in a row, in one of `dtypes`."""
-    _check_tensor(name, tensor, 2, dtypes)
-    if columns is not None and tensor.shape[1] != columns:
-        raise ValueError(f"{name} must have {columns} columns, as the other rows have; got {tensor.shape[1]}")
+    """Require a matrix with this many columns, in one of these dtypes."""
+    _check_tensor(name, tensor, 2, columns, dtypes)
 
 
-def check_vector(
-    name: str, tensor: Tensor, length: int | None = None, dtypes: Dtypes = (torch.int64,)
-) -> None:
-    """Require a vector with `length` entries, in one of `dtypes`."""
-    _check_tensor(name, tensor, 1, dtypes)
-    if length is not None and tensor.shape[0] != length:
-        raise ValueError(f"{name} must have one entry a row, {length}; got {tensor.shape[0]}")
+def check_vector(name: str, tensor: Tensor, length: int | None = None, dtypes: Dtypes = LABELS) -> None:
+    """Require a vector of this length, in one of these dtypes."""
+    _check_tensor(name, tensor, 1, length, dtypes)
 
 
 def check_number(name: str, value: object, integer: bool = False) -> None:
-    """Require a Python or NumPy number. A tensor is none, even with one element."""
+    """Require a Python or NumPy number; a tensor with one element is refused, too."""
     kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(
-            f"{name} must be {'an integer' if integer else 'a number'}; got {type(value).__name__}"
-        )
+        what = "an integer" if integer else "a number"
+        raise TypeError(f"{name} must be {what}; got {type(value).__name__}")
 
 
 def check_device(device: torch.device, **tensors: Tensor) -> None:
@@ -44,8 +39,8 @@ def check_device(device: torch.device, **tensors: Tensor) -> None:
 def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
     """Require a sparse (N, N) matrix in CSR form: offsets (N + 1,), columns (nnz,), values (nnz,) if given.
 
-    Values must not be negative, and a row of them sums to 1 at most. C++ code reads these arrays without
-    checks, so wrong ones would make it read beyond their ends.
+    Values must not be negative, and each row must sum to 1 at most. SciPy and torch read these arrays without
+    checks: with wrong offsets or columns they would read beyond the ends.
     """
     check_vector("indptr", indptr, dtypes=INTEGERS)
     check_vector("indices", indices, dtypes=INTEGERS)
@@ -60,19 +55,22 @@ def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> 
         raise ValueError(f"indices must lie in 0..{len(indptr) - 2}, the rows; got {low}..{high}")
     if values is None:
         return
-    check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
+    check_vector("values", values, len(indices), dtypes=WEIGHTS)
     most = torch.segment_reduce(values, "sum", offsets=indptr.long()).max()
     if not ((values >= 0).all() and most <= 1.001):
         raise ValueError(f"values must not be negative or NaN and sum to 1 at most in a row; got {most}")
 
 
-def _check_tensor(name: str, tensor: object, dimensions: int, dtypes: Dtypes) -> None:
+def _check_tensor(name: str, tensor: object, dimensions: int, last: int | None, dtypes: Dtypes) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch tensor; got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.device.type == "meta":
         raise ValueError(f"{name} must be a dense tensor with data; got {tensor.layout} on {tensor.device}")
     if tensor.dim() != dimensions:
         raise ValueError(f"{name} must have {dimensions} dimension(s); got shape {tuple(tensor.shape)}")
+    if last is not None and tensor.shape[-1] != last:
+        what = "columns" if dimensions == 2 else "entries"
+        raise ValueError(f"{name} must have {last} {what}, as the other arguments; got {tensor.shape[-1]}")
     if tensor.dtype not in dtypes:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {wanted}; got {str(tensor.dtype).removeprefix('torch.')}")

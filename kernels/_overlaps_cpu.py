@@ -60,11 +60,8 @@ def pairs_on_host(
                 found.append(pairs[:, part : part + MEASURED][:, overlap >= least])
         return np.concatenate(found, axis=1)
 
-    pool = ThreadPoolExecutor(torch.get_num_threads())
-    try:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found = list(pool.map(search, range(turn * COMPARED, size, turns * COMPARED)))
-    finally:
-        pool.shutdown(cancel_futures=True)
     return torch.from_numpy(np.concatenate([np.empty((2, 0), np.int64), *found], axis=1)).to(device)
 
 

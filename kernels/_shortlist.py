@@ -23,7 +23,7 @@ loads, and Triton 3.6 omits it.
 import torch
 from torch import Tensor
 
-from ._triton import Launch, TensorDescriptor, has_tma, jit, tl, triton
+from ._triton import TensorDescriptor, has_tma, jit, tl, triton
 
 
 @jit
@@ -119,11 +119,11 @@ def _candidates_kernel(
             _append(s, bounds, lists, scores, counts, column, N, x_order + m * BLOCK, ROOM, BLOCK, 0)
 
 
-LAUNCH = Launch({"BLOCK": 128, "BLOCK_D": 64, "TALL": 8}, warps=8, stages=3)
-PART = 8  # the first bound comes from one column in so many
+OPTIONS = {"BLOCK": 128, "BLOCK_D": 64, "TALL": 8, "num_warps": 8}
+PART = {"cpu": 4, "cuda": 8}  # the first bound comes from one column in so many
 MAXIMA = 8  # and from so many times k maxima a row at a time
-ROOM = 256  # columns that a list holds at least
-CLOSEST = 65536  # lists that are shortened at a time
+ROOM = 256  # columns that a list holds at least; 16 * k if that is more
+CLOSEST = {"cpu": 512, "cuda": 65536}  # lists that are shortened at a time
 LOWEST = torch.finfo(torch.float32).min  # a bound below all products, and above minus infinity
 Shortlist = tuple[Tensor, Tensor]  # (M, few) int32 columns, -1 for none; (M,) whether a list was too short
 
@@ -186,10 +186,10 @@ def bounds(best: Tensor, k: int, margin: Tensor, coarse: float = 0.0) -> Tensor:
 
 
 def closest(
-    lists: Tensor, scores: Tensor, counts: Tensor, k: int, margin: Tensor, portion: int, coarse: float = 0.0
+    lists: Tensor, scores: Tensor, counts: Tensor, k: int, margin: Tensor, coarse: float = 0.0
 ) -> Shortlist:
     """The columns of each list, (M, room) with `counts` entries, that reach the bound of its own scores."""
-    room, found = scores.shape[1], []
+    room, portion, found = scores.shape[1], CLOSEST[scores.device.type], []
     for start in range(0, len(scores), portion):
         rows = slice(start, start + portion)
         empty = torch.arange(room, device=scores.device) >= counts[rows, None]
@@ -204,9 +204,9 @@ def closest(
 def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
     """The short lists of the rows of x. The host does not wait for the device."""
     (M, D), N = x.shape, y.shape[0]
-    width = next((w for w in (128, 32) if 2 * k * w <= N // PART), 4)
+    width = next((w for w in (128, 32) if 2 * k * w <= N // PART[x.device.type]), 4)
     x_order, y_order = random_order(M, x.device), random_order(N, x.device)
-    block, block_d = tile = LAUNCH.blocks["BLOCK"], LAUNCH.blocks["BLOCK_D"]
+    block, block_d = tile = OPTIONS["BLOCK"], OPTIONS["BLOCK_D"]
     y_rounded, *y_norms = round_rows(y, y_order, torch.float16, *tile)
     x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, x_order, torch.float16, *tile)
     margin = largest_error(x_norms, y_norms, D, 2.0**-22)
@@ -215,23 +215,24 @@ def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool)
     rows, tma = [x_rounded, y_rounded], has_tma()
     if tma:
         rows = [TensorDescriptor.from_tensor(matrix, [block, block_d]) for matrix in rows]
-    options = {"D": x_rounded.shape[1], "EXCLUDE": exclude_self, "TMA": tma}
+    options = {"D": x_rounded.shape[1], "EXCLUDE": exclude_self, "TMA": tma, **OPTIONS}
+    options["num_stages"] = 2 if torch.version.hip else 3
 
     best = margin.new_empty((M, 0))
-    part = min(tiles[1], triton.cdiv(max(N // PART, 2 * k * width), block))
+    part = min(tiles[1], triton.cdiv(max(N // PART[x.device.type], 2 * k * width), block))
     step = triton.cdiv(MAXIMA * k * width, block)
     for first in range(0, part, step):
         some = min(step, part - first)
         maxima = margin.new_empty((M, some * block // width))
         sizes = tiles[0], some, first
-        LAUNCH.start(_maxima_kernel, (tiles[0] * some,), *rows, maxima, *sizes, *shapes, W=width, **options)
+        _maxima_kernel[(tiles[0] * some,)](*rows, maxima, *sizes, *shapes, W=width, **options)
         best = torch.cat([best, maxima], 1)
         best = best.topk(min(k, best.shape[1])).values
 
-    room = triton.next_power_of_2(max(ROOM, 2 * PART * k))
+    room = triton.next_power_of_2(max(ROOM, 16 * k))
     lists, scores = x.new_empty((M, room), dtype=torch.int32), margin.new_empty((M, room))
     counts = x.new_zeros(M, dtype=torch.int32)
     kept = (bounds(best, k, margin), lists, scores, counts)
     options |= {"ROOM": room, "SYMMETRIC": symmetric}
-    LAUNCH.start(_candidates_kernel, (tiles[0] * tiles[1],), *rows, *kept, *tiles, *shapes, **options)
-    return closest(lists, scores, counts, k, margin, CLOSEST)
+    _candidates_kernel[(tiles[0] * tiles[1],)](*rows, *kept, *tiles, *shapes, **options)
+    return closest(lists, scores, counts, k, margin)

@@ -13,14 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._shortlist import MAXIMA, ROOM, Shortlist, bounds, closest, largest_error, random_order, round_rows
+from ._shortlist import (
+    MAXIMA,
+    PART,
+    ROOM,
+    Shortlist,
+    bounds,
+    closest,
+    largest_error,
+    random_order,
+    round_rows,
+)
 
 PRODUCTS = 2**22  # computed at a time
 HEIGHT, EVEN = 1024, 128  # rows of a strip: at most, and in whole units where there are many columns
 HALVINGS = 4  # a group has 2**4 products
 GROUP = 2**HALVINGS
-CLOSEST = 512  # lists that are shortened at a time
-PART = 4  # the first bound comes from one column in so many
 LEFT = 1 / 32  # this share of the rows may be left to the reference before float32 takes them all
 COARSE = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # the share of a product that rounding may change
 BRAIN = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
@@ -28,16 +36,19 @@ BRAIN = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("av
 
 def product_dtype() -> torch.dtype:
     """bfloat16 where the processor has instructions for it, or where torch may use it for float32."""
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return torch.float32 if exact and not BRAIN else torch.bfloat16
+    return torch.float32 if _has_float32() and not BRAIN else torch.bfloat16
+
+
+def _has_float32() -> bool:
+    """Whether torch multiplies float32 in float32, and not in bfloat16."""
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
     """The short lists of the rows of x."""
     lists, overflowed = _search(x, y, k, exclude_self, symmetric, product_dtype())
-    exact = torch.get_float32_matmul_precision() == "highest"
-    if exact and product_dtype() != torch.float32 and overflowed.sum() > LEFT * len(x):
-        lists, overflowed = _search(x, y, k, exclude_self, symmetric, torch.float32)
+    if product_dtype() == torch.bfloat16 and _has_float32() and overflowed.sum() > LEFT * len(x):
+        return _search(x, y, k, exclude_self, symmetric, torch.float32)
     return lists, overflowed
 
 
@@ -50,11 +61,11 @@ def _search(
     x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, x_order, dtype, GROUP)
     rows, columns = len(x_rounded), len(y_rounded)
     margin = F.pad(largest_error(x_norms, y_norms, D, 2.0**-23)[x_order], (0, rows - M))
-    part = min(columns, _whole(max(N // PART, 2 * k), GROUP))
+    part = min(columns, _whole(max(N // PART["cpu"], 2 * k), GROUP))
     height = min(HEIGHT, part, _whole(PRODUCTS // part, EVEN))
     part = min(columns, _whole(part, height))
     width = _whole(PRODUCTS // height, GROUP)
-    lists = _Lists(rows, min(N, max(ROOM, 4 * PART * k)), dtype)
+    lists = _Lists(rows, min(N, max(ROOM, 16 * k)), dtype)
     buffer = x_rounded.new_empty(max(part, width) * height)  # fresh memory is slower than products
     for start in range(0, rows, height):
         strip = x_rounded[start : start + height].T
@@ -77,7 +88,7 @@ def _search(
             if symmetric and first < start >= part:
                 lists.add(products[: start - first].T, first, start)
     kept = lists.columns, lists.scores, lists.counts
-    found, overflowed = closest(*kept, k, margin, CLOSEST, COARSE[dtype])
+    found, overflowed = closest(*kept, k, margin, COARSE[dtype])
     longest = max(k, int((found[:M] >= 0).sum(1).max()))
     found = torch.where(found < 0, -1, y_order[found])[:, :longest]
     place = x_order.argsort()

@@ -13,9 +13,8 @@ Without Triton, or with a version before 3.4, everything runs on the references.
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 try:
@@ -47,19 +46,6 @@ def has_tma() -> bool:
         return True
     target = triton.runtime.driver.active.get_current_target()
     return target.backend == "cuda" and target.arch >= 90
-
-
-class Launch(NamedTuple):
-    """One fixed way to launch a kernel: block sizes, warps, pipeline stages."""
-
-    blocks: dict[str, Any]
-    warps: int
-    stages: int
-
-    def start(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        """Start `kernel` over `grid`, on the stream and device of its tensors; `constants` may be options."""
-        stages = min(self.stages, 2) if torch.version.hip else self.stages
-        kernel[grid](*args, **constants, **self.blocks, num_warps=self.warps, num_stages=stages)
 
 
 def rows_contiguous(matrix: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_matrix, check_number, check_vector
-from ._triton import Launch, jit, tl, use_triton
+from ._triton import jit, tl, use_triton
 
 HOTTEST = 1e6  # above this temperature float32 gives every slot the same weight
 
@@ -145,7 +145,7 @@ def _log_sum(tops, sums):
     return highest + tl.log(tl.sum(tl.where(sums == 0.0, 0.0, sums * tl.exp(tops - highest)), 0))
 
 
-LAUNCH = Launch({"BLOCK": 1024}, warps=4, stages=2)
+OPTIONS = {"BLOCK": 1024, "num_warps": 4, "num_stages": 2}
 MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
 SCORES = 2**26  # held at a time, in float32; at least one row
 
@@ -172,10 +172,9 @@ def _launch(
             strip = slice(start, min(start + rows, B))
             scores = _product(x[strip], bank.T)
             weights = scores if x.dtype == torch.float32 else torch.empty_like(scores, dtype=x.dtype)
-            LAUNCH.start(
-                _weights_kernel, (strip.stop - start,),
+            _weights_kernel[(strip.stop - start,)](
                 scores, weights, bank_labels, labels[strip], loss[strip], factors[strip], C, 1 / temperature,
-                WEIGHTS=with_gradient, debug=True, sanitize_overflow=False,
+                WEIGHTS=with_gradient, debug=True, sanitize_overflow=False, **OPTIONS,
             )  # fmt: skip
             if with_gradient:
                 gradient[strip] = _product(weights, bank)

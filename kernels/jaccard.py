@@ -3,8 +3,6 @@
 Step 7 of EMCC (arXiv 2412.19134): d_ij = 1 - s / (2 - s), s = sum_l min(v_il, v_jl).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -49,7 +47,7 @@ def jaccard_neighbors_reference(
     indptr: Tensor, indices: Tensor, values: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`jaccard_neighbors` in sparse products on the host: the specification and the CPU path."""
-    return graph_of(jaccard_pairs(indptr, indices, values, eps, find=pairs_on_host), len(indptr) - 1)
+    return graph_of(jaccard_pairs(indptr, indices, values, eps, reference=True), len(indptr) - 1)
 
 
 def graph_of(pairs: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -74,12 +72,12 @@ def jaccard_pairs(
     eps: float,
     turn: int = 0,
     turns: int = 1,
-    find: Callable[..., Tensor] | None = None,
+    reference: bool = False,
 ) -> Tensor:
-    """One part of the pairs (i, j) within eps, i < j, (2, pairs) int64; `turns` parts are all of them.
+    """The pairs (i, j), i < j, within eps: (2, pairs) int64. Arguments as for `jaccard_neighbors`.
 
-    Arguments as for `jaccard_neighbors`. Processes take strips of rows in turn, because early strips contain
-    more pairs i < j. find: `pairs_on_device` or `pairs_on_host`; by default `use_triton` decides.
+    turn, turns: return one part of `turns`. Parts take strips of rows in turn, because early strips contain
+    more pairs i < j. reference: search on the host.
     """
     check_csr(indptr, indices, values)
     size = len(indptr) - 1
@@ -87,7 +85,7 @@ def jaccard_pairs(
         return torch.triu_indices(size, size, 1, device=indptr.device)[:, turn::turns]
     if len(indices) == 0:
         return indices.new_empty(2, 0)
-    find = find or (pairs_on_device if use_triton(values) else pairs_on_host)
+    find = pairs_on_device if use_triton(values) and not reference else pairs_on_host
     with torch.cuda.device_of(values):
         return find(indptr, indices, values, eps, turn, turns)
 

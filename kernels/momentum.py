@@ -6,7 +6,7 @@ Source: arXiv 2305.12673 (MBCCM: `sequential`) and arXiv 2412.19134 (ECUL's two-
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ._checks import check_device, check_matrix, check_number, check_vector
 from ._triton import jit, rows_contiguous, tl, triton, use_triton
@@ -16,12 +16,7 @@ RULES = ("sequential", "instance", "mean", "hard")
 
 @torch.no_grad()
 def momentum_update_(
-    bank: Tensor,
-    x: Tensor,
-    labels: Tensor,
-    momentum: float,
-    rule: str,
-    generator: torch.Generator | None = None,
+    bank: Tensor, x: Tensor, labels: Tensor, momentum: float, rule: str, generator: Generator | None = None
 ) -> Tensor:
     """Move row `y` of `bank`, in place, towards the samples with label `y`; other rows stay as they are.
 

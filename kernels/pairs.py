@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_matrix, check_vector
-from ._triton import Launch, jit, rows_contiguous, same_rows, tl, triton, use_triton
+from ._triton import jit, rows_contiguous, same_rows, tl, triton, use_triton
 
 X_ROWS, Y_ROWS = 8192, 4096  # rows of x and of y that the reference converts to float64 at a time
 
@@ -50,29 +50,22 @@ def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tenso
 
 def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
-    blocks = -(-y.shape[0] // Y_ROWS)
-    key = torch.where(columns < 0, -1, rows // X_ROWS * blocks + columns // Y_ROWS)
-    key, order = key.sort(stable=True)
-    keys, sizes = key.unique_consecutive(return_counts=True)
-    held, x_wide = -1, x.new_empty((min(X_ROWS, x.shape[0]), x.shape[1]), dtype=torch.float64)
-    y_wide = x.new_empty((min(Y_ROWS, y.shape[0]), x.shape[1]), dtype=torch.float64)
-    for number, part in zip(keys.tolist(), order.split(sizes.tolist()), strict=True):
-        if number < 0:
-            continue
-        x_first, y_first = number // blocks * X_ROWS, number % blocks * Y_ROWS
-        x_part, y_part = x[x_first : x_first + X_ROWS], y[y_first : y_first + Y_ROWS]
-        if held != x_first:
-            held, wide = x_first, x_wide[: len(x_part)].copy_(x_part)
-        offsets = torch.arange(x_first, x_first + len(x_part) + 1, device=rows.device)
-        offsets = torch.searchsorted(rows[part], offsets)
-        listed = offsets, columns[part] - y_first, torch.zeros_like(part, dtype=torch.float64)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)  # torch calls CSR beta
-            pattern = torch.sparse_csr_tensor(*listed, (len(x_part), len(y_part)), check_invariants=False)
-            products = torch.sparse.sampled_addmm(
-                pattern, wide, y_wide[: len(y_part)].copy_(y_part).T, beta=0.0
-            )
-        out[part] = products.values()
+    y_wide = y.new_empty((min(Y_ROWS, y.shape[0]), y.shape[1]), dtype=torch.float64)
+    for x_first in range(0, len(x), X_ROWS):
+        wide = x[x_first : x_first + X_ROWS].double()
+        offsets = torch.arange(x_first, x_first + len(wide) + 1, device=rows.device)
+        start, stop = torch.searchsorted(rows, offsets[[0, -1]]).tolist()
+        block = columns[start:stop].div(Y_ROWS, rounding_mode="floor")
+        for number in block[block >= 0].unique().tolist():
+            part = start + (block == number).nonzero()[:, 0]
+            y_first = number * Y_ROWS
+            y_part = y[y_first : y_first + Y_ROWS]
+            listed = torch.searchsorted(rows[part], offsets), columns[part] - y_first, part.double()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch calls CSR beta
+                pattern = torch.sparse_csr_tensor(*listed, (len(wide), len(y_part)), check_invariants=False)
+                columns_wide = y_wide[: len(y_part)].copy_(y_part).T
+                out[part] = torch.sparse.sampled_addmm(pattern, wide, columns_wide, beta=0.0).values()
     return out
 
 
@@ -95,16 +88,16 @@ def _pairs_kernel(
     tl.store(out + pair, tl.where(listed, tl.sum(products, 1), -float("inf")), mask=pair < P)
 
 
-LAUNCH = Launch({"BLOCK": 16, "BLOCK_D": 128}, warps=4, stages=2)
+OPTIONS = {"BLOCK": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
 
 
 def _launch(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     x, y, rows, columns = rows_contiguous(x), rows_contiguous(y), rows.contiguous(), columns.contiguous()
     out = torch.empty(rows.shape, dtype=torch.float64, device=x.device)
     if len(rows):
-        grid = (triton.cdiv(len(rows), LAUNCH.blocks["BLOCK"]),)
         sizes = len(rows), x.shape[1], x.stride(0), y.stride(0)
-        LAUNCH.start(_pairs_kernel, grid, x, y, rows, columns, out, *sizes)
+        grid = (triton.cdiv(len(rows), OPTIONS["BLOCK"]),)
+        _pairs_kernel[grid](x, y, rows, columns, out, *sizes, **OPTIONS)
     return out
 
 

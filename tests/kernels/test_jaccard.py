@@ -135,7 +135,7 @@ def test_the_smallest_overlap_within_eps_is_where_the_distance_crosses_it():
         ({"indptr": torch.empty(0, dtype=torch.int64)}, "indptr must hold"),
         ({"indices": torch.tensor([0, 1, 3])}, r"indices must lie in 0..2.*; got 0..3"),
         ({"indices": torch.tensor([0, -1, 2])}, "indices must lie in"),
-        ({"indices": torch.tensor([0, 1])}, "values must have one entry"),
+        ({"indices": torch.tensor([0, 1])}, "values must have 2 entries"),
         ({"values": torch.tensor([0.5, float("nan"), 0.5])}, "values must not be negative or NaN"),
         ({"values": torch.tensor([0.5, -0.5, 0.5])}, "values must not be negative or NaN"),
         ({"values": torch.tensor([0.5, 1.5, 0.5])}, "sum to 1 at most"),

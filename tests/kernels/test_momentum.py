@@ -193,7 +193,7 @@ def test_mixed_dtypes_and_a_batch_that_wants_a_gradient(device):
     [
         ({"bank": torch.zeros(5)}, ValueError, "bank must have 2 dimension"),
         ({"x": torch.zeros(7, 5)}, ValueError, "x must have 4 columns"),
-        ({"labels": torch.zeros(6, dtype=torch.int64)}, ValueError, "labels must have one entry a row, 7"),
+        ({"labels": torch.zeros(6, dtype=torch.int64)}, ValueError, "labels must have 7 entries"),
         ({"labels": torch.zeros(7)}, TypeError, "labels must be int64; got float32"),
         ({"labels": torch.full((7,), 5)}, ValueError, "labels must be below the 5 rows of bank; got 5"),
         ({"momentum": 1.5}, ValueError, "momentum must be from 0 to 1; got 1.5"),

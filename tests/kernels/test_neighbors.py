@@ -22,9 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def long_blocks_of_pairs(few, monkeypatch):
     """In the interpreter the programs of `pairs`, which has tests of its own, would take most of the time."""
-    monkeypatch.setattr(
-        pairs, "LAUNCH", pairs.LAUNCH._replace(blocks={"BLOCK": few(4096, 16), "BLOCK_D": 128})
-    )
+    monkeypatch.setattr(pairs, "OPTIONS", pairs.OPTIONS | {"BLOCK": few(4096, 16)})
 
 
 def sorted_pairs(x, y, k, exclude_self=False):
@@ -203,7 +201,8 @@ def test_many_rows_and_few_columns():
     assert_as_reference(x, y, 2)
 
 
-PORTIONS = [(neighbors, "LISTED", 60 * 128), (_shortlist, "CLOSEST", 60), (_shortlist, "MAXIMA", 1)]
+FEW = {"cpu": 60, "cuda": 60}
+PORTIONS = [(neighbors, "LISTED", 60 * 128), (_shortlist, "CLOSEST", FEW), (_shortlist, "MAXIMA", 1)]
 ON_HOST = [(_shortlist_cpu, "HEIGHT", 64), (_shortlist_cpu, "PRODUCTS", 2**13), (_shortlist_cpu, "EVEN", 16)]
 ON_HOST += [(_shortlist_cpu, "PRODUCTS", 2**15), (pairs, "X_ROWS", 60), (pairs, "Y_ROWS", 70)]
 
