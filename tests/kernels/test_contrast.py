@@ -227,7 +227,7 @@ def test_training_takes_the_products_of_half_precision(device):
     labels, memory = table[batch.rows], InstanceMemory.from_features(bank, bank_labels)
     contrast_term = Contrast("contrast", 1 / 3, memory, None, table, torch.full_like(table, -1))
     banks = [ClusterMemory.from_clusters(part) for part in bank[:20].split(10)]
-    agreement_term = Consistency("agreement", 1.0, banks[:1], banks[1:])
+    agreement_term = Consistency("agreement", 1.0, [(banks[0], banks[1])])
     logits = ((bank.logits(view.double()) for bank in banks) for view in x.split(16))
     want = sum(consistency_loss(*pair).item() for pair in logits)
 
