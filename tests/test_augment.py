@@ -94,15 +94,8 @@ def test_a_rectangle_is_scaled_by_b_over_its_maximum(generator, monkeypatch):
     assert b.mean(0).tolist() == pytest.approx([0.5] * 3, abs=0.03)
     assert b.var(0).tolist() == pytest.approx([0.125] * 3, abs=0.01)
     assert (b < 0.25).float().mean(0).tolist() == pytest.approx([1 / 3] * 3, abs=0.03)
-
-
-def test_linear_transform_scales_rectangles_and_ends_on_black_images(generator):
-    images = noise(400, (24, 12))
-    scaled = augment.scale_rectangles(images, 0.8, generator)
-    changed = (scaled != images).flatten(1).any(1)
-    assert share(changed) == pytest.approx(0.8, abs=0.07)
-    assert scaled.min() >= 0 and scaled.max() <= 1
-    black = torch.zeros(4, 3, 24, 12)
+    monkeypatch.undo()
+    black = torch.zeros(4, 3, 24, 12)  # no factor is drawn for it, and the loop ends
     assert torch.equal(augment.scale_rectangles(black, 1.0, generator), black)
 
 
@@ -133,7 +126,5 @@ def test_the_linear_transform_scales_four_of_five_images_before_they_are_normali
     erased = torch.tensor(augment.ERASED)[:, None, None]
     untouched = torch.isclose(seen, augment.normalize(plain)) | torch.isclose(seen, erased)
     assert share(~untouched.flatten(1).all(1)) == pytest.approx(0.8, abs=0.05)
-    assert (
-        seen.min() >= augment.normalize(plain * 0).min()
-        and seen.max() <= augment.normalize(plain + 155).max()
-    )
+    black, white = augment.normalize(plain * 0), augment.normalize(plain + 155)
+    assert black.min() <= seen.min() and seen.max() <= white.max()

@@ -12,18 +12,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import TINY, tiny
+from tiny import TINY, same, tiny
 
 from ecul import TwoStreamResNet, evaluate, open_dataset, train
 from ecul.cli import main, parser
 from ecul.common.weights import read_metadata
 from ecul.run.saved import read_run
-
-
-def same(a, b):
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
 
 
 def test_on_epoch_may_take_the_model_too(dataset):
@@ -106,11 +100,9 @@ def test_a_finished_run_can_be_lengthened_and_its_past_not_changed(dataset, tmp_
     advised = {"lr": 1e-4, "lr_gamma": 0.5, "checkpointing": True, "precision": "fp32", "batch_extract": 7}
     shutil.copytree(tmp_path / "run", tmp_path / "advised")
     changed = train(dataset, long.replace(**advised), output=tmp_path / "advised", resume=True)
-    assert changed.history[2]["lr"] == pytest.approx(5e-5) and not same(
-        changed.model, train(dataset, long).model
-    )
-    run = train(dataset, long, output=tmp_path / "run", resume=True)
-    assert same(run.model, train(dataset, long).model) and len(run.history) == 3
+    run, whole = train(dataset, long, output=tmp_path / "run", resume=True), train(dataset, long)
+    assert changed.history[2]["lr"] == pytest.approx(5e-5) and not same(changed.model, whole.model)
+    assert same(run.model, whole.model) and len(run.history) == 3
     assert read_run(tmp_path / "run").config == long
 
 
@@ -128,9 +120,8 @@ def test_validation_people_are_held_out_and_only_watched(world, tmp_path):
     saved.require_same(saved.open())  # the report finds the same people
     last = train(held, tiny(epochs_cross=1), validate=2)
     row = evaluate(last.model, held, progress=False).rows[0]
-    assert (
-        last.history[1]["validation_mAP"] == row["mAP"] and row["caution"] == "not SYSU-MM01's own test set"
-    )
+    assert last.history[1]["validation_mAP"] == row["mAP"]
+    assert row["caution"] == "not SYSU-MM01's own test set"
     with pytest.raises(ValueError, match="these are the published test images"):
         train(whole, tiny(), validate=1)
     for share in (0, 1, True, "half"):
@@ -208,10 +199,7 @@ def test_settings_come_back_from_a_file(world, tmp_path, capsys):
     (tmp_path / "e.json").write_text("{")
     assert main(["train", "folders", str(tmp_path), "-o", str(tmp_path / "x"), "--validate", "1"]) == 2
     assert "validation" not in capsys.readouterr().err
-    for name, message in (
-        ("d.json", "should hold fields of Config"),
-        ("e.json", "cannot be read as JSON"),
-        ("f", "No such file"),
-    ):
+    told = {"d.json": "should hold fields of Config", "e.json": "cannot be read as JSON", "f": "No such file"}
+    for name, message in told.items():
         assert main(command("x", "--config", str(tmp_path / name))) == 2
         assert message in capsys.readouterr().err

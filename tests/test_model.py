@@ -62,8 +62,10 @@ def test_names_and_shapes_are_torchvisions(depth, blocks, keys):
     assert model.num_features == (2048 if depth >= 50 else 512)
 
 
-def test_forward_gives_unit_rows_visible_first():
+def test_stems_start_equal_and_forward_gives_unit_rows_visible_first():
     model = TwoStreamResNet(**SMALL)
+    pairs = list(zip(model.visible.parameters(), model.infrared.parameters(), strict=True))
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
     visible, infrared = images(3), images(2, seed=1)
     both = model(visible, infrared)
     assert both.shape == (5, model.num_features) and torch.allclose(both.norm(dim=1), torch.ones(5))
@@ -83,21 +85,20 @@ def test_the_last_map_at_the_published_size(stride, size):
 
 
 @pytest.mark.parametrize("gem", [True, False])
-def test_pooling_and_a_neck_without_shift(gem, tmp_path):
-    TwoStreamResNet(**SMALL, gem=gem).save_pretrained(tmp_path)
-    model = TwoStreamResNet.from_pretrained(tmp_path)
+def test_pooling_a_neck_without_shift_and_the_same_rows_from_a_file(gem, tmp_path):
+    model = TwoStreamResNet(**SMALL, gem=gem, stem_stride=1)
+    model(images(8), images(8))
+    model.eval().save_pretrained(tmp_path / "m", {"dataset": "sysu"})
+    for path in (tmp_path / "m", tmp_path / "m" / "model.safetensors"):
+        loaded = TwoStreamResNet.from_pretrained(path)
+        assert loaded.settings == model.settings and not loaded.training
+        assert torch.equal(loaded.embed(images(2), "infrared"), model.embed(images(2), "infrared"))
     assert not model.bottleneck.bias.requires_grad and not model.bottleneck.bias.any()
     maps = []
     model.layer4[-1].register_forward_hook(lambda _, __, output: maps.append(output))
     embedded = model.embed(images(2), "visible")
     pooled = (maps[0].pow(3).mean((2, 3)) + 1e-12).pow(1 / 3) if gem else maps[0].mean((2, 3))
     assert torch.allclose(embedded, F.normalize(model.bottleneck(pooled), dim=1), atol=1e-6)
-
-
-def test_stems_start_equal_and_are_their_own():
-    model = TwoStreamResNet(**SMALL)
-    pairs = list(zip(model.visible.parameters(), model.infrared.parameters(), strict=True))
-    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in pairs)
 
 
 def test_non_local_blocks_start_as_the_identity():
@@ -181,16 +182,6 @@ def test_backbone_names_what_does_not_fit(tmp_path):
         torch.save(content, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match="odd.pth"):
             model.load_backbone(tmp_path / "odd.pth")
-
-
-def test_save_and_load_give_the_same_embeddings(tmp_path):
-    model = TwoStreamResNet(**SMALL, stem_stride=1)
-    model(images(8), images(8))
-    model.eval().save_pretrained(tmp_path / "m", {"dataset": "sysu"})
-    for path in (tmp_path / "m", tmp_path / "m" / "model.safetensors"):
-        loaded = TwoStreamResNet.from_pretrained(path)
-        assert loaded.settings == model.settings and not loaded.training
-        assert torch.equal(loaded.embed(images(2), "infrared"), model.embed(images(2), "infrared"))
 
 
 def test_loading_something_else_is_a_clear_error(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 
+import torch
+
 from ecul import Config
 from ecul.common.weights import read_tensors, write_tensors
 
@@ -21,3 +23,10 @@ def rewrite(file, change):
     about = json.loads(metadata["run"])
     change(about, tensors)
     write_tensors(file, tensors, {"run": json.dumps(about)})
+
+
+def same(a, b):
+    """Whether two models have equal weights."""
+    return all(
+        torch.equal(*pair) for pair in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
