@@ -26,11 +26,12 @@ class Labels:
     infrared (B, D). joint: clusters of both modalities together, and selected: those that instance selection
     keeps; None without joint losses. match: bool (B, A), which clusters belong together, else None.
 
-    mutual: how a match is used, from `Config.matching`.
-        True: a cluster has one match at most. Batches draw the modalities independently, and the agnostic
-        losses label every image by `across`: its own cluster, or the match of its cluster.
-        False, "bilateral": a cluster has one match or more. Batches hold matched pairs (`pairing`), and the
-        agnostic losses label an image by its own cluster, or by the cluster of its partner in the pair.
+    mutual: how the matches are used. A memory of one modality labels the images of that modality by their own
+    cluster; `mutual` decides how it labels the images of the other modality.
+        True, `matching="mutual"`: a cluster has at most one match. Batches draw the modalities independently,
+        and an image of the other modality gets the match of its cluster (`across`).
+        False, `matching="bilateral"`: a cluster has one match or more. Batches hold matched pairs (`pairing`),
+        and an image of the other modality gets the cluster of its partner in the pair.
     """
 
     own: torch.Tensor
@@ -96,8 +97,8 @@ def assign_labels(
 ) -> Labels:
     """Cluster each modality; in stage 2 also cluster their union and match clusters across modalities.
 
-    features: (N, D) unit rows; exchanged: (W, num_visible, D), more views of the visible images to match by.
-    All processes call with the same bits and share the clustering. Selection and matches are those of process
+    features: (N, D) unit rows; exchanged: (W, num_visible, D), features of more views of the visible images,
+    which mutual matching uses too. All processes pass equal inputs and share the work of clustering. Selection and matches are those of process
     0, because floating-point products may differ between processors.
     """
     border = images.num_visible
