@@ -4,6 +4,7 @@ Every maker returns its root and is deterministic. Images are small noise, so th
 """
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,8 @@ def picture(path, size=(12, 6), mode="RGB"):
     """Write one noise image; the suffix chooses the format."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(noise(path.name, path.parent.name, path.parent.parent.name, size=size)).convert(
-        mode
-    ).save(path)
+    pixels = noise(path.name, path.parent.name, path.parent.parent.name, size=size)
+    Image.fromarray(pixels).convert(mode).save(path)
     return path
 
 
@@ -39,13 +39,10 @@ def text(path, content):
 def sysu(root, train=(1, 2, 3, 5), val=(4,), test=(6, 7, 8), images=3, skip=(), count=None, size=(12, 6)):
     """SYSU-MM01. skip: (pid, camera) pairs without a folder; count: {(pid, camera): images}."""
     root, count = Path(root), count or {}
-    for pid in (*train, *val, *test):
-        for camid in SYSU_CAMERAS:
-            if (pid, camid) in skip:
-                continue
-            for number in range(1, count.get((pid, camid), images) + 1):
-                path = root / f"cam{camid}" / f"{pid:04d}" / f"{number:04d}.jpg"
-                picture(path, size, "L" if camid in (3, 6) else "RGB")
+    for pid, camid in product((*train, *val, *test), SYSU_CAMERAS):
+        for number in range(1, 1 + count.get((pid, camid), 0 if (pid, camid) in skip else images)):
+            path = root / f"cam{camid}" / f"{pid:04d}" / f"{number:04d}.jpg"
+            picture(path, size, "L" if camid in (3, 6) else "RGB")
     for split, pids in (("train", train), ("val", val), ("test", test)):
         text(root / "exp" / f"{split}_id.txt", ",".join(map(str, pids)) + "\n")
     return root
@@ -67,21 +64,18 @@ def describe(root, dataset):
 def regdb(root, identities=6, images=2, trials=(1, 2), size=(12, 6)):
     """RegDB: half of the identities to train on, another half a trial."""
     root = Path(root)
-    for folder, word in (("Visible", "v"), ("Thermal", "t")):
-        for pid in range(1, identities + 1):
-            for number in range(images):
-                picture(root / folder / str(pid) / f"male_front_{word}_{number:05d}_{pid}.bmp", size)
+    sides = (("Visible", "visible"), ("Thermal", "thermal"))
+    for (folder, word), pid, number in product(sides, range(1, identities + 1), range(images)):
+        picture(root / folder / str(pid) / f"male_front_{word[0]}_{number:05d}_{pid}.bmp", size)
     for trial in trials:
         order = np.random.default_rng(trial).permutation(identities) + 1
         halves = {"train": sorted(order[: identities // 2]), "test": sorted(order[identities // 2 :])}
-        for split, pids in halves.items():
-            for folder, word, short in (("Visible", "visible", "v"), ("Thermal", "thermal", "t")):
-                lines = [
-                    f"{folder}/{pid}/male_front_{short}_{number:05d}_{pid}.bmp {label}"
-                    for label, pid in enumerate(pids)
-                    for number in range(images)
-                ]
-                text(root / "idx" / f"{split}_{word}_{trial}.txt", "\n".join(lines) + "\n")
+        for (split, pids), (folder, word) in product(halves.items(), sides):
+            lines = [
+                f"{folder}/{pid}/male_front_{word[0]}_{number:05d}_{pid}.bmp {label}"
+                for (label, pid), number in product(enumerate(pids), range(images))
+            ]
+            text(root / "idx" / f"{split}_{word}_{trial}.txt", "\n".join(lines) + "\n")
     return root
 
 
@@ -90,12 +84,10 @@ def llcm(root, train=(1, 2, 3), test=(4, 5), images=2, skip=(), size=(12, 6)):
     root = Path(root)
     for kind in ("vis", "nir"):
         lines = []
-        for label, pid in enumerate(train):
-            for camid in (1, 2):
-                for number in range(images):
-                    name = f"{kind}/{pid:04d}/{pid:04d}_c{camid:02d}_s{number:06d}_f{number}_{kind}.jpg"
-                    picture(root / name, size)
-                    lines.append(f"{name} {label}")
+        for (label, pid), camid, number in product(enumerate(train), (1, 2), range(images)):
+            name = f"{kind}/{pid:04d}/{pid:04d}_c{camid:02d}_s{number:06d}_f{number}_{kind}.jpg"
+            picture(root / name, size)
+            lines.append(f"{name} {label}")
         text(root / "idx" / f"train_{kind}.txt", "\n".join(lines))
         for camid in LLCM_VISIBLE if kind == "vis" else LLCM_INFRARED:
             (root / f"test_{kind}" / f"cam{camid}").mkdir(parents=True)
@@ -111,21 +103,17 @@ def market(root, train=(1, 2), test=(3, 4), images=2, trial=None, size=(12, 6)):
     """`{rgb,ir}_modify/bounding_box_train`, query and bounding_box_test."""
     root = Path(root)
     for folder, cameras in (("rgb_modify", (1, 2, 4, 5)), ("ir_modify", (3, 6))):
-        base = root / folder if trial is None else root / folder / str(trial)
+        base = root / folder / str(trial or "")
         for part, pids in (("bounding_box_train", train), ("query", test), ("bounding_box_test", test)):
-            for pid in pids:
-                for camid in cameras:
-                    for number in range(images):
-                        shift = images if part == "bounding_box_test" else 0
-                        picture(base / part / f"{pid:04d}_c{camid}_{number + shift + 1:04d}.jpg", size)
+            first = images + 1 if part == "bounding_box_test" else 1
+            for pid, camid, number in product(pids, cameras, range(first, first + images)):
+                picture(base / part / f"{pid:04d}_c{camid}_{number:04d}.jpg", size)
     return root
 
 
 def folders(root, cameras=True, images=3, size=(12, 6)):
     """One's own images: root/day and root/night, with a sub-folder a camera or without."""
     root = Path(root)
-    for side in ("day", "night"):
-        for camera in ("gate", "hall") if cameras else (".",):
-            for number in range(images):
-                picture(root / side / camera / f"{number}.png", size)
+    for side, camera, number in product(("day", "night"), ("gate", "hall"), range(images)):
+        picture(root / side / (camera if cameras else ".") / f"{number}.png", size)
     return root / "day", root / "night"

@@ -9,11 +9,11 @@ import struct
 import sys
 import time
 import tracemalloc
-import types
 import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import layouts
 import numpy as np
@@ -110,13 +110,11 @@ def test_sysu_says_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("1,2,3,", "entry 4 .*trailing comma"),
+        ("1,2,3,", "entry 4 .*not ''"),
         ("1,2\n3,5\n", "one line .*not 2"),
         ("", "one line .*not 0"),
         ("1,two,3", "entry 2 .*'two'"),
-        ("1,-2,3", "entry 2 .*'-2'"),
         ("1,2,2", r"twice: \[2\]"),
-        ("\x00\xff", "entry 1"),
     ],
 )
 def test_an_id_file_with_rubbish_is_named(tmp_path, content, problem):
@@ -126,49 +124,20 @@ def test_an_id_file_with_rubbish_is_named(tmp_path, content, problem):
         open_dataset("sysu", root)
 
 
-HUGE = ["99999999999999999999", "1" * 5000]
-
-
-@pytest.mark.parametrize("number", HUGE)
 @pytest.mark.parametrize(
     ("make", "file", "line", "place"),
     [
         (layouts.sysu, "exp/val_id.txt", "4,{}", "val_id.txt': entry 2"),
         (layouts.regdb, "idx/train_visible_1.txt", "Visible/1/a.bmp {}\n", "line 1: the label"),
         (layouts.llcm, "idx/train_vis.txt", "vis/0001/0001_c{}_s1.jpg 0\n", "line 1: the camera"),
+        (layouts.market, "rgb_modify/bounding_box_train/{}_c1_1.jpg", "", "name 'rgb_modify/.*/9+_c1_1.jpg'"),
     ],
 )
-def test_numbers_out_of_range_are_named_with_file_and_line(tmp_path, number, make, file, line, place):
+def test_numbers_out_of_range_are_named_with_their_place(tmp_path, make, file, line, place):
     root = make(tmp_path)
-    layouts.text(root / file, line.format(number))
-    with pytest.raises(ValueError, match=f"{place} .*at most 18 digits, not '") as error:
+    layouts.text(root / file.format("9" * 20), line.format("9" * 20))
+    with pytest.raises(ValueError, match=f"{place} .*at most 18 digits, not '9"):
         open_dataset(make.__name__, root)
-    assert len(str(error.value)) < 400
-
-
-def test_numbers_out_of_range_in_names_and_arrays_are_named(tmp_path):
-    root = layouts.market(tmp_path)
-    layouts.picture(root / f"rgb_modify/bounding_box_train/{HUGE[0]}_c1_1.jpg")
-    with pytest.raises(ValueError, match=f"name 'rgb_modify/.*/{HUGE[0]}_c1_1.jpg' .*at most 18 digits"):
-        open_dataset("market", root)
-    (root / f"rgb_modify/bounding_box_train/{HUGE[0]}_c1_1.jpg").unlink()
-    layouts.picture(root / "rgb_modify/bounding_box_train/20231105123456_c1_1.jpg")  # a date for an identity
-    assert open_dataset("market", root).visible.pids[-1] == 20231105123456
-    gray = np.zeros((1, 4, 4), np.uint8)
-    with pytest.raises(ValueError, match="camids: expected numbers of int64, not 18446744073709551615"):
-        Images.from_array(gray, "visible", camids=np.array([2**64 - 1], np.uint64))
-
-
-@pytest.mark.parametrize(
-    "content", ["NaN", "Infinity", "1e400", "-1", "1.5", "true", "9" * 5000, "[" * 100_000]
-)
-def test_a_description_with_rubbish_is_named(tmp_path, content):
-    root = layouts.sysu(tmp_path)
-    described(root)
-    path = root / "synthetic.json"
-    path.write_text(re.sub('"visible": [0-9]+', f'"visible": {content}', path.read_text()))
-    report = open_dataset("sysu", root).check()
-    assert not report.ok and "synthetic.json is damaged: " in report.errors[0]
 
 
 # RegDB, LLCM, Market-1501 style
@@ -198,9 +167,13 @@ def test_regdb_says_what_is_wrong(tmp_path):
         open_dataset("regdb", root, trial=11)
     path = root / "idx/test_thermal_1.txt"
     good = path.read_text()
-    path.write_text(good + "Thermal/1/no-label.bmp\n")
-    with pytest.raises(ValueError, match="test_thermal_1.txt', line 7: expected 'relative/path label'"):
-        open_dataset("regdb", root)
+    for line, told in (
+        ("no-label.bmp", "expected 'relative/path label'"),
+        ("a.bmp x", "the label .* not 'x'"),
+    ):
+        path.write_text(f"{good}{line}\n")
+        with pytest.raises(ValueError, match=f"test_thermal_1.txt', line 7: {told}"):
+            open_dataset("regdb", root)
     path.write_text(good + "Thermal/1/a name with spaces.bmp 0\n")
     dataset = open_dataset("regdb", root)
     assert dataset.test_infrared.names[-1] == "Thermal/1/a name with spaces.bmp"
@@ -242,9 +215,10 @@ def test_llcm_reads_lists_and_identity_folders(tmp_path):
 def test_market_reads_identity_and_camera_from_file_names(tmp_path):
     root = layouts.market(tmp_path, test=(3, 10))
     layouts.picture(root / "rgb_modify/bounding_box_train/odd.jpg")
+    layouts.picture(root / "rgb_modify/bounding_box_train/20231105123456_c1_1.jpg")  # a date for an identity
     dataset = open_dataset("market", root, protocol="sysu")
     assert dataset.visible.names[0] == "rgb_modify/bounding_box_train/0001_c1_0001.jpg"
-    assert dataset.visible.pids.tolist() == np.repeat([1, 2], 8).tolist()
+    assert dataset.visible.pids.tolist() == [*np.repeat([1, 2], 8), 20231105123456]
     assert dataset.infrared.camids.tolist() == [3, 3, 6, 6] * 2
     cell = [name for name in dataset.test_visible.names if "0003_c1" in name]
     assert [name.split("/")[1] for name in cell] == ["query"] * 2 + ["bounding_box_test"] * 2
@@ -296,9 +270,7 @@ def test_from_folders_with_and_without_cameras(tmp_path):
 def test_folders_open_by_name_and_open_again_by_their_options(tmp_path):
     day, night = layouts.folders(tmp_path)
     given = Dataset.from_folders(visible=day, infrared=night, cameras=True)
-    assert given.options == {
-        "visible": "day", "infrared": "night", "cameras": True, "skip_unreadable": False,
-    }  # fmt: skip
+    assert {"visible": "day", "infrared": "night", "cameras": True}.items() <= given.options.items()
     (tmp_path / "visible").symlink_to(day)
     (tmp_path / "infrared").symlink_to(night)
     default = open_dataset("folders", tmp_path, visible=None, infrared=None, cameras=None)
@@ -309,7 +281,7 @@ def test_folders_open_by_name_and_open_again_by_their_options(tmp_path):
     np.testing.assert_array_equal(again.infrared.camids, given.infrared.camids)
     away = Dataset.from_folders(visible=day / "gate", infrared=night)
     assert away.options["infrared"] == str(night) and open_dataset("folders", away.root, **away.options)
-    with pytest.raises(ValueError, match="should hold the folders visible and infrared"):
+    with pytest.raises(ValueError, match=r"(?s)missing folder visible in .*should hold visible/ and infr"):
         open_dataset("folders", tmp_path)
     for inside in (day, day / "gate", tmp_path):
         with pytest.raises(ValueError, match="expected two folders apart"):
@@ -354,13 +326,9 @@ def test_every_unreadable_photograph_is_named_and_left_out_on_request(tmp_path, 
 
 
 def test_a_heif_reader_is_used_where_it_is_installed(monkeypatch):
-    called = []
-    module = types.SimpleNamespace(register_heif_opener=lambda: called.append(True))
-    monkeypatch.setitem(sys.modules, "pillow_heif", module)
-    ecul.data.decode.pillow.cache_clear()
-    ecul.data.decode.pillow()
-    ecul.data.decode.pillow.cache_clear()
-    assert called == [True]
+    monkeypatch.setitem(sys.modules, "pillow_heif", module := Mock())
+    ecul.data.decode.pillow.__wrapped__()
+    module.register_heif_opener.assert_called_once_with()
 
 
 def test_images_of_paths_keep_cameras_and_identities(tmp_path):
@@ -384,33 +352,34 @@ def test_from_arrays_takes_every_form():
     assert dataset.check().ok
 
 
-@pytest.mark.parametrize("shape", [(2, 12, 6, 4), (2, 12, 6, 1), (2, 12), (2, 4, 12, 6)])
-def test_from_arrays_refuses_wrong_channels(shape):
-    with pytest.raises(ValueError, match="visible: expected uint8 images.*" + " x ".join(map(str, shape))):
-        Dataset.from_arrays(visible=np.zeros(shape, np.uint8), infrared=np.zeros((2, 4, 4), np.uint8))
-
-
-def test_from_arrays_refuses_what_does_not_fit():
+def test_arrays_that_do_not_fit_are_refused():
     gray = np.zeros((2, 4, 4), np.uint8)
     pile = Images.from_array(gray, "infrared")
-    for kind, message, call in (
-        (ValueError, "uint8", lambda: Dataset.from_arrays(gray.astype(np.float32), gray)),
-        (ValueError, "camids: 3 for 2", lambda: Dataset.from_arrays(gray, gray, visible_cameras=[1, 2, 3])),
-        (
-            TypeError,
-            "camids: .* row of int",
-            lambda: Dataset.from_arrays(gray, gray, visible_cameras=["a", "b"]),
-        ),
+    for shape in ((2, 12, 6, 4), (2, 12, 6, 1), (2, 12), (2, 4, 12, 6)):
+        with pytest.raises(
+            ValueError, match="visible: expected uint8 images.* " + " x ".join(map(str, shape))
+        ):
+            Dataset.from_arrays(np.zeros(shape, np.uint8), gray)
+    with pytest.raises(ValueError, match="uint8"):
+        Dataset.from_arrays(gray.astype(np.float32), gray)
+    for kind, message, wrong in (
+        (ValueError, "camids: 3 for 2", {"visible_cameras": [1, 2, 3]}),
+        (TypeError, "camids: .* row of int", {"visible_cameras": ["a", "b"]}),
         (
             ValueError,
-            "visible: expected visible images, not infrared",
-            lambda: Dataset("x", None, pile, pile),
+            "camids: .* int64, not 18446744073",
+            {"visible_cameras": np.full(2, 2**64 - 1, np.uint64)},
         ),
-        (ValueError, "modality", lambda: Images.from_array(gray, "thermal")),
-        (ValueError, "protocol: expected 'sysu'", lambda: Dataset.from_arrays(gray, gray, protocol="market")),
+        (ValueError, "protocol: expected 'sysu'", {"protocol": "market"}),
     ):
         with pytest.raises(kind, match=message):
-            call()
+            Dataset.from_arrays(gray, gray, **wrong)
+    with pytest.raises(ValueError, match="visible: expected visible images, not infrared"):
+        Dataset("x", None, pile, pile)
+    with pytest.raises(ValueError, match="modality"):
+        Images.from_array(gray, "thermal")
+    report = Dataset.from_arrays(gray, gray[:0]).check()
+    assert report.errors == ["infrared: no images"]
 
 
 def test_a_subset_keeps_its_pixels_and_order(tmp_path):
@@ -430,26 +399,22 @@ def test_a_subset_keeps_its_pixels_and_order(tmp_path):
 # Pixels
 
 
-def test_read_image_is_pillows_lanczos(tmp_path):
-    path = layouts.picture(tmp_path / "a.png", size=(31, 17))
-    expected = Image.open(path).convert("RGB").resize((8, 16), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(read_image(path, SIZE), np.asarray(expected))
-    np.testing.assert_array_equal(read_image(path, (31, 17)), np.asarray(Image.open(path)))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-def test_every_mode_becomes_three_channels(tmp_path, mode):
-    path = layouts.picture(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), mode=mode)
-    expected = Image.open(path).convert("RGB").resize((8, 16), Image.Resampling.LANCZOS)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_mode_becomes_three_channels_by_pillows_lanczos(tmp_path, mode):
+    path = layouts.picture(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), size=(31, 17), mode=mode)
+    expected = Image.open(path).convert("RGB")
+    np.testing.assert_array_equal(read_image(path, (31, 17)), np.asarray(expected))
+    expected = expected.resize((8, 16), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(read_image(path, SIZE), np.asarray(expected))
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tif", ".webp", ".ppm", ".gif"])
-def test_every_format_is_listed_and_read(tmp_path, suffix):
-    for side in ("day", "night"):
-        layouts.picture(tmp_path / side / f"a{suffix.upper()}")
-    dataset = Dataset.from_folders(visible=tmp_path / "day", infrared=tmp_path / "night", pack=False)
-    assert dataset.visible.load(SIZE).shape == (1, 3, *SIZE)
+def test_every_format_is_listed_and_read(tmp_path):
+    day, night = layouts.folders(tmp_path, cameras=False)
+    names = [f"a{ending}" for ending in (".BMP", ".GIF", ".JPG", ".PNG", ".PPM", ".TIF", ".WEBP")]
+    for name in names:
+        layouts.picture(day / name)
+    dataset = Dataset.from_folders(visible=day, infrared=night, pack=False)
+    assert dataset.visible.names[3:] == names and dataset.visible.load(SIZE).shape == (10, 3, *SIZE)
 
 
 def deep_png(pixels):
@@ -471,16 +436,11 @@ def deep_tiff(pixels, order, planar=1):
     data = (pixels if planar == 1 else pixels.transpose(2, 0, 1)).astype(f"{order}u2").tobytes()
     bits = struct.pack(f"{order}3H", 16, 16, 16)
     tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 8), (259, 4, 1, 1), (262, 4, 1, 2)]
-    tags += [
-        (273, 4, 1, 14),
-        (277, 4, 1, 3),
-        (278, 4, 1, height),
-        (279, 4, 1, len(data)),
-        (284, 4, 1, planar),
-    ]
+    tags += [(273, 4, 1, 14), (277, 4, 1, 3), (278, 4, 1, height), (279, 4, 1, len(data))]
+    tags += [(284, 4, 1, planar)]
     if planar == 2:
         tags[5] = (273, 4, 3, 14 + len(data))
-        bits, data = bits, data + struct.pack(f"{order}3I", *(14 + 2 * height * width * c for c in range(3)))
+        data += struct.pack(f"{order}3I", *(14 + 2 * height * width * c for c in range(3)))
     directory = struct.pack(f"{order}H", len(tags)) + b"".join(struct.pack(f"{order}HHII", *t) for t in tags)
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 14 + len(data))
     return head + bits + data + directory + bytes(4)
@@ -509,9 +469,8 @@ def test_deep_pixels_are_scaled_by_their_range_without_its_ends(tmp_path, name):
     ordered = np.sort(values, axis=None)
     low, high = (float(ordered[place]) for place in (values.shape[2], -1 - values.shape[2]))  # one pixel less
     expected = ((values - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
-    np.testing.assert_array_equal(
-        load_pixels(tmp_path / name, (12, 6)), np.broadcast_to(expected, (12, 6, 3))
-    )
+    found = load_pixels(tmp_path / name, (12, 6))
+    np.testing.assert_array_equal(found, np.broadcast_to(expected, (12, 6, 3)))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -527,33 +486,33 @@ def test_a_dead_and_a_hot_pixel_change_nothing_but_themselves(tmp_path, suffix):
     assert (constant == 255).all()
 
 
-def test_deep_pixels_that_pillow_cannot_give_are_refused(tmp_path):
+def test_images_that_cannot_be_taken_are_refused(tmp_path, monkeypatch):
     plain = b"P3 6 12 65535\n" + b" ".join(b"%d" % value for value in COLOURS.ravel())
     for name, content in (("plain.ppm", plain), ("planes.tif", deep_tiff(COLOURS, "<", planar=2))):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}': it has more than 8 bits a channel"):
             read_image(tmp_path / name, SIZE)
+    for wild in (np.nan, np.inf, -np.inf):
+        Image.fromarray(np.array([[0, wild], [1, 2]], np.float32)).save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match="unreadable image .*a.tif.*not finite"):
+            read_image(tmp_path / "a.tif", SIZE)
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="bomb.png': it has 9000 x 9000 pixels, more than 67,108,864"):
+        read_image(tmp_path / "bomb.png", SIZE)
 
 
-@pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf])
-def test_pixels_that_are_not_finite_are_refused(tmp_path, wild):
-    Image.fromarray(np.array([[0, wild], [1, 2]], np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match="unreadable image .*a.tif.*not finite"):
-        read_image(tmp_path / "a.tif", SIZE)
-
-
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
-@pytest.mark.parametrize("orientation", range(9))
-def test_exif_orientation_is_honoured(tmp_path, orientation, suffix):
-    image = Image.fromarray(layouts.noise("upright", size=(6, 12)))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / f"turned{suffix}", exif=exif)
-    stored = np.asarray(Image.open(tmp_path / f"turned{suffix}")) if suffix == ".jpg" else np.asarray(image)
-    turned = {2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.swapaxes(0, 1)}
-    turned |= {6: np.rot90(stored, -1), 7: np.rot90(stored, 2).swapaxes(0, 1), 8: np.rot90(stored)}
-    expected = turned.get(orientation, stored)
-    np.testing.assert_array_equal(read_image(tmp_path / f"turned{suffix}", expected.shape[:2]), expected)
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_exif_orientation_is_honoured(tmp_path, name):
+    image, exif = Image.fromarray(layouts.noise("upright", size=(6, 12))), Image.Exif()
+    image.save(tmp_path / name)
+    stored = np.asarray(Image.open(tmp_path / name))
+    turned = [stored, stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.swapaxes(0, 1)]
+    turned += [np.rot90(stored, -1), np.rot90(stored, 2).swapaxes(0, 1), np.rot90(stored)]
+    for orientation, expected in enumerate(turned):
+        exif[0x0112] = orientation
+        image.save(tmp_path / name, exif=exif)
+        np.testing.assert_array_equal(read_image(tmp_path / name, expected.shape[:2]), expected)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -578,13 +537,12 @@ def test_broken_metadata_makes_no_image_unreadable(tmp_path):
         np.testing.assert_array_equal(read_image(tmp_path / "a.jpg", (12, 6)), expected)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+@pytest.mark.parametrize("kept", [500, 0])
 @pytest.mark.parametrize("pack", [True, False])
-def test_an_image_that_cannot_be_read_is_named(tmp_path, damage, pack):
+def test_an_image_that_cannot_be_read_is_named(tmp_path, kept, pack):
     root = layouts.sysu(tmp_path, size=(64, 32))
     path = root / "cam4/0002/0002.jpg"
-    content = path.read_bytes()
-    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
+    path.write_bytes(path.read_bytes()[:kept])
     dataset = open_dataset("sysu", root, pack=pack, subset=True)
     with pytest.raises(ValueError, match="unreadable image .*cam4/0002/0002.jpg"):
         dataset.visible.load(SIZE)
@@ -592,7 +550,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, damage, pack):
     report = dataset.check(decode=True, progress=False)
     assert not report.ok and report.unreadable == [str(path)]
     assert any("cam4/0002/0002.jpg" in error for error in report.errors)
-    assert dataset.check().ok == (damage != "empty")
+    assert dataset.check().ok == (kept > 0)
 
 
 # Packs
@@ -608,13 +566,6 @@ def packs_in(folder):
     return sorted(path.name for path in Path(folder).glob("*"))
 
 
-def forbid_decoding(monkeypatch):
-    def decode(path, size):
-        raise AssertionError(f"decoded {path}")
-
-    monkeypatch.setattr(ecul.data.decode, "read_image", decode)
-
-
 def test_a_pack_holds_what_direct_reading_gives(packed, monkeypatch):
     pile, root = packed
     direct = open_dataset("sysu", root, pack=False).visible.load(SIZE)
@@ -623,10 +574,12 @@ def test_a_pack_holds_what_direct_reading_gives(packed, monkeypatch):
     (name,) = packs_in(root / ".ecul-pack")
     assert re.fullmatch("sysu-visible-16x8-[0-9a-f]{16}.npy", name)
     assert torch.equal(torch.from_numpy(np.load(root / ".ecul-pack" / name)).permute(0, 3, 1, 2), direct)
-    forbid_decoding(monkeypatch)
+    monkeypatch.setattr(ecul.data.decode, "read_image", lambda path, size: pytest.fail("decoded"))
     assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), direct)
-    with pytest.raises(AssertionError, match="decoded"):
+    with pytest.raises(pytest.fail.Exception, match="decoded"):
         pile.load((8, 4))
+    pile.load(SIZE).zero_()  # changes no pack
+    assert torch.equal(pile.load(SIZE), direct)
 
 
 def test_a_pack_is_rebuilt_when_a_source_changed(packed):
@@ -644,74 +597,42 @@ def test_a_pack_is_rebuilt_when_a_source_changed(packed):
     assert len(open_dataset("sysu", root).visible.load(SIZE)) == len(before) - 1
 
 
-@pytest.mark.parametrize(
-    "harm", ["cut", "empty", "no header", "half a header", "another's", "Fortran's order"]
-)
-def test_a_damaged_pack_is_not_used(packed, harm):
+def test_a_damaged_pack_is_written_again(packed):
     pile, root = packed
     before = pile.load(SIZE).clone()
     pack = next((root / ".ecul-pack").glob("*.npy"))
-    content = pack.read_bytes()
-    if harm == "another's":
-        np.save(pack, np.zeros((len(pile), 3, *SIZE), np.uint8))
-    elif harm == "Fortran's order":
-        pack.write_bytes(content.replace(b"False", b"True ", 1))
-    else:
-        kept = {"cut": content[:-17], "empty": b"", "no header": content[128:], "half a header": content[:50]}
-        pack.write_bytes(kept[harm])
-    assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), before)
-    assert pack.read_bytes() == content  # written again
+    content, another = pack.read_bytes(), io.BytesIO()
+    np.save(another, np.zeros((len(pile), 3, *SIZE), np.uint8))
+    fortran = content.replace(b"False", b"True ", 1)
+    for harmed in (content[:-17], b"", content[128:], content[:50], another.getvalue(), fortran):
+        pack.write_bytes(harmed)
+        assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), before)
+        assert pack.read_bytes() == content
 
 
-def test_writing_to_loaded_pixels_changes_no_pack(packed):
-    pile, _ = packed
-    before = pile.load(SIZE).clone()
-    pile.load(SIZE).zero_()
-    assert torch.equal(pile.load(SIZE), before)
-
-
-def test_a_pack_that_another_process_removes_is_not_missed(packed, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_pack_is_moved_as_windows_demands_and_another_process_may_remove_it(packed, monkeypatch):
+    """Nobody has it open while it is renamed. Where it is gone again, the images are read directly."""
     pile, root = packed
     direct = open_dataset("sysu", root, pack=False).visible.load(SIZE)
     real = os.replace
 
-    def removed(source, target):
+    def moved_and_removed(source, target):
+        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.islink(link)]
+        assert str(source) not in links and str(source) not in Path("/proc/self/maps").read_text()
         real(source, target)
         os.remove(target)
 
-    monkeypatch.setattr(os, "replace", removed)
+    monkeypatch.setattr(os, "replace", moved_and_removed)
     assert torch.equal(pile.load(SIZE), direct)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_pack_is_renamed_while_nobody_has_it_open_as_windows_demands(packed, monkeypatch):
-    pile, _ = packed
-    real = os.replace
-
-    def as_on_windows(source, target):
-        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.islink(link)]
-        if str(source) in links or str(source) in Path("/proc/self/maps").read_text():
-            raise PermissionError(errno.EACCES, "used by another process", str(source))
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", as_on_windows)
-    assert len(pile.load(SIZE)) == len(pile)
 
 
 def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
     pile, root = packed
-    real = ecul.data.decode.read_image
-
-    def interrupted(path, size):
-        if path.name == "0002.jpg" and "0004" in str(path):
-            raise KeyboardInterrupt
-        return real(path, size)
-
-    monkeypatch.setattr(ecul.data.decode, "read_image", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ecul.data.decode, "read_image", Mock(side_effect=KeyboardInterrupt))
         pile.load(SIZE)
     assert packs_in(root / ".ecul-pack") == []
-    monkeypatch.setattr(ecul.data.decode, "read_image", real)
     folder, old = root / ".ecul-pack", time.time() - 7200
     abandoned = folder / f".{'0a' * 8}.tmp"
     kept = [folder / name for name in ("notes.tmp", "sysu-visible-8x4-00.npy", f".{'1b' * 8}.tmp")]
@@ -724,11 +645,8 @@ def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
 
 def test_a_full_disk_is_said_and_leaves_nothing(packed, monkeypatch):
     pile, root = packed
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=full))
     with pytest.raises(OSError, match="cannot pack into .*No space left.*pack=False reads directly"):
         pile.load(SIZE)
     assert packs_in(root / ".ecul-pack") == []
@@ -773,10 +691,8 @@ def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
     assert report.counts["test_infrared"] == {"identities": 3, "images": 18, "cameras": {"3": 9, "6": 9}}
     subset = open_dataset("sysu", root, subset=True).check()
     assert subset.ok and "counts of its own, as asked for" in subset.verdict
-    published = {
-        name: {"identities": len(set(pile.pids)), "images": len(pile)}
-        for name, pile in open_dataset("sysu", root).splits().items()
-    }
+    counted = report.counts.items()
+    published = {name: {kind: own[kind] for kind in ("identities", "images")} for name, own in counted}
     monkeypatch.setitem(LAYOUTS, "sysu", replace(LAYOUTS["sysu"], counts=published))
     assert open_dataset("sysu", root).check().verdict == "OK: 'sysu', 144 images, as published"
     layouts.picture(root / "cam1/0001/0009.jpg")
@@ -800,9 +716,11 @@ def test_a_check_of_a_described_world(tmp_path):
     report = open_dataset("sysu", root).check()
     assert not report.ok and any("8 images of camera 6, expected 9" in error for error in report.errors)
     assert open_dataset("sysu", root, subset=True).check().ok
-    layouts.text(root / "synthetic.json", "{")
-    report = open_dataset("sysu", root).check()
-    assert not report.ok and "synthetic.json is damaged: " in report.errors[0]
+    for rubbish in ("NaN", "1e400", "-1", "1.5", "true", "9" * 5000, "[" * 100_000, "{"):
+        told = (root / "synthetic.json").read_text()
+        layouts.text(root / "synthetic.json", re.sub('"visible": [^,]+', f'"visible": {rubbish}', told))
+        report = open_dataset("sysu", root).check()
+        assert not report.ok and "synthetic.json is damaged: " in report.errors[0]
 
 
 def test_a_check_names_extra_missing_and_empty_files(tmp_path):
@@ -842,9 +760,8 @@ def test_a_list_names_images_of_its_own_folder_alone(tmp_path, name):
     (root / "Visible" / "link.bmp").symlink_to(tmp_path / "outside.bmp")
     (root / "away").symlink_to(tmp_path)
     lines = (root / "idx/train_visible_1.txt").read_text().splitlines()
-    (root / "idx/train_visible_1.txt").write_text(
-        "\n".join([lines[0], f"{name.format(tmp_path)} 3", *lines[1:]])
-    )
+    more = [lines[0], f"{name.format(tmp_path)} 3", *lines[1:]]
+    (root / "idx/train_visible_1.txt").write_text("\n".join(more))
     with pytest.raises(ValueError, match=r"train_visible_1.txt', line 2: .* is no path inside .*root"):
         open_dataset("regdb", root, subset=True)
     (root / "Visible" / "own.bmp").symlink_to(root / lines[0].split()[0])
@@ -894,14 +811,6 @@ def test_what_is_no_regular_file_is_no_image(tmp_path):
         ecul.data.decode.read_image(day / "pipe.jpg", SIZE)
 
 
-def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
-    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
-    assert (tmp_path / "bomb.png").stat().st_size < 50_000
-    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="bomb.png': it has 9000 x 9000 pixels, more than 67,108,864"):
-        ecul.data.decode.read_image(tmp_path / "bomb.png", SIZE)
-
-
 def test_all_of_an_array_in_its_own_size_is_no_copy():
     pixels = np.arange(4 * 16 * 8 * 3, dtype=np.int64).reshape(4, 16, 8, 3).astype(np.uint8)
     images = Images.from_array(pixels, "visible")
@@ -938,9 +847,3 @@ def test_what_is_trained_on_is_held_once(tmp_path, make):
     arrays = [side.permute(0, 2, 3, 1).numpy() for side in held.pixels]
     again = load_images(Dataset.from_arrays(*arrays), size, torch.device("cpu"))
     assert [p.data_ptr() for p in again.pixels] == [a.ctypes.data for a in arrays]
-
-
-def test_an_empty_pile_is_an_error():
-    none, one = np.zeros((0, 4, 4), np.uint8), np.zeros((1, 4, 4), np.uint8)
-    report = Dataset.from_arrays(visible=one, infrared=none).check()
-    assert report.errors == ["infrared: no images"]

@@ -1,6 +1,7 @@
 """scripts/reproduce runs through on folders of the exact layouts, goes on, and says how far it is."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -35,3 +36,9 @@ def test_it_runs_through_on_the_exact_layouts(name, tmp_path):
         assert f"| {rows[0]['rank1'] - {'sysu': 53.14, 'regdb': 83.79}[name]:+.2f} /" in line
     if name == "regdb":
         assert rows[0]["trials"] == 2 and (tmp_path / "runs" / "regdb-mbccm-2" / "log.jsonl").is_file()
+
+
+def test_a_row_without_figures_stays_empty():
+    table = runpy.run_path(str(ROOT / "scripts" / "reproduce"))["table"]
+    row = {"mode": "all", "rank1": None, "mAP": None, "caution": ""}
+    assert "| mbccm | all | 53.14 / 48.16 |  |  |" in table("sysu", {"mbccm": [row]})

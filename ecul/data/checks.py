@@ -15,11 +15,10 @@ from ecul.common.files import read_json, reading
 from ecul.common.names import printable, shorten
 from ecul.data.decode import find_unreadable
 from ecul.data.images import Images
-from ecul.data.layouts import LAYOUTS, SYSU_INFRARED, SYSU_VISIBLE, whole_number
+from ecul.data.layouts import LAYOUTS, SYSU_CAMERAS, whole_number
 from ecul.data.pack import Files
 
 ON_PURPOSE = "for a subset or a set of one's own, on purpose, say subset=True (--option subset=true)"
-FileId = tuple[int, int]  # a file's device and number, equal for every link to it
 
 
 @dataclass
@@ -96,9 +95,9 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
             _read_counts(described, result)
     if dataset.subset:
         result.source = "counts of its own, as asked for"
-    files: dict[str, dict[FileId, str]] = {}
+    files: dict[str, dict[tuple[int, int], str]] = {}
     for split, images in dataset.splits().items():
-        count, files[split] = _count(images), {}
+        count, files[split] = count_images(images), {}
         result.counts[split] = count
         differs = [] if dataset.subset else list(_differences(count, result.expected.get(split, {})))
         found = [*differs, *_look_at_files(images, result, files[split], progress)]
@@ -128,16 +127,16 @@ def _read_counts(path: Path, result: CheckResult) -> None:
         with reading(path):
             counts = read_json(path)["counts"]
             for split, prefix in (("train", ""), ("test", "test_")):
-                for modality, camids in (("visible", SYSU_VISIBLE), ("infrared", SYSU_INFRARED)):
-                    held = {str(c): whole_number(counts[split]["cameras"][str(c)], str(c)) for c in camids}
+                for modality, camids in SYSU_CAMERAS.items():
                     images = whole_number(counts[split][modality], modality)
-                    cameras = {camera: number for camera, number in held.items() if number}
+                    cameras = {str(c): whole_number(counts[split]["cameras"][str(c)], str(c)) for c in camids}
                     result.expected[prefix + modality] = {"images": images, "cameras": cameras}
     except (OSError, ValueError) as error:
         result.errors.append(str(error))
 
 
-def _count(images: Images) -> dict[str, Any]:
+def count_images(images: Images) -> dict[str, Any]:
+    """{"identities": a number or None, "images": a number, "cameras": {camera: images}}."""
     cameras, counts = np.unique(images.camids[images.camids > 0], return_counts=True)
     return {
         "identities": None if images.pids is None else len(images.people()),
@@ -157,9 +156,9 @@ def _differences(count: dict, wanted: dict) -> Iterator[str]:
 
 
 def _look_at_files(
-    images: Images, result: CheckResult, found: dict[FileId, str], progress: bool
+    images: Images, result: CheckResult, found: dict[tuple[int, int], str], progress: bool
 ) -> Iterator[str]:
-    """The problems of a split's files; `found` is filled with the name of each file that is there."""
+    """The problems of a split's files; `found` gets the name of each, by its device and number."""
     if twice := [path for path, times in Counter(images.names).items() if times > 1]:
         yield f"{len(twice)} images are listed twice: {shorten(twice)}"
     if not isinstance(images.source, Files):

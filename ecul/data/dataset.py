@@ -161,13 +161,11 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     options = known | {option: value for option, value in options.items() if value is not None}
     if name in LAYOUTS:
         return _open_layout(name, LAYOUTS[name], root, **options)
-    places = {m: root / options[m] for m in MODALITIES}
-    if absent := [str(folder) for folder in places.values() if not folder.is_dir()]:
-        raise ValueError(
-            f"root: {str(root)!r} should hold the folders visible and infrared, unless the options of "
-            f"these names say otherwise; there is no {' nor '.join(absent)}"
-        )
-    return Dataset.from_folders(**{**options, **places})
+    places = {m: str(options[m]) for m in MODALITIES}
+    Folder(root, "visible/ and infrared/, or the folders that these two options name").require(
+        *places.values()
+    )
+    return Dataset.from_folders(**{**options, **{m: root / place for m, place in places.items()}})
 
 
 def _open_layout(

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import stat
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,22 +28,14 @@ def list_folder(folder: Path, root: Path) -> tuple[list[str], list[str], list[st
         if name.startswith("."):
             continue
         relative = name if prefix == "." else f"{prefix}/{name}"
-        kind = _kind(folder / name)
-        if kind == stat.S_IFDIR:
+        path, is_image = folder / name, os.path.splitext(name)[1].lower() in _extensions()
+        if path.is_dir():
             folders.append(relative)
-        elif os.path.splitext(name)[1].lower() in _extensions() and kind in (stat.S_IFREG, None):
-            images.append(relative)  # a broken link is a missing image, not an unexpected file
+        elif is_image and (path.is_file() or not os.path.exists(path)):  # a broken link is a missing image
+            images.append(relative)
         else:
             others.append(relative)
     return images, others, folders
-
-
-def _kind(path: Path) -> int | None:
-    """The kind of a file, such as `stat.S_IFREG`, with links followed; None where a link is broken."""
-    try:
-        return stat.S_IFMT(os.stat(path).st_mode)
-    except OSError:
-        return None
 
 
 def find_images(

@@ -15,8 +15,7 @@ from ecul import MODALITIES
 from ecul.common.names import clipped
 from ecul.data.folders import list_folder
 
-SYSU_VISIBLE, SYSU_INFRARED = (1, 2, 4, 5), (3, 6)
-LLCM_VISIBLE, LLCM_INFRARED = (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 4, 5, 6, 7, 8, 9)
+SYSU_CAMERAS = {"visible": (1, 2, 4, 5), "infrared": (3, 6)}
 SPLITS = ("visible", "infrared", "test_visible", "test_infrared")
 
 
@@ -72,8 +71,6 @@ class Folder:
         if len(lines) != 1:
             raise ValueError(f"{path} should hold one line of comma-separated identities, not {len(lines)}")
         entries = lines[0][1].split(",")
-        if not entries[-1].strip():
-            raise ValueError(f"{path}: entry {len(entries)} should be an identity number (a trailing comma?)")
         ids = [whole_number(text, f"{path}: entry {n} (an identity)") for n, text in enumerate(entries, 1)]
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise ValueError(f"{path} names an identity twice: {twice}")
@@ -88,11 +85,11 @@ class Folder:
         for number, line in self.lines(file):
             place = f"{str(self.root / file)!r}, line {number}"
             name, label = (part.strip() for part in ("", *line.rsplit(" ", 1))[-2:])
-            if not name or not label.isdecimal():
+            if not name:
                 raise ValueError(f"{place}: expected 'relative/path label', not {line[:200]!r}")
             if "\0" in name or not os.path.realpath(self.root / name).startswith(self.real):
                 raise ValueError(f"{place}: {name[:200]!r} is no path inside {str(self.root)!r}")
-            camera = camera_of(name, f"{place}: the camera") if camid is None else camid
+            camera = _camera_of(name, f"{place}: the camera") if camid is None else camid
             found.append(Entry(name, whole_number(label, f"{place}: the label"), camera))
         return found
 
@@ -136,7 +133,7 @@ def whole_number(value: Any, where: str) -> int:
     raise ValueError(f"{where} should be a whole number of at most 18 digits, not {clipped(text, 60)!r}")
 
 
-def camera_of(name: str, where: str) -> int:
+def _camera_of(name: str, where: str) -> int:
     """The camera in a path: a folder `cam3`, or `_c3` / `_c03` in the file name; 0 if neither."""
     match = re.search(r"(?:^|/)cam(\d+)/", name) or re.search(r"_c(\d+)(?![a-z0-9])[^/]*$", name)
     return whole_number(match[1], where) if match else 0
@@ -144,8 +141,7 @@ def camera_of(name: str, where: str) -> int:
 
 def _read_sysu(folder: Folder) -> Splits:
     """Training is train + val."""
-    members = {"visible": SYSU_VISIBLE, "infrared": SYSU_INFRARED}
-    cameras = {m: {f"cam{camid}": camid for camid in camids} for m, camids in members.items()}
+    cameras = {m: {f"cam{camid}": camid for camid in camids} for m, camids in SYSU_CAMERAS.items()}
     folder.require("exp", *sorted(name for folders in cameras.values() for name in folders))
     train, val, test = (set(folder.ids(f"exp/{split}_id.txt")) for split in ("train", "val", "test"))
     return folder.identities(cameras, {"": train | val, "test_": test}, "exp/")
@@ -165,7 +161,7 @@ def _read_regdb(folder: Folder, trial: Any) -> Splits:
 
 def _read_llcm(folder: Folder) -> Splits:
     """Training from two lists, test from identity folders a camera."""
-    members = {"visible": ("vis", LLCM_VISIBLE), "infrared": ("nir", LLCM_INFRARED)}
+    members = {"visible": ("vis", (1, 2, 3, 4, 5, 6, 7, 8, 9)), "infrared": ("nir", (1, 2, 4, 5, 6, 7, 8, 9))}
     cameras = {m: {f"test_{w}/cam{c}": c for c in camids} for m, (w, camids) in members.items()}
     folder.require("idx", *(name for folders in cameras.values() for name in folders))
     ids = set(folder.ids("idx/test_id.txt"))

@@ -7,6 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
+from ecul.common.files import reading
 from ecul.data.images import Images
 
 
@@ -31,23 +32,19 @@ def draw_random(groups: Sequence[np.ndarray], trial: int, shots: int) -> np.ndar
 
 
 def read_permutations(path: str | os.PathLike) -> list[np.ndarray]:
-    """rand_perm_cam.mat: six cells (a camera) of cells (an identity) of (trials, images) 1-based numbers."""
+    """SYSU-MM01's rand_perm_cam.mat: for each camera, identity and trial, 1-based numbers of images.
+
+    Errors: those of `reading`.
+    """
     from scipy.io import loadmat
 
-    if not os.path.isfile(path):
-        raise ValueError(f"draw: there is no file {str(path)!r}; rand_perm_cam.mat comes with SYSU-MM01")
-    try:
+    with reading(path):
         cameras = loadmat(path)["rand_perm_cam"].ravel()
         permutations = [np.atleast_1d(camera.squeeze()) for camera in cameras]
         cells = [cell for camera in permutations for cell in camera]
-        if len(permutations) == 6 and all(isinstance(cell, np.ndarray) and cell.ndim == 2 for cell in cells):
-            return permutations
-    except Exception as error:  # scipy raises anything
-        raise ValueError(f"draw: {str(path)!r} cannot be read as rand_perm_cam.mat: {error!r}") from error
-    raise ValueError(
-        f"draw: {str(path)!r}: rand_perm_cam should be 6 cells (cameras) of cells (identities) of "
-        "matrices (trials x images)"
-    )
+        if len(cameras) != 6 or not all(isinstance(cell, np.ndarray) and cell.ndim == 2 for cell in cells):
+            raise ValueError("rand_perm_cam should be 6 cells of a cell an identity, each (trials, images)")
+        return permutations
 
 
 def draw_official(
@@ -58,15 +55,13 @@ def draw_official(
     drawn: list[int] = []
     for rows in groups:
         pid, camid = int(images.identities()[rows[0]]), int(images.camids[rows[0]])
-        identities = permutations[camid - 1]
-        cell = identities[pid - 1] if pid <= len(identities) else np.empty((0, 0))
+        cell = next(iter(permutations[camid - 1][pid - 1 : pid]), np.empty((0, 0)))
         who = f"identity {pid} in camera {camid}"
         if len(cell) <= trial or not cell.shape[1]:
             raise ValueError(f"draw: {str(path)!r} has no trial {trial} for {who}")
         numbers = cell[trial, :shots].astype(int)
         if numbers.min() < 1 or numbers.max() > len(rows):
-            raise ValueError(
-                f"draw: {str(path)!r} asks for image {numbers.max()} of {who}, which has {len(rows)}"
-            )
+            asked = f"asks for image {numbers.max()} of {who}, which has {len(rows)}"
+            raise ValueError(f"draw: {str(path)!r} {asked}")
         drawn += [rows[number - 1] for number in numbers]
     return np.array(drawn, np.int64)

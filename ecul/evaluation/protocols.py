@@ -23,11 +23,9 @@ from ecul.data.dataset import Dataset
 from ecul.data.images import Images, as_numpy
 from ecul.data.layouts import LAYOUTS
 from ecul.evaluation.galleries import draw_official, draw_random, group_rows, read_permutations
-from ecul.evaluation.metrics import eval_llcm, eval_regdb, eval_sysu, score_queries, summarise
+from ecul.evaluation.metrics import score_queries, summarise
 from ecul.evaluation.rerank import RERANKINGS, reranked
 from ecul.features import extract, require_model
-
-__all__ = ["Results", "average", "eval_llcm", "eval_regdb", "eval_sysu", "evaluate"]
 
 log = logging.getLogger("ecul")
 MEASURES = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
@@ -175,10 +173,9 @@ def evaluate(
     name = "k-reciprocal" if rerank is True else rerank or None
     if name is not None and name not in RERANKINGS:
         raise ValueError(f"rerank: expected {', '.join(RERANKINGS)}, True or False, not {rerank!r}")
-    shared = {
-        "caution": _caution(dataset),
-        "reranking": f"{name} ({RERANKINGS[name]})" if name else "no re-ranking",
-    }
+    shared = {"caution": _caution(dataset), "reranking": "no re-ranking"}
+    if name is not None:
+        shared["reranking"] = f"{name} ({RERANKINGS[name]})"
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
     rows = []
     for row in plan:
@@ -257,12 +254,10 @@ def _plan(dataset: Dataset, modes: Any, shots: Any, trials: Any, draw: str | os.
 
 def _caution(dataset: Dataset) -> str:
     """A word where the numbers of test images and people are not the published ones of the protocol."""
-    title, published = _PROTOCOLS[str(dataset.protocol)][0], LAYOUTS[str(dataset.protocol)].counts
-    for split in ("test_visible", "test_infrared"):
-        images, wanted = getattr(dataset, split), published[split]
-        if (len(images), len(images.people())) != (wanted["images"], wanted["identities"]):
-            return f"not {title}'s own test set"
-    return ""
+    protocol, tested = str(dataset.protocol), {f"test_{m}": getattr(dataset, f"test_{m}") for m in MODALITIES}
+    counts = {split: {"identities": len(i.people()), "images": len(i)} for split, i in tested.items()}
+    published = {split: LAYOUTS[protocol].counts[split] for split in tested}
+    return "" if counts == published else f"not {_PROTOCOLS[protocol][0]}'s own test set"
 
 
 def _draw(

@@ -8,20 +8,18 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES
-from ecul.data.decode import read_image
 from ecul.data.images import Images
-from ecul.data.pack import Arrays
+from ecul.data.pack import Files
 from ecul.evaluation.metrics import SCORING
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
-from ecul.memory import cluster_means
 from ecul.report.pictures import HEIGHT, MODALITY, Cell, Row
 from ecul.run.saved import SavedRun
-from ecul.run.scores import separation
+from ecul.run.scores import silhouettes
 from ecul.training import extract_exchanged
 from ecul.trainset import TrainImages
 
-MIXED = 0.1  # a cluster with a smaller margin looks mixed
+MIXED = 0.1  # a cluster with a smaller mean silhouette looks mixed
 STRUCTURE = ((0.7, "far apart"), (0.5, "apart"), (0.25, "partly apart"), (-1, "hardly apart"))
 # Words for silhouettes: Kaufman and Rousseeuw, Finding Groups in Data (1990)
 
@@ -62,20 +60,18 @@ class Embedded:
         images, place = self.images[side], row - side * len(self.images[0])
         camera = f"camera {images.camids[place]}" if images.camids[place] else ""
         caption = "\n".join(filter(None, (head, camera, foot)))
-        pixels, own = self.pixels[side][place], images.rows[[place]]
+        shown, pixels = images.subset([place]), self.pixels[side][place]
         size = (2 * HEIGHT, max(1, round(2 * HEIGHT * pixels.shape[2] / pixels.shape[1])))
-        if isinstance(images.source, Arrays):
-            pixels = images.source.load(own, size, False)[0]
-        shown = pixels.permute(1, 2, 0).numpy()
-        if not isinstance(images.source, Arrays):
-            with suppress(ValueError):
-                shown = read_image(images.source.paths(own)[0], size)
-        return Cell(shown, caption, color or MODALITY[images.modality])
+        if isinstance(shown.source, Files):
+            shown = Images.from_paths(shown.source.paths(shown.rows), images.modality)
+        with suppress(ValueError):
+            pixels = shown.load(size, progress=False)[0]
+        return Cell(pixels.permute(1, 2, 0).numpy(), caption, color or MODALITY[images.modality])
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """The clusters of one modality: labels (n,), a margin (C,) for each, and how separate all are."""
+    """The clusters of one modality: labels (n,), and the mean silhouette of each, (C,), and of all images."""
 
     modality: str
     labels: torch.Tensor
@@ -95,27 +91,16 @@ class Clusters:
 
 
 def measure_clusters(features: torch.Tensor, labels: Labels) -> list[Clusters]:
-    """The clusters of each modality; features: (N, D) unit rows, visible ones first."""
-    parts = features.tensor_split([labels.num_visible])
-    return [
-        Clusters(name, own, cluster_margins(rows, own), separation(rows, own))
-        for (name, own), rows in zip(labels.sides.items(), parts, strict=True)
-    ]
+    """The clusters of each modality by itself: a matched cluster of the other one may be the same person's.
 
-
-def cluster_margins(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over each cluster's members of (cosine to the own centre - cosine to the nearest other one).
-
-    features: (N, D) unit rows of one modality: across modalities the nearest other centre may be the same
-    person's. labels: (N,) int64, -1 = outlier, contiguous from 0. Returns (C,) float32; with a single cluster
-    the other cosine is taken as -1.
+    features: (N, D) unit rows, visible ones first.
     """
-    kept = labels >= 0
-    cosines = features[kept] @ cluster_means(features, labels).T
-    own = labels[kept][:, None]
-    other = cosines.scatter(1, own, -1.0).amax(1)
-    margins = cosines.gather(1, own)[:, 0] - other
-    return cosines.new_zeros(cosines.shape[1]).index_add_(0, own[:, 0], margins) / torch.bincount(own[:, 0])
+    found, parts = [], features.tensor_split([labels.num_visible])
+    for (name, own), rows in zip(labels.sides.items(), parts, strict=True):
+        values, sizes = silhouettes(rows, own), torch.bincount(own[own >= 0])
+        sums = values.new_zeros(len(sizes)).index_add_(0, own.clamp(min=0), values)  # an outlier's is 0
+        found.append(Clusters(name, own, sums / sizes, float(values.mean())))
+    return found
 
 
 def next_labels(table: Embedded, saved: SavedRun, model: Any) -> Labels:
@@ -163,9 +148,9 @@ def match_rows(
     return rows, lead
 
 
-def choose_queries(images: Images, count: int, seed: int = 0) -> list[int]:
+def choose_queries(images: Images, count: int) -> list[int]:
     """`count` random rows of images; of different people where identities are known."""
-    drawn = np.random.default_rng(seed).permutation(len(images))
+    drawn = np.random.default_rng(0).permutation(len(images))
     if images.pids is not None:
         drawn = drawn[images.pids[drawn] >= 0]  # without distractors
         drawn = drawn[np.sort(np.unique(images.pids[drawn], return_index=True)[1])]

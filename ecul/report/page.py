@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from ecul import MODALITIES
 from ecul.common.distributed import choose_device
 from ecul.common.files import write_file
+from ecul.data.checks import count_images
 from ecul.data.dataset import Dataset
 from ecul.evaluation.protocols import evaluate
 from ecul.labels import Labels
@@ -178,11 +180,10 @@ def _happened(saved: SavedRun, dataset: Dataset | None) -> list[tuple[str, str]]
     """When, how long, on how many images, and what went wrong: (name, text) a row."""
     ended = time.localtime((saved.directory / "resume.safetensors").stat().st_mtime)
     seconds = round(sum(row.get("seconds", 0) for row in saved.history))
-    hours, minutes = divmod(seconds // 60, 60)
-    lasted = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s"
+    done = counted(len(saved.history), "epoch", saved.config.epochs)
     rows = [
         ("ended", time.strftime("%Y-%m-%d %H:%M", ended)),
-        ("training", f"{counted(len(saved.history), 'epoch', saved.config.epochs)} in {lasted}"),
+        ("training", f"{done} in {timedelta(seconds=seconds)}"),
     ]
     for prefix, name in (("", "trained on"), ("test_", "tested on")) if dataset is not None else ():
         sides = [getattr(dataset, f"{prefix}{m}") for m in MODALITIES]
@@ -253,17 +254,17 @@ def _ranked_section(
             if scores[found] == -torch.inf:
                 break
             color, mark = pictures.NEUTRAL, ""
-            if pids is not None:
+            if pids is not None and pids[found] >= 0:
                 color, mark = (pictures.RIGHT, " ✓") if pids[found] == pids[row] else (pictures.WRONG, " ✗")
             name = pictures.short_name(gallery.names[found])
             cells.append(table.cell(found, color, f"{rank}{mark}  {scores[found]:.3f}", name))
         who = "" if pids is None else f"person {pids[row]}\n"
         rows.append(Row(who + pictures.short_path(query.names[index]), cells))
+    colors = "Green ✓: the same person; red ✗: another; gray: a distractor."
     text = (
         f"{len(rows)} random infrared queries and their best answers among {len(gallery)} visible {kind} "
-        "images, best first. "
-        + ("Identities are not known." if pids is None else "Green ✓: the same person; red ✗: another.")
-        + f" Below each: rank, cosine similarity{', camera' if gallery.camids.any() else ''}, file."
+        f"images, best first. {'Identities are not known.' if pids is None else colors} Below each: rank, "
+        f"cosine similarity{', camera' if gallery.camids.any() else ''}, file."
     )
     return _sheet("Ranked lists", text, folder / "ranked.png", rows, 1)
 
@@ -285,7 +286,7 @@ def _cluster_section(
         members = torch.nonzero(labels == cluster)[:, 0].numpy()
         mixed = bool(margins[cluster] < MIXED)
         label = [", ".join(names), f"{len(members)} {MODALITIES[cluster >= border]} images"]
-        label.append(f"margin {float(margins[cluster]):.3f}{': looks mixed' * mixed}")
+        label.append(f"silhouette {margins[cluster]:.3f}{': looks mixed' * mixed}")
         if pids is not None:
             people = np.unique(pids[members], return_counts=True)[1]
             label.append(f"purity {people.max() / len(members):.0%}, persons {len(people)}")
@@ -293,9 +294,9 @@ def _cluster_section(
         rows.append(Row("\n".join(label), [table.cell(row) for row in members[spread].tolist()], mixed))
     text = (
         f"{len(sizes)} clusters of the training images, each of one modality, by the features of the final "
-        "weights. Blue frame: visible, orange: infrared. Margin: how much more similar the members are to "
-        "their own centre than to the nearest other centre of their modality, on average. A cluster looks "
-        f"mixed (red) if it is below {MIXED}."
+        "weights. Blue frame: visible, orange: infrared. Silhouette: how much nearer the members are to "
+        "their own centre than to the nearest other centre of their modality, from -1 to 1, on average. A "
+        f"cluster looks mixed (red) if it is below {MIXED}."
     )
     return _sheet("Clusters", text, folder / "clusters.png", rows)
 
@@ -305,17 +306,17 @@ def _match_section(folder: Path, table: Embedded, labels: Labels, rule: str) -> 
     visible, infrared = (centers.numpy() for centers in labels.centers)
     match = match_clusters(visible, infrared, rule) if labels.match is None else labels.match
     kind = "one to one" if max(match.sum(0).max(), match.sum(1).max()) == 1 else "many to many"
-    text = f"{int(match.sum())} matches between the clusters of the two modalities, {kind}, from the best to "
-    text += "the worst by the cosine of their centres, with the images nearest to each centre."
+    text = (
+        f"{match.sum()} matches between the clusters of the two modalities, {kind}, from the best to the "
+        "worst by the cosine of their centres, with the images nearest to each centre."
+    )
     same = None
     if table.pids() is not None:
         pairs = zip(labels.sides.values(), table.images, strict=True)
         people = [measured.commonest(part.numpy(), images.identities()) for part, images in pairs]
         same = people[1][:, None] == people[0][None, :]
-        text += (
-            f" In {(match & same).sum() / match.sum():.0%} of all matches the commonest person is the same"
-        )
-        text += f" (of all pairs: {same.mean():.0%})."
+        share, chance = (match & same).sum() / match.sum(), same.mean()
+        text += f" The commonest person is the same in {share:.0%} of them (of all pairs: {chance:.0%})."
     rows, lead = measured.match_rows(table, labels, infrared @ visible.T, match, same)
     return _sheet("Visible-infrared matches", text, folder / "pairs.png", rows, lead)
 
@@ -334,9 +335,8 @@ def _data_rows(saved: SavedRun, dataset: Dataset | None) -> list[tuple]:
     if dataset is None:
         return list(saved.dataset.items())
     rows: list[tuple] = [("", "images", "identities", "cameras")]
-    for name, images in dataset.splits().items():
-        people = "unknown" if images.pids is None else len(images.people())
-        cameras, counts = np.unique(images.camids, return_counts=True)
-        named = ", ".join(f"{c}: {n}" for c, n in zip(cameras, counts, strict=True) if c) or "unknown"
-        rows.append((name.replace("_", " "), len(images), people, named))
+    for name, count in ((name, count_images(images)) for name, images in dataset.splits().items()):
+        cameras = ", ".join(f"{camera}: {number}" for camera, number in count["cameras"].items())
+        people = "unknown" if count["identities"] is None else count["identities"]
+        rows.append((name.replace("_", " "), count["images"], people, cameras or "unknown"))
     return rows

@@ -186,27 +186,22 @@ def draw_map(path: str | Path, points: np.ndarray, infrared: np.ndarray, pids: n
 
     infrared: bool (n,); pids: (n,) identities, or None.
     """
-    order = np.arange(len(points))
+    order, sides = np.arange(len(points)), np.where(infrared, MODALITY["infrared"], MODALITY["visible"])
+    panels = [("modalities", sides)]
     if pids is not None:
         names, counts = np.unique(pids, return_counts=True)
         people = names[np.argsort(-counts, kind="stable")[:10]].tolist()
         colors = np.array([f"C{people.index(p)}" if p in people else "#dddddd" for p in pids.tolist()])
         order = np.argsort(colors != "#dddddd", kind="stable")  # gray ones below
-    with _picture(path, 11 if pids is not None else 6, 5, layout="constrained") as figure:
-        panels = figure.subplots(
-            1,
-            1 + (pids is not None),
-            squeeze=False,
-            subplot_kw={"xticks": [], "yticks": [], "frame_on": False},
-        )[0]
-        for name, side, marker in (("visible", ~infrared, "o"), ("infrared", infrared, "^")):
-            chosen, look = order[side[order]], {"marker": marker, "s": 12, "linewidths": 0}
-            panels[0].scatter(*points[chosen].T, c=MODALITY[name], label=name, **look)
-            if pids is not None:
-                panels[1].scatter(*points[chosen].T, c=colors[chosen], **look)
-                _dress(panels[1], f"{len(people)} people, circles visible, triangles infrared")
-        _dress(panels[0], "modalities")
-        panels[0].legend(fontsize=7, frameon=False)
+        panels.append((f"{len(people)} people, circles visible, triangles infrared", colors))
+    with _picture(path, 1 + 5 * len(panels), 5, layout="constrained") as figure:
+        for place, (title, colors) in enumerate(panels, 1):
+            axes = figure.add_subplot(1, len(panels), place, xticks=[], yticks=[], frame_on=False)
+            for name, side, marker in (("visible", ~infrared, "o"), ("infrared", infrared, "^")):
+                chosen, look = order[side[order]], {"marker": marker, "s": 12, "linewidths": 0}
+                axes.scatter(*points[chosen].T, c=colors[chosen], label=name, **look)
+            _dress(axes, title)
+        figure.axes[0].legend(fontsize=7, frameon=False)
 
 
 def draw_curves(path: str | Path, history: Sequence[dict]) -> None:

@@ -32,24 +32,31 @@ def _pairs(counts: np.ndarray) -> float:
 
 
 def separation(features: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor | None = None) -> float:
-    """Simplified silhouette: mean over images of (b - a) / max(a, b), an outlier counts 0.
+    """The mean of `silhouettes` over all images, in [-1, 1]; 0 without images."""
+    return float(silhouettes(features, labels, centers).mean()) if len(labels) else 0.0
+
+
+def silhouettes(
+    features: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Simplified silhouette of each image: (b - a) / max(a, b), 0 for an outlier; (N,) float64.
 
     a: cosine distance to the image's own cluster centre; b: cosine distance to the nearest other centre.
     features: (N, D) unit rows; labels: (N,) int64, -1 = outlier; centers: (C, D), by default
     `cluster_means(features, labels)`. In [-1, 1]; 0 below two clusters.
     """
     if len(labels) == 0 or int(labels.max()) < 1:
-        return 0.0
+        return torch.zeros(len(labels), dtype=torch.float64)
     if centers is None:
         centers = cluster_means(features, labels)
-    total = 0.0
+    found = []
     for x, y in zip(features.split(4096), labels.split(4096), strict=True):
         distance = 1 - x @ centers.T
         own = distance.gather(1, y.clamp(min=0)[:, None])[:, 0]
         other = distance.scatter(1, y.clamp(min=0)[:, None], torch.inf).amin(1)
         value = (other - own) / torch.maximum(own, other).clamp(min=1e-12)
-        total += float(torch.where(y >= 0, value, 0).sum())
-    return total / len(labels)
+        found.append(torch.where(y >= 0, value, 0).double())
+    return torch.cat(found)
 
 
 def mutual_rate(visible: torch.Tensor, infrared: torch.Tensor) -> float:

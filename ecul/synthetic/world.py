@@ -7,7 +7,6 @@ less, and infrared differs in three ways: by a law of hue, by chance, and by a w
 """
 
 import glob
-import json
 import os
 import secrets
 import shutil
@@ -21,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from ecul.common import logs
+from ecul.common.files import read_json, write_json
 from ecul.common.names import printable
+from ecul.data.decode import pillow
+from ecul.data.layouts import SYSU_CAMERAS
 from ecul.synthetic import figures
 from ecul.synthetic.figures import Canvas, Person, Tones, draw_tones, draw_traits, mixed
 
 VERSION = 2  # of what the files hold, constants included
-VISIBLE_CAMERAS = (1, 2, 4, 5)
-INFRARED_CAMERAS = (3, 6)
 CAMERAS = (1, 2, 3, 4, 5, 6)
 SEEN_FROM_BEHIND = (2, 5, 6)
 # Each kind of thing has its own stream of random numbers, so that no kind depends on the number of another.
@@ -97,7 +97,6 @@ def _check_parameters(
     identities: Any, test_identities: Any, images: Any, size: Any, seed: Any, gap: Any
 ) -> dict[str, Any]:
     """The parameters as synthetic.json holds them, or a ValueError that names the first wrong one."""
-
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise ValueError(f"size must be (height, width), got {size!r}")
     numbers = {"identities": (identities, 2), "test_identities": (test_identities, 1), "images": (images, 1)}
@@ -121,9 +120,9 @@ def _holds_world(root: Path, parameters: dict[str, Any]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / "synthetic.json").read_bytes())
+        found = read_json(root / "synthetic.json")
         about, version = found["parameters"], found["version"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         reason = "files that are not a synthetic world"
     else:
         if (about, version) == (parameters, VERSION):
@@ -184,11 +183,10 @@ def _write_world(root: Path, parameters: dict[str, Any], progress: bool) -> None
     for name, people in (("train", {*splits["train"], *splits["val"]}), ("test", {*splits["test"]})):
         seen = Counter(camid for pid, camid in jobs if pid in people)
         number = {camid: parameters["images"] * seen[camid] for camid in CAMERAS}
-        counts[name] = {"identities": len(people), "cameras": number}
-        for side, camids in (("visible", VISIBLE_CAMERAS), ("infrared", INFRARED_CAMERAS)):
-            counts[name][side] = sum(number[camid] for camid in camids)
+        sides = {side: sum(number[camid] for camid in camids) for side, camids in SYSU_CAMERAS.items()}
+        counts[name] = {"identities": len(people), "cameras": number, **sides}
     about = {"generator": "ecul synthesize", "version": VERSION, "parameters": parameters, "counts": counts}
-    (root / "synthetic.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_json(root / "synthetic.json", about)
 
 
 def _split(seed: int, identities: int, held_out: int) -> dict[str, list[int]]:
@@ -203,29 +201,25 @@ def _cameras_of(seed: int, pid: int) -> list[int]:
     """The cameras that see this person: all, or one or two fewer; at least two visible and one infrared."""
     rng = np.random.default_rng([seed, _MISSING, pid])
     missing = rng.choice(3, p=[0.7, 0.2, 0.1])
-    visible, infrared = rng.permutation(VISIBLE_CAMERAS), list(INFRARED_CAMERAS)
+    visible, infrared = rng.permutation(SYSU_CAMERAS["visible"]), SYSU_CAMERAS["infrared"]
     if missing and rng.random() < 0.5:
-        missing, infrared = missing - 1, [rng.choice(INFRARED_CAMERAS)]
+        missing, infrared = missing - 1, (rng.choice(infrared),)
     return sorted(int(camid) for camid in [*visible[missing:], *infrared])
 
 
 def _write_job(root: Path, parameters: dict[str, Any], pid: int, camera: Camera) -> None:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("writing images needs Pillow: pip install 'ecul[images]'") from error
     folder = root / f"cam{camera['camid']}" / f"{pid:04d}"
     folder.mkdir(parents=True)
     images, size, gap = parameters["images"], parameters["size"], parameters["gap"]
     pictures = render(parameters["seed"], pid, camera, images, size, gap)
     for n, pixels in enumerate(pictures, 1):
-        Image.fromarray(pixels).save(folder / f"{n:04d}.jpg", quality=90)
+        pillow().fromarray(pixels).save(folder / f"{n:04d}.jpg", quality=90)
 
 
 def draw_camera(seed: int, camid: int, gap: float = 0.0) -> Camera:
     """The camera of this number in the world of this seed and gap."""
     rng, light = (np.random.default_rng([seed, stream, camid]) for stream in (_CAMERA, _LIGHT))
-    channels = 1 if camid in INFRARED_CAMERAS else 3
+    channels = 1 if camid in SYSU_CAMERAS["infrared"] else 3
 
     def tone(middle: float | np.ndarray) -> np.ndarray:
         return middle + rng.uniform(-0.2, 0.2) + rng.uniform(-0.06, 0.06, channels).astype(np.float32)
