@@ -9,32 +9,30 @@ import pytest
 from ecul import Config
 from ecul.config import DATASETS, METHODS
 
-ECUL, MBCCM = "arXiv 2412.19134", "arXiv 2305.12673"  # sections "implementation details", and published code
-OURS = "our reconstruction, or our own choice"
-# field: value in united, ecul and mbccm on SYSU-MM01, and where it is from
-STATED = {
-    "backbone": (None, None, None, ECUL), "depth": (50, 50, 50, ECUL), "width": (64, 64, 64, ECUL),
-    "non_local": (False, False, False, OURS), "weights": (None, None, None, OURS),
-    "size": ((288, 144), (288, 144), (288, 144), ECUL), "stem_stride": (2, 2, 2, ECUL),
-    "identities": (8, 8, 12, ECUL + MBCCM), "instances": (16, 16, 12, ECUL + MBCCM),
-    "iterations": (200, 200, 300, ECUL + MBCCM), "pad": (10, 10, 10, MBCCM),
-    "pairs": ("matched", "joint", "matched", OURS), "matching": ("mutual", "mutual", "bilateral", MBCCM),
-    "linear_transform": (False, False, True, MBCCM),
-    "exchanged_stem": ("infrared", "visible", "visible", OURS),
-    "epochs_intra": (25, 25, 40, ECUL + MBCCM), "epochs_cross": (50, 50, 40, ECUL + MBCCM),
-    "lr": (3.5e-4, 3.5e-4, 3.5e-4, ECUL), "weight_decay": (5e-4, 5e-4, 5e-4, ECUL),
-    "lr_milestones": ((20, 40, 60), (20, 40, 60), (20, 50, 70), ECUL + MBCCM),
-    "lr_gamma": (0.1, 0.1, 0.1, ECUL),
-    "k1": (30, 30, 30, OURS), "k2": (6, 6, 6, OURS), "k3": (12, 12, None, OURS),
-    "k1_joint": (40, 40, 40, OURS), "k2_joint": (16, 16, 16, OURS), "k3_joint": (40, 40, 40, OURS),
-    "eps": (0.6, 0.6, 0.6, OURS), "eps_joint": (0.6, 0.6, 0.6, OURS), "min_samples": (4, 4, 4, OURS),
-    "k_select": (4, 4, 4, OURS), "temp": (0.05, 0.05, 0.05, ECUL), "momentum": (0.1, 0.1, 0.1, MBCCM),
-    "update_rule": ("sequential", "tsmem", "sequential", ECUL), "tsmem_switch": (25, 25, 25, OURS),
-    "weight_instance": (1.0, 1.0, 0.0, ECUL), "weight_joint": (0.0, 0.7, 0.0, OURS),
-    "weight_agnostic": (0.9, 0.0, 0.9, MBCCM), "weight_consistency": (0.0, 0.0, 0.5, MBCCM),
-    "seed": (0, 0, 0, OURS), "precision": ("auto", "auto", "auto", OURS),
-    "compile": (False, False, False, OURS), "checkpointing": (False, False, False, OURS),
-    "batch_extract": (256, 256, 256, OURS),
+# The united method on SYSU-MM01. What `Config` marks [R] is our reconstruction; the rest follows ECUL and MBCCM
+# (arXiv 2412.19134 and 2305.12673, sections "implementation details", and published code).
+UNITED = {
+    "backbone": None, "depth": 50, "width": 64, "non_local": False, "weights": None, "size": (288, 144),
+    "stem_stride": 2, "identities": 8, "instances": 16, "iterations": 200, "pad": 10, "pairs": "matched",
+    "matching": "mutual", "linear_transform": False, "exchanged_stem": "infrared",
+    "epochs_intra": 25, "epochs_cross": 50, "lr": 3.5e-4, "weight_decay": 5e-4,
+    "lr_milestones": (20, 40, 60), "lr_gamma": 0.1, "k1": 30, "k2": 6, "k3": 12,
+    "k1_joint": 40, "k2_joint": 16, "k3_joint": 40, "eps": 0.6, "eps_joint": 0.6, "min_samples": 4,
+    "k_select": 4, "temp": 0.05, "momentum": 0.1, "update_rule": "sequential", "tsmem_switch": 25,
+    "weight_instance": 1.0, "weight_joint": 0.0, "weight_agnostic": 0.9, "weight_consistency": 0.0,
+    "seed": 0, "precision": "auto", "compile": False, "checkpointing": False, "batch_extract": 256,
+}  # fmt: skip
+OTHERS = {
+    "united": {},
+    "ecul": {
+        "pairs": "joint", "exchanged_stem": "visible", "update_rule": "tsmem",
+        "weight_joint": 0.7, "weight_agnostic": 0.0,
+    },
+    "mbccm": {
+        "identities": 12, "instances": 12, "iterations": 300, "matching": "bilateral",
+        "linear_transform": True, "exchanged_stem": "visible", "epochs_intra": 40, "epochs_cross": 40,
+        "lr_milestones": (20, 50, 70), "k3": None, "weight_instance": 0.0, "weight_consistency": 0.5,
+    },
 }  # fmt: skip
 # what a data set changes in every method
 CHANGED = {
@@ -55,8 +53,8 @@ CHANGED = {
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_every_preset_is_as_stated_and_survives_json(dataset, method):
     config = Config.preset(dataset, method=method)
-    stated = {name: values[("united", "ecul", "mbccm").index(method)] for name, values in STATED.items()}
-    assert dataclasses.asdict(config) == {"method": method, **stated, **CHANGED[dataset]}
+    stated = {"method": method, **UNITED, **OTHERS[method], **CHANGED[dataset]}
+    assert dataclasses.asdict(config) == stated
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -73,19 +71,15 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"itterations": 3}, "no field 'itterations' .did you mean 'iterations'"),
         ({"epoch": 3}, "no field 'epoch' .did you mean 'epochs_intra'"),
         ({"method": "ecull"}, "method must be one of .*did you mean 'ecul'"),
-        ({"depth": 51}, "depth must be one of"),
         ({"depth": 50.0}, "depth must be one of 10, 18, 34, 50, 101, got 50.0"),
-        ({"depth": np.float64(50)}, "depth must be one of"),
         ({"update_rule": "tsmen"}, "did you mean 'tsmem'"),
         ({"tsmem_switch": -1}, "tsmem_switch must be a whole number of at least 0, got -1"),
         ({"k1": 0}, "k1 must be a whole number of at least 1, got 0"),
-        ({"k1": 2.5}, "k1 must be a whole number"),
         ({"eps": 1.5}, "eps"),
         ({"k3": 3}, "k3 must be at least k2, or None for plain clustering, got 3 and 6"),
         ({"momentum": 1.0}, "momentum"),
         ({"lr": -1}, "lr must be a number above 0, got -1"),
         ({"weight_joint": -0.1}, "weight_joint"),
-        ({"size": (288,)}, "size must be"),
         ({"iterations": True}, "iterations must be a whole number"),
         ({"stem_stride": True}, "stem_stride must be one of 1, 2, got True"),
         ({"k_select": 0}, "k_select must be a whole number of at least 1, or None, got 0"),

@@ -54,11 +54,8 @@ def test_a_whole_run_goes_on(whole, run):
         ("optimizer.3.step", None, "does not fit this network.*unknown optimizer.3.exp_avg"),
         ("optimizer.3.step", torch.zeros(2), "optimizer.3.step is"),
         ("optimizer.1.exp_avg", torch.zeros(8, dtype=torch.uint8), "optimizer.1.exp_avg is torch.uint8"),
-        ("optimizer.1.exp_avg_sq", torch.full((8,), torch.inf), "holds NaN or infinite numbers"),
         ("optimizer.999.step", torch.zeros(()), "unknown optimizer.999.step"),
-        ("optimizer.x", torch.zeros(()), "unknown optimizer.x"),
         ("labels", torch.zeros(23, dtype=torch.int64), r"labels is \(23,\), expected \(24,\)"),
-        ("labels", torch.zeros(24), "labels is torch.float32, expected torch.int64"),
     ],
 )
 def test_damaged_tensors_of_a_run_are_named(run, name, value, message):
@@ -75,19 +72,15 @@ def test_damaged_tensors_of_a_run_are_named(run, name, value, message):
     ("place", "value", "message"),
     [
         (["history", 1, "epoch"], 7, "no row of numbers for epoch 1"),
-        (["history", 1, "stage"], 3, "no row of numbers for epoch 1"),
         (["history", 0, "score"], float("nan"), "no row of numbers for epoch 0"),
         (["history", 0, "score"], "high", "must be real number, not str"),
-        (["history", 0, "loss_x"], None, "must be real number, not None"),
         (["history", 0, "loss_x"], 10**400, "too large"),
         (["history", 0], 3, "not subscriptable"),
         (["history"], None, "not iterable"),
-        (["config"], [], ""),
         (["config", "depth"], {"a": 1}, "depth must be one of"),
         (["config", "deptj"], 10, "Config has no field 'deptj'"),
         (["dataset"], "sysu", ""),
         (["dataset", "dataset"], 3, "no name, root and options"),
-        (["dataset", "root"], 3, "no name, root and options"),
         (["dataset", "options"], [1], "no name, root and options"),
     ],
 )
@@ -127,11 +120,7 @@ def own(**settings):
     return TwoStreamResNet(**{"depth": 10, "width": 8, "input_size": (32, 16), **settings})
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: own(stem_stride=1), lambda: own(width=4), lambda: own(depth=18), Pooled],
-    ids=["stem_stride", "width", "depth", "own backbone"],
-)
+@pytest.mark.parametrize("make", [lambda: own(stem_stride=1), lambda: own(depth=18), Pooled])
 def test_a_run_goes_on_with_its_own_network_alone(make, tmp_path):
     """Nothing of `Config` tells these networks from the one that `train` builds."""
     trained = train(DATASET, CONFIG, output=tmp_path, model=make()).model
@@ -147,9 +136,7 @@ def test_another_backbone_of_the_same_name_is_told_by_its_weights(tmp_path):
     train(DATASET, CONFIG, output=tmp_path, model=Pooled())
     other = Pooled()
     other.conv = torch.nn.Conv2d(3, 6, 5)
-    with pytest.raises(
-        ValueError, match="does not fit this network; give model= .*model.network.conv.weight is"
-    ):
+    with pytest.raises(ValueError, match="this network; give model= .*model.network.conv.weight is"):
         resume(tmp_path, model=Backbone(other, (32, 16)))
 
 
