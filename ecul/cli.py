@@ -281,7 +281,7 @@ def tune(args: argparse.Namespace) -> None:
         prepare_picture(args.output)
     found = tune_config(*_trained(args))
     if args.output:
-        draw_tuning(args.output, {name: part.rows for name, part in found.tunings.items()}, found.chosen)
+        draw_tuning(args.output, found.rows, found.chosen)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
 
 

@@ -65,7 +65,6 @@ def test_estimated_errors_are_the_true_ones(measured, sides):
     for share in (0.1, 0.03, 0.01):
         found = threshold.pairs["-".join(sides)]
         least = found.location + found.scale * norm.isf(share)
-        assert threshold.false_matches(*sides, least) == pytest.approx(share)
         true = (cosines[other] >= least).mean()
         assert share / 3 < true < 2 * share
     best = np.where(other, cosines, -2).max(1)  # all are unknown people where their own images are left out

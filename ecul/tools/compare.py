@@ -44,12 +44,6 @@ class Group:
     figures: dict[str, list[float]]
     caution: str = ""
 
-    @property
-    def name(self) -> str:
-        """The settings that differ from the other groups, or the directories."""
-        told = shorten([f"{name} {value}" for name, value in self.settings.items()], 4)
-        return told or shorten([str(run.directory) for run in self.runs], 2)
-
     def row(self) -> dict[str, Any]:
         """Every figure, unrounded, beside the deviation over the runs."""
         row = {"runs": " ".join(str(run.directory) for run in self.runs), "n": len(self.runs)}
@@ -71,7 +65,9 @@ class Comparison:
         headings = list(dict.fromkeys(name for group in self.groups for name in group.figures))
         lines = [["run", *settings, *headings]]
         for group in self.groups:
-            lines.append([_name(group), *(str(group.settings[name]) for name in settings)])
+            n = f" (n = {len(group.runs)})" if len(group.runs) > 1 else ""
+            names = shorten([str(run.directory) for run in group.runs], 1)
+            lines.append([names + n, *(str(group.settings[name]) for name in settings)])
             lines[-1] += [_told(heading, group.figures.get(heading, [])) for heading in headings]
         cautions = sorted({group.caution for group in self.groups} - {""})
         several = any(len(group.runs) > 1 for group in self.groups)
@@ -86,7 +82,11 @@ class Comparison:
         """Write the curves of all groups in the same axes as a PNG."""
         panels = []
         for title, pattern, gather in PANELS:
-            curves = [(group.name, _curves(group, pattern, gather)) for group in self.groups]
+            curves = []
+            for group in self.groups:
+                told = shorten([f"{name} {value}" for name, value in group.settings.items()], 4)
+                told = told or shorten([str(run.directory) for run in group.runs], 2)
+                curves.append((told, _curves(group, pattern, gather)))
             if any(np.isfinite(values).any() for _, values in curves):
                 panels.append((title, curves))
         draw_overlaid(path, panels)
@@ -173,11 +173,6 @@ def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Re
         return None
     write_json(file, {"model_sha256": model.sha256, **found.to_dict()})
     return found
-
-
-def _name(group: Group) -> str:
-    names = [str(run.directory) for run in group.runs]
-    return names[0] if len(names) == 1 else f"{shorten(names, 1)} (n = {len(names)})"
 
 
 def _told(heading: str, values: Sequence[float]) -> str:

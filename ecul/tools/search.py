@@ -44,15 +44,16 @@ class Ranking:
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Query path -> list of {"score", "path"}, best first; with a threshold also "same": bool."""
-        ranked = zip(self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True)
-        return {
-            path: [
-                {"score": s, "path": self.gallery.paths[row]}
-                | ({} if self.threshold is None else {"same": self.is_same(s)})
-                for row, s in zip(rows, scores, strict=True)
+        found = {}
+        for path, rows, scores in zip(
+            self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True
+        ):
+            found[path] = [
+                {"score": s, "path": self.gallery.paths[i]} for i, s in zip(rows, scores, strict=True)
             ]
-            for path, rows, scores in ranked
-        }
+            for answer in found[path] if self.threshold is not None else []:
+                answer["same"] = self.is_same(answer["score"])
+        return found
 
     def table(self) -> str:
         """A block of text for each query: rank, score and path of every answer, = for the same person."""
@@ -116,9 +117,8 @@ def load_features(path: str | os.PathLike) -> FolderFeatures:
         check_modality(about["modality"])
         if tensors["features"].ndim != 2 or len(tensors["features"]) != len(names):
             raise ValueError(f"{len(names)} names for features of {tuple(tensors['features'].shape)}")
-        return FolderFeatures(
-            tensors["features"], names, about["modality"], unreadable, about["model_sha256"]
-        )
+        about = about["modality"], unreadable, about["model_sha256"]
+        return FolderFeatures(tensors["features"], names, *about)
 
 
 def search(

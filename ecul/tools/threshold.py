@@ -70,11 +70,6 @@ class Threshold:
         share = -np.expm1(np.log1p(-unknown) / max(1, images))  # of pairs: 1 - (1 - share)^images = unknown
         return float(found.location + found.scale * norm.isf(share))
 
-    def false_matches(self, query: str, gallery: str, threshold: float) -> float:
-        """The estimated share of pairs of different people that reach this similarity."""
-        found = self._of(query, gallery)
-        return float(norm.sf((threshold - found.location) / found.scale))
-
     def missed(self, query: str, gallery: str, threshold: float) -> float | None:
         """The share of queries whose own images all stay below it; None where nothing is known.
 
@@ -131,7 +126,7 @@ class Threshold:
             return None
         with reading(model.parent / FILE):
             saved = read_json(model.parent / FILE)
-            told = {f"{q}-{g}": saved["pairs"][f"{q}-{g}"] for q, g in SIDES}
+            told = {name: saved["pairs"][name] for name in map("-".join, SIDES)}
             pairs = {name: Pairs(**{**about, "own": tuple(about["own"])}) for name, about in told.items()}
             if not all(np.isfinite([p.location, p.scale, *p.own]).all() for p in pairs.values()):
                 raise ValueError("its numbers are not finite")
@@ -176,10 +171,7 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
 
 
 def estimate_threshold(
-    features: dict[str, Any],
-    labels: dict[str, Any],
-    source: str,
-    cameras: dict[str, Any] | None = None,
+    features: dict[str, Any], labels: dict[str, Any], source: str, cameras: dict[str, Any] | None = None
 ) -> Threshold:
     """Thresholds from unit rows (N, D) by modality and their labels (N,), -1 = left out.
 

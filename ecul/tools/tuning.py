@@ -27,26 +27,6 @@ from ecul.run.scores import separation
 EPS = tuple(round(0.2 + 0.05 * step, 2) for step in range(13))  # 0.2, 0.25, ... 0.8
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """A row for each setting: k1, eps, clusters, outliers and score."""
-
-    rows: list[dict[str, Any]]
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The row of the best score, the smaller eps among equals."""
-        return max(self.rows, key=lambda row: row["score"])
-
-    def table(self, chosen: dict[str, Any] | None = None) -> str:
-        """Plain text, with a mark at the chosen row, by default at the best one."""
-        lines, chosen = ["  k1   eps  clusters  outliers  score"], chosen or self.best
-        for row in self.rows:
-            line = "{k1:4d}  {eps:4.2f}  {clusters:8d}  {outliers:8d}  {score:5.3f}".format(**row)
-            lines.append(line + "  <- recommended" * (row is chosen))
-        return "\n".join(lines)
-
-
 def tune(
     features: torch.Tensor,
     cameras: torch.Tensor | None = None,
@@ -57,8 +37,10 @@ def tune(
     k3: int | None = 12,
     eps: float | Sequence[float] = EPS,
     min_samples: int = 4,
-) -> Tuning:
+) -> list[dict[str, Any]]:
     """`emcc` of these features for every k1 and eps, from one product of similarities, and its score.
+
+    Returns a row for each setting: k1, eps, clusters, outliers and score.
 
         separation(features, emcc(features, cameras, modalities, k1=k1, eps=eps, ...))     # of each row
 
@@ -84,24 +66,22 @@ def tune(
                 row |= {"outliers": int((labels < 0).sum()), "score": separation(points, labels)}
                 rows.append(row)
                 bar.update()
-    return Tuning(rows)
+    return rows
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The tunings of a run's clusterings by name, and the fields of Config that they recommend."""
+    """The rows of `tune` for each clustering of a run, and the fields of Config that they recommend."""
 
-    tunings: dict[str, Tuning]
+    rows: dict[str, list[dict[str, Any]]]
 
     @property
     def chosen(self) -> dict[str, dict[str, Any]]:
         """The recommended row of each clustering: visible and infrared share the best mean score's."""
         found: dict[str, dict[str, Any]] = {}
         for names in (MODALITIES, ("joint",)):
-            tables = [self.tunings[name].rows for name in names]
-            scores = [sum(row["score"] for row in rows) for rows in zip(*tables, strict=True)]
-            place = scores.index(max(scores))
-            found |= {name: rows[place] for name, rows in zip(names, tables, strict=True)}
+            scores = np.sum([[row["score"] for row in self.rows[name]] for name in names], axis=0)
+            found |= {name: self.rows[name][scores.argmax()] for name in names}
         return found
 
     @property
@@ -112,15 +92,18 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """For `json.dumps`."""
-        return {"fields": self.fields, "rows": {name: found.rows for name, found in self.tunings.items()}}
+        return {"fields": self.fields, "rows": self.rows}
 
     def __str__(self) -> str:
-        chosen = self.chosen
-        told = [f"{name}\n{found.table(chosen[name])}" for name, found in self.tunings.items()]
-        fields = " ".join(f"--set {name}={value}" for name, value in self.fields.items())
-        told.append(f"recommended: {fields}")
-        told.append("(k1 and eps have the best mean score of visible and infrared, which share them)")
-        return "\n".join(told)
+        lines, form = [], "{k1:4d}  {eps:4.2f}  {clusters:8d}  {outliers:8d}  {score:5.3f}"
+        for name, chosen in self.chosen.items():
+            lines += [name, "  k1   eps  clusters  outliers  score"]
+            lines += [form.format(**row) + "  <- recommended" * (row is chosen) for row in self.rows[name]]
+        lines.append(
+            "recommended:" + "".join(f" --set {name}={value}" for name, value in self.fields.items())
+        )
+        lines.append("(k1 and eps have the best mean score of visible and infrared, which share them)")
+        return "\n".join(lines)
 
 
 def tune_config(model: Any, dataset: Dataset, config: Config, eps: Sequence[float] = EPS) -> Settings:
@@ -132,7 +115,7 @@ def tune_config(model: Any, dataset: Dataset, config: Config, eps: Sequence[floa
     features = [extract(model, side, side.modality) for side in images]
     cameras = [torch.from_numpy(side.camids) for side in images]
 
-    def tried(ending: str, rows: torch.Tensor, camids: torch.Tensor, sides: Any = None) -> Tuning:
+    def tried(ending: str, rows: torch.Tensor, camids: torch.Tensor, sides: Any = None) -> list[dict]:
         k1, k2, k3 = (getattr(config, name + ending) for name in ("k1", "k2", "k3"))
         sizes = (max(1, k1 // 2), k1, 2 * k1)
         return tune(rows, camids, sides, k1=sizes, k2=k2, k3=k3, eps=eps, min_samples=config.min_samples)
