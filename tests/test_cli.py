@@ -6,7 +6,6 @@ import io
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_importers import published
 from tiny import TINY
 
 import ecul
@@ -109,10 +109,8 @@ def test_config_lists_every_field_with_its_value_and_meaning(capsys):
 
 
 def test_errors_are_one_line_and_code_two(capsys, tmp_path):
-    demo = ["demo", "-o", str(tmp_path / "demo"), "--device", "gpu"]
-    assert (
-        main(demo) == 2 and "expected cpu, cuda or cuda:0, cuda:1 ..., got 'gpu'" in capsys.readouterr().err
-    )
+    assert main(["demo", "-o", str(tmp_path / "demo"), "--device", "gpu"]) == 2
+    assert "expected cpu, cuda or cuda:0, cuda:1 ..., got 'gpu'" in capsys.readouterr().err
     assert main(["evaluate", "sysu", str(tmp_path / "absent"), "--model", "x"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("ecul evaluate: ") and error.count("\n") == 1 and "Traceback" not in error
@@ -120,6 +118,9 @@ def test_errors_are_one_line_and_code_two(capsys, tmp_path):
         main(["--traceback", "evaluate", "sysu", str(tmp_path / "absent"), "--model", "x"])
     with pytest.raises(SystemExit):
         main(["train", "sysu", "x", "-o", "y", "--set", "no-value"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{ecul.__version__}\n"
 
 
 def test_from_a_world_to_a_report(tmp_path, capsys):
@@ -134,12 +135,6 @@ def test_from_a_world_to_a_report(tmp_path, capsys):
     assert len(json.loads(out[out.index("{") :])["rows"]) == 2
     assert main(["report", run, "--queries", "2", "--top", "3"]) == 0  # the run knows where its images are
     assert all((tmp_path / "run" / "report" / f"{name}.png").is_file() for name in ("pairs", "clusters"))
-    assert main(["export", run, "-o", str(tmp_path / "m.pt2"), "--modality", "visible", "--no-flip"]) == 0
-    pixels = torch.zeros(3, 3, 32, 16)
-    program = torch.export.load(tmp_path / "m.pt2").module()
-    trained = TwoStreamResNet.from_pretrained(run)
-    expected = extract(trained, pixels.to(torch.uint8), "visible", flip=False, progress=False)
-    assert torch.allclose(program(pixels), expected, atol=1e-5)
 
 
 def test_extract_writes_features_names_and_the_models_hash(photos, model, saved, tmp_path, capsys, caplog):
@@ -156,9 +151,6 @@ def test_extract_writes_features_names_and_the_models_hash(photos, model, saved,
     assert torch.allclose(found.features, extract(model, found.paths, "infrared", progress=False))
     file = tmp_path / "model" / "model.safetensors"
     assert found.model_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    out.write_bytes(out.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="features.safetensors is damaged"):
-        load_features(out)
 
 
 def test_search_ranks_as_a_plain_sort_does(photos, model, saved, tmp_path, capsys):
@@ -168,11 +160,9 @@ def test_search_ranks_as_a_plain_sort_does(photos, model, saved, tmp_path, capsy
     assert main([*command, "-o", str(tmp_path / "found.png")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     names = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False).paths
-    scores = (
-        extract(model, [query], "infrared", progress=False)
-        @ extract(model, names, "visible", progress=False).T
-    )
-    expected = sorted(zip(scores[0].tolist(), names, strict=True), reverse=True)[:4]
+    row = extract(model, [query], "infrared", progress=False)[0]
+    scores = (extract(model, names, "visible", progress=False) @ row).tolist()
+    expected = sorted(zip(scores, names, strict=True), reverse=True)[:4]
     assert [line[2] for line in lines[1:]] == [name for _, name in expected]
     assert np.allclose([float(line[1]) for line in lines[1:]], [s for s, _ in expected], atol=6e-4)
     assert main([*command, "--json"]) == 0
@@ -182,45 +172,13 @@ def test_search_ranks_as_a_plain_sort_does(photos, model, saved, tmp_path, capsy
     assert np.asarray(Image.open(tmp_path / "found.png")).std() > 5
 
 
-class Small(torch.nn.Module):
-    """A model whose memory holds `fits` images."""
-
-    input_size, num_features = (4, 2), 3
-
-    def __init__(self, fits):
-        super().__init__()
-        self.fits, self.seen, self.scale = fits, [], torch.nn.Parameter(torch.ones(1))
-
-    def embed(self, x, modality):
-        if len(x) > self.fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        self.seen.append(len(x))
-        return torch.nn.functional.normalize(x.mean((2, 3)) * self.scale, dim=1)
-
-
-def test_batches_are_halved_until_they_fit():
-    pixels = torch.randint(
-        0, 256, (11, 3, 4, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    model = Small(fits=5)
-    found = embed_pixels(model, pixels, "visible", batch_size=16)
-    assert max(model.seen) == 5
-    assert torch.allclose(found, embed_pixels(Small(fits=99), pixels, "visible"), atol=1e-6)
-    with pytest.raises(torch.OutOfMemoryError):
-        embed_pixels(Small(fits=0), pixels, "visible", batch_size=4)
-
-
 def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
-    homes = {"visible": "visible_module.visible", "infrared": "thermal_module.thermal"}
-    homes |= {f"layer{n}": f"base_resnet.base.layer{n}" for n in range(1, 5)}
-    parts = [(*name.partition("."), value) for name, value in model.state_dict().items()]
-    state = {f"{homes.get(first, first)}.{rest}": value for first, _, rest, value in parts}
-    torch.save({"net": state | {"classifier.weight": torch.zeros(2, 2)}}, tmp_path / "agw.pth")
+    torch.save(published(model) | {"classifier.weight": torch.zeros(2, 2)}, tmp_path / "agw.pth")
     out = tmp_path / "imported"
-    assert main(["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16"]) == 2
+    command = ["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16"]
+    assert main(command) == 2
     assert "give --pooling gem, or --pooling avg for AGW's base" in capsys.readouterr().err
-    command = ["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16", "--pooling", "gem"]
-    assert main(command) == 0
+    assert main([*command, "--pooling", "gem"]) == 0
     assert "left out, what only training uses: classifier.weight\n" in capsys.readouterr().out
     pixels = torch.zeros(2, 3, 32, 16, dtype=torch.uint8)
     models = (model, TwoStreamResNet.from_pretrained(out))
@@ -248,9 +206,6 @@ def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, cap
     (tmp_path / "own").rename(tmp_path / "moved")
     assert main(["report", str(tmp_path / "run"), "--queries", "1"]) == 2
     assert "for curves alone remove the earlier report" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "run" / "report")
-    assert main(["report", str(tmp_path / "run"), "--queries", "1"]) == 0
-    assert "no longer at" in caplog.text and not (tmp_path / "run" / "report" / "ranked.png").exists()
     again = ["report", str(tmp_path / "run"), "--queries", "1", "--root", str(tmp_path / "moved")]
     assert main(again) == 0
     again[-1] = str(tmp_path / "nowhere")
@@ -314,18 +269,6 @@ def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, 
     assert "pip install 'ecul[plots]'" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # where no font has them
-def test_names_are_drawn_as_they_are(saved, tmp_path, capsys):
-    odd = tmp_path / "odd"
-    odd.mkdir()
-    for name in ("a$_$b", "行人 1", "$\\frac{"):
-        Image.new("RGB", (20, 40), (90, 60, 30)).save(odd / f"{name}.png")
-    command = ["search", saved, "--query", str(odd), "--gallery", str(odd)]
-    command += ["--query-modality", "infrared", "--gallery-modality", "visible"]
-    assert main([*command, "-o", str(tmp_path / "found.png")]) == 0
-    assert capsys.readouterr().out.count("$_$") == 4 and (tmp_path / "found.png").is_file()
-
-
 def test_a_reader_that_stops_early_is_no_error(world):
     command = [sys.executable, "-m", "ecul", "check", "sysu", world, "--quick"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -333,15 +276,17 @@ def test_a_reader_that_stops_early_is_no_error(world):
         assert process.stderr.read() == "" and process.wait() == 141
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # where no font has them
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_a_narrow_encoding_gets_escapes(encoding, saved, tmp_path, monkeypatch):
-    layouts.picture(tmp_path / "people" / "行人.png")
+    for odd in ("行人", "a$_$b", "$\\frac{"):  # Chinese, and what LaTeX would read
+        layouts.picture(tmp_path / "people" / f"{odd}.png")
     folder, raw = str(tmp_path / "people"), io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
     command = ["search", saved, "--query", folder, "--gallery", folder, "--query-modality", "infrared"]
-    assert main([*command, "--gallery-modality", "visible"]) == 0
-    name = "行人" if encoding == "utf-8" else r"\u884c\u4eba"
-    assert raw.getvalue().decode(encoding).count(f"{name}.png") == 2
+    assert main([*command, "--gallery-modality", "visible", "-o", str(tmp_path / "drawn.png")]) == 0
+    name, told = "行人" if encoding == "utf-8" else r"\u884c\u4eba", raw.getvalue().decode(encoding)
+    assert told.count(f"{name}.png") == told.count("$_$") == 4 and (tmp_path / "drawn.png").is_file()
 
 
 def test_closed_streams_are_no_error(world, capsys, monkeypatch):
@@ -360,52 +305,19 @@ def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
     assert capsys.readouterr().err == "ecul check: needs tqdm: pip install tqdm\n"
 
 
-def test_the_version_is_told(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"{ecul.__version__}\n"
+EVERY = [getattr(ecul, name) for name in ecul.__all__]
+EVERY += [evaluation.eval_sysu, evaluation.eval_regdb, evaluation.eval_llcm, embed_pixels, extract_folder]
+EVERY += [kernels.topk_similarity, kernels.jaccard_neighbors, kernels.memory_contrast]
+EVERY += [kernels.momentum_update_, save_features, load_features, search, export.export, report.report]
+EVERY += [importers.import_checkpoint]
+NO_SHAPES = "train evaluate open_dataset synthesize Config Dataset eval_sysu extract_folder save_features"
+NO_SHAPES += " load_features search report"
+SOURCES = "train extract emcc EMCC match_clusters ClusterMemory InstanceMemory TwoStreamResNet report"
+SOURCES += " import_checkpoint"
 
 
-SHAPES, ERRORS, SOURCE = r"\([A-Z][\w+ ]*,", r"[Ee]rrors?\b|Raises", r"Source|arXiv"
-DOCUMENTED = [
-    (ecul.train, ERRORS, SOURCE),
-    (ecul.evaluate, ERRORS),
-    (ecul.extract, SHAPES, ERRORS, SOURCE),
-    (ecul.open_dataset, ERRORS),
-    (ecul.synthesize, ERRORS),
-    (ecul.emcc, SHAPES, ERRORS, SOURCE),
-    (ecul.EMCC, SHAPES, ERRORS, SOURCE),
-    (ecul.match_clusters, SHAPES, ERRORS, SOURCE),
-    (ecul.ClusterMemory, SHAPES, ERRORS, SOURCE),
-    (ecul.InstanceMemory, SHAPES, ERRORS, SOURCE),
-    (ecul.TwoStreamResNet, SHAPES, ERRORS, SOURCE),
-    (ecul.Config, ERRORS),
-    (ecul.Dataset, ERRORS),
-    (ecul.load_pixels, SHAPES, ERRORS),
-    (evaluation.eval_sysu, ERRORS),
-    (evaluation.eval_regdb, SHAPES, ERRORS),
-    (evaluation.eval_llcm, SHAPES, ERRORS),
-    (kernels.topk_similarity, SHAPES, ERRORS),
-    (kernels.jaccard_neighbors, SHAPES, ERRORS),
-    (kernels.memory_contrast, SHAPES, ERRORS),
-    (kernels.momentum_update_, SHAPES, ERRORS),
-    (extract_folder, ERRORS),
-    (embed_pixels, SHAPES, ERRORS),
-    (save_features, ERRORS),
-    (load_features, ERRORS),
-    (search, ERRORS),
-    (export.export, SHAPES, ERRORS),
-    (importers.import_checkpoint, SHAPES, ERRORS, SOURCE),
-    (report.report, ERRORS, SOURCE),
-]
-
-
-@pytest.mark.parametrize("case", DOCUMENTED, ids=lambda case: case[0].__name__)
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.__name__)
 def test_docstrings_say_shapes_errors_and_source(case):
-    for pattern in case[1:]:
-        assert re.search(pattern, case[0].__doc__), pattern
-
-
-def test_no_public_name_is_left_out_of_that_check():
-    checked = {case[0] for case in DOCUMENTED}
-    assert {getattr(ecul, name) for name in ecul.__all__} <= checked
+    assert re.search(r"[Ee]rrors?\b|Raises", case.__doc__)
+    assert case.__name__ in NO_SHAPES.split() or re.search(r"\([A-Z][\w+ ]*,", case.__doc__)
+    assert case.__name__ not in SOURCES.split() or re.search(r"Source|arXiv", case.__doc__)

@@ -52,30 +52,22 @@ def layouts(model):
     adversary = {"disnet.ad_layer1.weight": torch.zeros(4, model.num_features), "gem.p": torch.ones(1)}
     wrapped = {"module." + k: v for k, v in (published(model) | adversary).items()}
     return {
-        "AGW": {
-            "net": published(model) | head,
-            "cmc": np.array([0.5, 0.6]),
-            "mAP": np.float64(0.5),
-            "epoch": 3,
-        },
+        "AGW": {"net": published(model) | head, "cmc": np.array([0.5, 0.6]), "mAP": np.float64(0.5)},
         "ADCA": {"state_dict": published(model, "module.") | {"module." + k: v for k, v in head.items()}},
-        "PGM": {"state_dict": published(model), "epoch": 9, "best_mAP": np.float32(0.5)},
         "MBCCM": {"state_dict": wrapped, "epoch": 79, "best_mAP": 0.48},
         "compiled": {"model_state_dict": {"module._orig_mod." + k: v for k, v in published(model).items()}},
         "bare": published(model),
     }
 
 
-@pytest.mark.parametrize("name", ["AGW", "ADCA", "PGM", "MBCCM", "compiled", "bare"])
+@pytest.mark.parametrize("name", ["AGW", "ADCA", "MBCCM", "compiled", "bare"])
 def test_each_layout_gives_the_same_embeddings(name, tmp_path):
     model = trained()
     torch.save(layouts(model)[name], tmp_path / "model.pth")
     imported, unused = import_checkpoint(tmp_path / "model.pth", (32, 16))
     assert same_embeddings(model, imported) and imported.input_size == (32, 16)
     names = [n for group in unused.values() for n in group]
-    assert (
-        "visible_module.visible.layer1.0.conv1.weight" in names and "base_resnet.base.conv1.weight" in names
-    )
+    assert {"visible_module.visible.layer1.0.conv1.weight", "base_resnet.base.conv1.weight"} <= set(names)
     assert ("classifier.weight" in names) == (name in ("AGW", "ADCA"))
     assert ("disnet.ad_layer1.weight" in names) == name.startswith("MBCCM")
     total = layouts(model)[name]

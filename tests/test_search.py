@@ -27,6 +27,12 @@ class Colours(torch.nn.Module):
         return torch.nn.functional.normalize(x.mean((2, 3)) * self.scale, dim=1)
 
 
+def test_one_image_that_does_not_fit_is_an_error(monkeypatch):
+    monkeypatch.setattr(Colours, "embed", lambda *_: torch.empty(2**60))
+    with pytest.raises(RuntimeError, match="allocate"):
+        extract(Colours(), np.zeros((4, 16, 8, 3), np.uint8), "visible", progress=False)
+
+
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
     monkeypatch.setattr(ecul.features, "CHUNK", 2)
@@ -44,9 +50,10 @@ def test_a_list_is_read_in_chunks_as_it_is_given(photos):
     assert extract(model, iter(given), "visible", progress=False).shape == (5, 3)
 
 
-def test_a_folder_and_the_list_of_its_files_agree(photos, tmp_path):
+def test_a_folder_and_the_list_of_its_files_agree(photos, tmp_path, caplog):
     found = extract_folder(Colours(), tmp_path, "infrared", progress=False)
     assert found.paths == [str(path) for path in photos] and found.unreadable == []
+    assert "infrared: 2 of 2 images looked at are coloured" in caplog.text
     assert torch.equal(found.features, extract(Colours(), photos, "infrared", progress=False))
 
 
@@ -106,8 +113,3 @@ def test_images_that_look_like_the_other_modality_are_warned_of(caplog):
         first == "visible: 200 of 200 images looked at are gray, as infrared ones are; is the modality right?"
     )
     assert second.startswith("infrared: 200 of 200 images looked at are coloured, as visible ones are")
-
-
-def test_a_folder_of_the_other_modality_is_warned_of(photos, tmp_path, caplog):
-    extract_folder(Colours(), tmp_path, "infrared", progress=False)
-    assert "infrared: 2 of 2 images looked at are coloured" in caplog.text
