@@ -13,17 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._shortlist import (
-    MAXIMA,
-    PART,
-    ROOM,
-    Shortlist,
-    bounds,
-    closest,
-    largest_error,
-    random_order,
-    round_rows,
-)
+from ._shortlist import MAXIMA, PART, ROOM, bounds, closest, largest_error, random_order, round_rows
 
 PRODUCTS = 2**22  # computed at a time
 HEIGHT, EVEN = 1024, 128  # rows of a strip: at most, and in whole units where there are many columns
@@ -44,7 +34,7 @@ def _has_float32() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
-def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
+def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> tuple[Tensor, Tensor]:
     """The short lists of the rows of x."""
     lists, overflowed = _search(x, y, k, exclude_self, symmetric, product_dtype())
     if product_dtype() == torch.bfloat16 and _has_float32() and overflowed.sum() > LEFT * len(x):
@@ -54,7 +44,7 @@ def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool)
 
 def _search(
     x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, dtype: torch.dtype
-) -> Shortlist:
+) -> tuple[Tensor, Tensor]:
     M, N, D = len(x), *y.shape
     x_order, y_order = random_order(M).long(), random_order(N)
     y_rounded, *y_norms = round_rows(y, y_order, dtype, GROUP)
