@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from compiling import GFX942, SM80, SM90, assembler_messages, compiling, resources
 from triton.backends import backends
 
-from ecul.kernels import _shortlist, contrast, momentum, pairs
+from ecul.kernels import _overlaps, _shortlist, contrast, momentum, pairs
 
 pytestmark = pytest.mark.compiled
 
@@ -17,6 +17,7 @@ FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {SM80: 163 * 1024, SM90: 227 * 1024}  # bytes of shared memory a program may have
 PRODUCTS = {"_maxima_kernel", "_candidates_kernel"}
 ASSERTIONS = {"_weights_kernel", "_update_kernel"}  # of labels, which the host does not read
+ATOMICS = {"_candidates_kernel", "_add_overlaps", "_list_pairs"}
 
 
 def zeros(*shape, dtype=torch.int64):
@@ -44,6 +45,15 @@ def update(rule, features, dtype=FULL):
     return {"_update_kernel": 16384}
 
 
+def graph():
+    indptr, indices, values = torch.arange(71), torch.arange(70) // 7, torch.ones(70)
+    _overlaps.pairs_on_device(indptr, indices, values, 0.5, 0, 1)
+    found, whole = zeros(2, 3), zeros(9, dtype=torch.int32)  # as if three pairs were found
+    options = {"STEPS": 9, "BLOCK": _overlaps.BLOCK, "num_warps": _overlaps.WARPS}
+    _overlaps._measure[(1,)](found, whole, indptr, whole, whole, 3, **options)
+    return dict.fromkeys(["_add_overlaps", "_list_pairs", "_measure"], 4096)
+
+
 LAUNCHES = {
     "loss, bfloat16": lambda: loss(BRAIN, BRAIN),
     "loss, float16": lambda: loss(HALF, FULL),
@@ -60,6 +70,7 @@ LAUNCHES = {
     "update, mean": lambda: update("mean", 2048, BRAIN),
     "update, hard": lambda: update("hard", 2048),
     "update, widest rows": lambda: update("hard", momentum.WIDEST),
+    "graph": graph,
 }
 
 
@@ -68,7 +79,7 @@ LAUNCHES = {
 def test_spills_nothing_and_multiplies_on_tensor_cores(launch, target):
     with compiling(target) as compiled:
         stated = launch()
-    assert {name for name, _ in compiled} <= set(stated)
+    assert {name for name, _ in compiled} == set(stated)
     for name, kernel in compiled:
         used = resources(kernel)
         assert used["stack"] == 0, f"{name} spills: {used}"
@@ -76,11 +87,12 @@ def test_spills_nothing_and_multiplies_on_tensor_cores(launch, target):
         instruction = "wgmma.mma_async" if target is SM90 else "mma.sync"
         assert (instruction in kernel.asm["ptx"]) == (name in PRODUCTS)
         assert ("__assertfail" in kernel.asm["ptx"]) == (name in ASSERTIONS)
+        assert bool(re.search(r"red\.relaxed|atom\.", kernel.asm["ptx"])) == (name in ATOMICS)
 
 
 @pytest.mark.skipif("amd" not in backends, reason="this Triton has no AMD backend")
 @pytest.mark.parametrize(
-    "launch", ["loss, bfloat16", "loss, float32", "search, one set", "update, sequential"]
+    "launch", ["loss, bfloat16", "loss, float32", "search, one set", "update, sequential", "graph"]
 )
 def test_compiles_for_amd(launch):
     with compiling(GFX942) as compiled:

@@ -91,20 +91,14 @@ def test_a_row_longer_than_a_block_of_the_kernel(device, monkeypatch, few):
     assert_graph(jaccard_neighbors(*as_arguments(encodings, device), 0.66), np.eye(size, dtype=bool))
 
 
-def test_the_columns_of_a_row_may_come_in_any_order_and_views_may_have_strides(device):
-    encodings = random_encodings(5, 12, 6)
+def test_columns_in_any_order_strided_views_and_float32(device):
+    encodings = random_encodings(5, 12, 6).astype(np.float32).astype(np.float64)
     indptr, indices, values = as_arguments(encodings, device)
     rows = torch.arange(12, device=device).repeat_interleave(indptr.diff())
     order = (rows * 100 - indices).argsort()
-    strided = torch.stack([values[order], values[order]], 1)[:, 0]
-    assert_graph(jaccard_neighbors(indptr, indices[order], strided, 0.5), dense_distance(encodings) <= 0.5)
-
-
-def test_values_in_float32_are_read_as_they_are(device):
-    encodings = random_encodings(6, 15, 8).astype(np.float32).astype(np.float64)
-    indptr, indices, values = as_arguments(encodings, device)
-    units = np.round(encodings * 2**30) / 2**30
-    assert_graph(jaccard_neighbors(indptr, indices, values.float(), 0.5), dense_distance(units) <= 0.5)
+    strided = torch.stack([values[order], values[order]], 1)[:, 0].float()
+    within = dense_distance(np.round(encodings * 2**30) / 2**30) <= 0.5
+    assert_graph(jaccard_neighbors(indptr, indices[order], strided, 0.5), within)
 
 
 def test_no_rows_empty_rows_and_eps_of_one(device):
@@ -126,7 +120,6 @@ def test_the_smallest_overlap_within_eps_is_where_the_distance_crosses_it():
     "change, message",
     [
         ({"eps": 0.0}, "eps must lie in"),
-        ({"eps": 1.1}, "eps must lie in"),
         ({"eps": float("nan")}, "eps must lie in"),
         ({"eps": torch.ones(2)}, "eps must be a number; got Tensor"),
         ({"indptr": torch.tensor([0, 2, 1, 3])}, "indptr must rise from 0"),
@@ -194,40 +187,16 @@ def test_every_way_to_find_candidates_finds_few_and_no_pair_is_lost(monkeypatch,
     assert pairs > 10_000 and pairs <= sum(listed) < 1.5 * pairs
 
 
-@pytest.mark.interpreted
-def test_the_kernel_returns_what_the_reference_returns():
-    arguments = as_arguments(random_encodings(2, 24, 10))
+@pytest.mark.parametrize(
+    "device, size, columns",
+    [
+        pytest.param("cpu", 24, 10, marks=pytest.mark.interpreted),
+        pytest.param("cuda", 3000, 60, marks=pytest.mark.gpu),
+    ],
+)
+def test_the_kernel_returns_what_the_reference_returns(device, size, columns):
+    encodings = random_encodings(2, size, columns)
     for eps in (0.45, 0.6):
-        for ours, reference in zip(
-            jaccard_neighbors(*arguments, eps), jaccard_neighbors_reference(*arguments, eps), strict=True
-        ):
-            assert torch.equal(ours, reference)
-
-
-@pytest.mark.gpu
-def test_a_large_world_is_the_same_on_a_gpu():
-    encodings = random_encodings(2, 3000, 60)
-    for ours, reference in zip(
-        jaccard_neighbors(*as_arguments(encodings, "cuda"), 0.6),
-        jaccard_neighbors_reference(*as_arguments(encodings), 0.6),
-        strict=True,
-    ):
-        assert torch.equal(ours.cpu(), reference)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("target", ["SM80", "SM90", "GFX942"])
-def test_the_kernel_compiles_without_spills(target):
-    compiling = pytest.importorskip("compiling")
-    with compiling.compiling(getattr(compiling, target)) as compiled:
-        indptr, indices, values = as_arguments(random_encodings(0, 70, 10))
-        whole = torch.zeros(9, dtype=torch.int32)
-        _overlaps.pairs_on_device(indptr, indices, values, 0.5, 0, 1)
-        options = {"STEPS": 9, "BLOCK": _overlaps.BLOCK, "num_warps": _overlaps.WARPS}
-        _overlaps._measure[(1,)](torch.zeros(2, 3).long(), whole, indptr, whole, whole, 3, **options)
-    assert {name for name, _ in compiled} == {"_add_overlaps", "_list_pairs", "_measure"}
-    for name, kernel in compiled:
-        if target != "GFX942":
-            atomic = "red.relaxed" in kernel.asm["ptx"] or "atom" in kernel.asm["ptx"]
-            assert atomic == (name != "_measure")
-            assert compiling.resources(kernel)["stack"] == 0  # no spills
+        ours = jaccard_neighbors(*as_arguments(encodings, device), eps)
+        for got, want in zip(ours, jaccard_neighbors_reference(*as_arguments(encodings), eps), strict=True):
+            assert torch.equal(got.cpu(), want)

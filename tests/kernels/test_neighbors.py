@@ -7,14 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from ecul.kernels import (
-    _shortlist,
-    _shortlist_cpu,
-    neighbors,
-    pairs,
-    topk_similarity,
-    topk_similarity_reference,
-)
+from ecul.kernels import _shortlist, _shortlist_cpu, neighbors, pairs
+from ecul.kernels.neighbors import topk_similarity, topk_similarity_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -78,24 +72,17 @@ def on_grid(x):
     return torch.round(F.normalize(x) * 2**26) / 2**26
 
 
-@settings(max_examples=12)
+@settings(max_examples=24)
 @given(st.data())
 def test_equals_sorting_every_pair(data):
-    rows, columns = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 40))
-    features, seed = data.draw(st.integers(1, 8)), data.draw(st.integers(0, 1000))
-    k = data.draw(st.integers(1, columns))
-    x, y = quarters(rows, features, seed), quarters(columns, features, seed + 1)
-    assert_exact(topk_similarity(x, y, k), sorted_pairs(x, y, k))
-
-
-@settings(max_examples=12)
-@given(st.data())
-def test_equals_sorting_the_pairs_of_one_set(data):
-    size, features = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 8))
-    exclude_self = size > 1 and data.draw(st.booleans())
-    k = data.draw(st.integers(1, size - exclude_self))
-    x = quarters(size, features, data.draw(st.integers(0, 1000)))
-    assert_exact(topk_similarity(x, x, k, exclude_self), sorted_pairs(x, x, k, exclude_self))
+    """Of two sets, or of one."""
+    columns, features = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 8))
+    seed, rows = data.draw(st.integers(0, 1000)), data.draw(st.none() | st.integers(1, 20))
+    exclude_self = rows is None and columns > 1 and data.draw(st.booleans())
+    k = data.draw(st.integers(1, columns - exclude_self))
+    y = quarters(columns, features, seed + 1)
+    x = y if rows is None else quarters(rows, features, seed)
+    assert_exact(topk_similarity(x, y, k, exclude_self), sorted_pairs(x, y, k, exclude_self))
 
 
 SIZES = [(1, 1, 1, 1), (128, 128, 64, 4), (129, 257, 65, 1), (5, 130, 3, 2), (20, 300, 7, 40)]
@@ -126,14 +113,6 @@ def test_finds_the_neighbours_of_unit_rows(dtype, device):
     assert_neighbours(topk_similarity(y, y, 4, True), y, y, 4, True)
 
 
-def test_finds_neighbours_that_float16_cannot_tell_apart(device):
-    """All similarities lie within 1e-3 of 1."""
-    x = F.normalize(unit(1, 64, 5, device=device) + 1e-2 * unit(70, 64, 6, device=device))
-    rounded = x.half().double()
-    assert ((rounded @ rounded.T).topk(5).indices != (x.double() @ x.double().T).topk(5).indices).any()
-    assert_neighbours(topk_similarity(x, x, 5), x, x, 5, tolerance=5e-7)
-
-
 def test_rows_with_crowded_lists_leave_the_others_alone(device, monkeypatch):
     """Every other row is the same point, seventy times: more than the lists hold."""
     for module in (_shortlist, _shortlist_cpu):
@@ -153,10 +132,9 @@ def test_negative_zero_ties_with_zero(device):
 @pytest.mark.parametrize("scale", [1e-12, 1e6])
 def test_any_scale(scale, device):
     x, y = unit(20, 30, 7, device=device) * scale, unit(60, 30, 8, device=device)
-    values, indices = topk_similarity(x, y, 5)
-    assert_neighbours((values / scale, indices), x / scale, y, 5)
-    values, indices = topk_similarity(y, x, 5)
-    assert_neighbours((values / scale, indices), y, x / scale, 5)
+    for rows, columns in ((x, y), (y, x)):
+        values, indices = topk_similarity(rows, columns, 5)
+        assert_neighbours((values / scale, indices), rows / scale, columns, 5)
 
 
 def test_rows_of_very_different_norms(device):
@@ -204,7 +182,7 @@ def test_many_rows_and_few_columns():
 FEW = {"cpu": 60, "cuda": 60}
 PORTIONS = [(neighbors, "LISTED", 60 * 128), (_shortlist, "CLOSEST", FEW), (_shortlist, "MAXIMA", 1)]
 ON_HOST = [(_shortlist_cpu, "HEIGHT", 64), (_shortlist_cpu, "PRODUCTS", 2**13), (_shortlist_cpu, "EVEN", 16)]
-ON_HOST += [(_shortlist_cpu, "PRODUCTS", 2**15), (pairs, "X_ROWS", 60), (pairs, "Y_ROWS", 70)]
+ON_HOST += [(_shortlist_cpu, "PRODUCTS", 2**15)]
 
 
 @pytest.mark.parametrize(
@@ -330,12 +308,10 @@ def test_neighbours_take_no_gradient(device):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"x": torch.zeros(5)}, ValueError, "x must have 2 dimension"),
         ({"y": torch.zeros(5, 4)}, ValueError, "y must have 3 columns"),
         ({"y": torch.zeros(5, 3).half()}, TypeError, "y must be float32; got float16"),
         ({"x": torch.zeros(5, 0), "y": torch.zeros(5, 0)}, ValueError, "x and y must have features"),
         ({"k": 6}, ValueError, "k must be from 1 to 5, the rows of y to choose from; got 6"),
-        ({"k": 0}, ValueError, "k must be from 1 to 5"),
         ({"k": torch.tensor([1, 2])}, TypeError, "k must be an integer; got Tensor"),
         ({"k": 2.0}, TypeError, "k must be an integer; got float"),
         ({"exclude_self": torch.tensor([True, True])}, TypeError, "exclude_self must be True or False"),
