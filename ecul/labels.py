@@ -30,8 +30,8 @@ class Labels:
     cluster; `mutual` decides how it labels the images of the other modality.
         True, `matching="mutual"`: a cluster has at most one match. Batches draw the modalities independently,
         and an image of the other modality gets the match of its cluster (`across`).
-        False, `matching="bilateral"`: a cluster has one match or more. Batches hold matched pairs (`pairing`),
-        and an image of the other modality gets the cluster of its partner in the pair.
+        False, `matching="bilateral"`: a cluster has one match or more. Batches hold matched pairs
+        (`pairing`), and an image of the other modality gets the cluster of its partner in the pair.
     """
 
     own: torch.Tensor
@@ -98,8 +98,8 @@ def assign_labels(
     """Cluster each modality; in stage 2 also cluster their union and match clusters across modalities.
 
     features: (N, D) unit rows; exchanged: (W, num_visible, D), features of more views of the visible images,
-    which mutual matching uses too. All processes pass equal inputs and share the work of clustering. Selection and matches are those of process
-    0, because floating-point products may differ between processors.
+    which mutual matching uses too. All processes pass equal inputs and share the work of clustering. Selection
+    and matches are those of process 0, because floating-point products may differ between processors.
     """
     border = images.num_visible
     parts = zip(features.tensor_split([border]), images.cameras.tensor_split([border]), strict=True)
