@@ -98,7 +98,7 @@ def assign_labels(
     """Cluster each modality; in stage 2 also cluster their union and match clusters across modalities.
 
     features: (N, D) unit rows; exchanged: (W, num_visible, D), features of more views of the visible images,
-    which mutual matching uses too. All processes pass equal inputs and share the work of clustering. Selection
+    which mutual matching uses too. All processes pass equal inputs and share the clustering. Selection
     and matches are those of process 0, because floating-point products may differ between processors.
     """
     border = images.num_visible

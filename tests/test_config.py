@@ -9,8 +9,8 @@ import pytest
 from ecul import Config
 from ecul.config import DATASETS, METHODS
 
-# The united method on SYSU-MM01. What `Config` marks [R] is our reconstruction; the rest follows ECUL and MBCCM
-# (arXiv 2412.19134 and 2305.12673, sections "implementation details", and published code).
+# The united method on SYSU-MM01. What `Config` marks [R] is our reconstruction. The rest follows ECUL and
+# MBCCM (arXiv 2412.19134 and 2305.12673, sections "implementation details", and published code).
 UNITED = {
     "backbone": None, "depth": 50, "width": 64, "non_local": False, "weights": None, "size": (288, 144),
     "stem_stride": 2, "identities": 8, "instances": 16, "iterations": 200, "pad": 10, "pairs": "matched",
