@@ -1,11 +1,13 @@
-"""Pairs of sparse rows that overlap enough: what `jaccard_neighbors` searches for.
+"""Pairs of sparse rows that overlap by `least` or more: on a GPU. `_overlaps_cpu` does the same on the host.
 
-Rows that overlap by `least` or more share a good part of that in their first entries, if all rows have their
-columns in one order. Cut the end off each row, as long as the values there sum to `least - share` at most. Of
-two rows, let i be the one whose last remaining entry comes first in that order. What both share behind that
-entry lies in the end of i, so it is `least - share` at most. The rest, `share` or more, lies in the entries
-that remain of both rows. With rare columns first, the remaining entries share columns with few other rows. So
-only first entries are compared, and only pairs that share enough there are measured on whole rows.
+Measuring every pair is slow, so only candidates are measured on whole rows. There are two ways to find them.
+Sharing in the first entries, below, is fast if most columns belong to few rows. A dense product of sketches
+is fast if rows share columns with many others. The host chooses by the data. The GPU always takes the first.
+
+First entries: put the columns of all rows in one order, rare columns first. Cut the end off each row, as long
+as the values there sum to at most `least - share`. Take two rows that overlap by `least`, and of them the row
+that stops first in this order. What the two share after it stops lies in its end: at most `least - share`. So
+they share at least `share` in the entries that remain of both. Only few rows have the same rare columns.
 """
 
 from bisect import bisect_left
@@ -16,10 +18,10 @@ from torch import Tensor
 from ._triton import jit, tl, triton
 
 UNIT = 2**30  # overlaps are whole numbers of units of 2**-30: no order of summation changes them
-SHARE = 6  # one part in so many of the overlap must lie in the first entries
+SHARE = 6  # candidates share 1 / SHARE of the overlap in their first entries
 SORTED = 65536  # rows that are sorted at a time
-OVERLAPS = 2**25  # sums that the kernel holds at a time
-FOUND = 128  # pairs a row that the kernel has room for at first
+OVERLAPS = 2**25  # sums that are held at a time
+FOUND = 128  # room for pairs: so many for each row, and more if they do not fit
 BLOCK, WARPS = 256, 4
 Entries = tuple[Tensor, Tensor, Tensor]  # rows (int64), columns and units (int32)
 
@@ -35,7 +37,7 @@ def least_overlap(eps: float) -> int:
 
 
 def share_of(least: int) -> int:
-    """The overlap of first entries, at least 1, that every pair with an overlap of `least` has."""
+    """What first entries share, 1 at least, in every pair with an overlap of `least`."""
     return max(1, least // SHARE)
 
 
@@ -47,9 +49,9 @@ def rarity(indices: Tensor, size: int) -> Tensor:
 def rare_first(
     indptr: Tensor, indices: Tensor, units: Tensor, rank: Tensor, least: int
 ) -> tuple[Tensor, Tensor, Entries]:
-    """Columns renumbered by rank, ascending in a row; their units; and the first entries of the rows.
+    """The ranks of the columns, ascending in each row; their units; and the first entries of all rows.
 
-    Some rows at a time, because sorting needs several times the memory of its input.
+    Rows are sorted in portions, because sorting needs several times the memory of its input.
     """
     device, rows = indptr.device, len(indptr) - 1
     cols, ordered = torch.empty(2, len(indices), dtype=torch.int32, device=device)
@@ -67,12 +69,12 @@ def rare_first(
     return cols, ordered, (found, columns, parts)
 
 
-# The kernels. First entries are sorted by column, rows ascending in each column. `place` gives the place of
-# an entry (i, l) in that order, and the entries (j, l) of all rows j > i follow it. `_add_overlaps` adds
-# min(v_il, v_jl) to the sum of i and j, for a few rows i and all j. `_list_pairs` lists the pairs whose sum
-# is large enough. `_measure` computes their overlaps on whole rows. Sums are integers, so atomic additions in
-# any order give the same bits, and the graph sorts the pairs. The host waits only for the ends of the strips
-# and for the number of pairs.
+# The kernels. The first entries are sorted by column, then by row. `place` is the place of an entry (i, l) in
+# this order; the entries (j, l) of the rows j > i follow it. `_add_overlaps` adds min(v_il, v_jl) to the sum
+# of i and j, for a strip of rows i and all j. `_list_pairs` lists the pairs with large sums. `_measure`
+# computes their overlaps on whole rows. Sums are integers: atomic additions in any order give the same bits.
+# The pairs come in any order, and the graph sorts them. The host waits twice: for the ends of the strips and
+# for the number of pairs.
 
 
 @jit

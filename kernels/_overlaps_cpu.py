@@ -1,13 +1,14 @@
-"""Pairs of sparse rows that overlap enough, on the host.
+"""Pairs of sparse rows that overlap by `least` or more: on the host.
 
-As min(a, b) <= sqrt(a b), a product of square roots bounds an overlap from above. Pairs whose bound reaches
-`least` are candidates, and only these are measured. There are two ways to find the candidates, because each
-is slow on the data of the other (with one way alone, clustering took up to twice as long):
+Measuring every pair is slow, so only candidates are measured: pairs whose overlap has an upper bound of
+`least` or more. Products of square roots give such bounds, because min(a, b) <= sqrt(a b). There are two ways
+to find candidates, because each is slow on the data of the other. With only one of them, clustering took up
+to twice as long.
 
-- a sparse product of the rows' first entries, with rare columns first (see `_overlaps`). Its time grows with
-  the number of entry pairs that share a column. It is fast if most columns belong to few rows.
-- a dense product of sketches, the sums of a row's values over 512 random sets of columns. Its time depends on
-  the number of rows alone. It is faster if rows share columns with many others, as in large clusters.
+- First entries: a sparse product of the first entries of the rows, rare columns first (see `_overlaps`). Its
+  time grows with the number of pairs of entries in one column. It is fast if most columns belong to few rows.
+- Sketches: a dense product. A sketch holds the sums of a row over 512 random sets of columns. The time
+  depends only on the number of rows. It is fast if rows share columns with many others (large clusters).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,11 +23,11 @@ from ._overlaps import UNIT, in_units, least_overlap, rare_first, rarity, share_
 from ._shortlist import largest_error, power_of_two, random_order, round_rows
 from ._shortlist_cpu import COARSE, product_dtype
 
-COMPARED = 256  # rows that are compared with others at a time
-SPLIT = 8  # a sparse product takes the other rows in so many parts
+COMPARED = 256  # rows that are compared with all others at a time
+SPLIT = 8  # parts of the other rows, one sparse product each
 BUCKETS = 512  # sums in a sketch
-SKETCHED = 1  # a pair of sketches costs as much as so many pairs of entries
-SAMPLE = 16  # one row of so many estimates how many entries share columns
+SKETCHED = 1  # comparing two sketches takes as long as comparing so many pairs of entries
+SAMPLE = 16  # every so many-th row, at random, estimates how many entries share columns
 MEASURED = 4096  # candidates whose overlaps are computed at a time
 Candidates = Callable[[int], Iterator[np.ndarray]]  # pairs (i, j) of the COMPARED rows i from a number on
 
@@ -70,7 +71,7 @@ def _matrix(indptr: Tensor, cols: Tensor, units: Tensor, size: int) -> csr_matri
 
 
 def _meetings(encodings: csr_matrix, rank: Tensor, least: int) -> float:
-    """About how many pairs of first entries share a column, estimated from some of the rows."""
+    """How many pairs of first entries share a column: an estimate from some of the rows."""
     size = encodings.shape[0]
     some = encodings[random_order(size)[: -(-size // SAMPLE)].numpy()]
     indptr, indices, units = map(torch.from_numpy, (some.indptr, some.indices, some.data))
@@ -82,7 +83,7 @@ def _meetings(encodings: csr_matrix, rank: Tensor, least: int) -> float:
 def _by_first_entries(first: csr_matrix, least: int) -> Candidates:
     """Pairs whose first entries may share enough, by sparse products."""
     size, roots = first.shape[0], first.astype(np.float32).sqrt()
-    lost = (int(np.diff(roots.indptr).max()) + 4) * 2**-23  # what float32 may round off the bound
+    lost = (int(np.diff(roots.indptr).max()) + 4) * 2**-23  # the share of a bound that float32 may lose
     edges = np.linspace(0, size, SPLIT + 1).astype(int)
     parts = [(a, b, roots[a:b].T.tocsr()) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 

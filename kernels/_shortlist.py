@@ -1,23 +1,23 @@
 """Short lists that hold the k best columns of every row: the first two steps of `topk_similarity`.
 
-Each pair needs a product, but no tile needs a sorted list: selection in every tile would cost more than the
-products. Instead, on rows rounded to float16 (bfloat16 on CPUs that multiply it):
-  1. Products of every row with a part of the columns give one number for each row and group of W columns, the
-     largest. At least k columns reach b, the k-th largest of these numbers.
-  2. Products of all pairs list the columns that reach the bound, a few times k for each row, with their
-     values. The k-th largest of these is a better b.
-  3. For the columns that reach the better bound, a few more than k, the products are computed in float64 from
-     the original rows. The k best of them, rounded to float32 once, are the result.
-Rounding must not lose a neighbour. With x = x' + dx, where x' is the rounded row, and y likewise,
+Every pair needs a product. Selecting the k best in every tile would take longer than the products, so lists
+are made in three steps, on rows rounded to float16 (on CPUs: to bfloat16, or not at all):
+  1. Multiply every row with a part of the columns, and keep the maximum of each group of W columns. The k-th
+     largest maximum is b: at least k columns reach it.
+  2. Multiply all pairs, and list the columns that reach the bound: a few times k for each row. The k-th
+     largest product in the list is a better b.
+  3. For the columns that reach the better bound, a few more than k, compute the products in float64 from the
+     original rows. The k best, rounded to float32 once, are the result.
+Rounding must not lose a neighbour. Let x = x' + dx, where x' is the rounded row, and y = y' + dy. Then
     |x.y - x'.y'| = |dx.y + x'.dy| <= |dx||y| + |x'||dy| =: m,
 so k columns have x.y >= b - m, and each of the k best has x'.y' >= b - 2m. This is the bound in both steps.
-The errors |dx| and |dy| are measured, and m includes what a sum of D products in float32 may lose.
-Rows and columns are in a random order, the same in every run. In the caller's order neighbours are often side
-by side: they would share one maximum, and a part would not represent the whole.
-If a row has more columns at the bound than its list holds (many equal rows, for example), the reference takes
-the row. If y is x, the product is symmetric: a tile above the diagonal also serves the rows of its columns.
-From compute capability 9.0 on, tiles are loaded by TMA. An asynchronous product needs a fence after ordinary
-loads, and Triton 3.6 omits it.
+The errors |dx| and |dy| are measured. m includes what a sum of D products in float32 may lose.
+Rows and columns are shuffled, in every run alike. In the caller's order, neighbours are often side by side:
+they would share one maximum, and a part would not represent the whole.
+If more columns reach the bound than the list of a row holds (many equal rows), the reference ranks this row.
+If y is x, the product is symmetric: a tile above the diagonal also serves the rows of its columns.
+From compute capability 9.0 on, TMA loads the tiles. After ordinary loads an asynchronous product needs a
+fence, and Triton 3.6 omits it.
 """
 
 import torch
@@ -84,9 +84,9 @@ def _append(
     s, bounds, lists, scores, counts, owner, count, entries,
     ROOM: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Add the entries that reach their owner's bound to its list: in each turn the best one of every owner.
+    """Append the products that reach the bound of their owner to its list; each turn takes the best of each.
 
-    `entries` points to the numbers of the entries, which lie along AXIS of `s`. A full list only counts on.
+    Products of one owner lie along AXIS of `s`; `entries` are their numbers. A full list only counts them.
     """
     none = -float("inf")
     bound = tl.load(bounds + owner, mask=owner < count, other=float("inf"))
@@ -135,7 +135,7 @@ def random_order(count: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def power_of_two(matrix: Tensor) -> Tensor:
-    """The scale that brings the largest entry to 1 at most. It is exact and the same for all products."""
+    """The power of two that scales the largest entry to 1 at most. Multiplying by it rounds nothing."""
     largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
     return torch.exp2(-largest.clamp_min(1e-30).log2().ceil())
 
@@ -175,9 +175,9 @@ def largest_error(x_norms: list[Tensor], y_norms: list[Tensor], D: int, unit: fl
 
 
 def bounds(best: Tensor, k: int, margin: Tensor, coarse: float = 0.0) -> Tensor:
-    """What a product of the k best columns of a row reaches, given its best products in descending order.
+    """The bound of each row, from its best products in descending order: the k best columns reach it.
 
-    coarse: the share of itself that a product, or the bound, may lose when it is rounded after its sum.
+    coarse: the share that a product or the bound may lose when it is rounded to bfloat16 after its sum.
     """
     if best.shape[1] < k:
         return best.new_full(best.shape[:1], LOWEST)

@@ -1,12 +1,12 @@
 """Short lists that hold the k best columns of every row: the first two steps of `topk_similarity` on a CPU.
 
-The steps and their bounds are those of `_shortlist`, with blocks of a matrix product in place of tiles. Where
-the processor multiplies bfloat16, products are rounded to it, and the bounds allow for that. If bfloat16
-cannot separate the neighbours of many rows, the search is made again in float32.
+`_shortlist` explains the steps and their bounds. Here a strip of rows is multiplied with a block of columns
+at a time. If the processor multiplies bfloat16, products are rounded to it, and the bounds allow for that. If
+bfloat16 cannot separate the neighbours of many rows, the search runs again in float32.
 
-Rows come in strips. The products of a strip with a part of the columns give the bounds of its rows. Where y
-is x, the columns end with the strip, and a product of two rows enters the lists of both: half of the matrix
-is enough. Comparing every product with its bound is slow, so the maximum of each group is compared first.
+The products of a strip with the first columns give the bounds of its rows. If y is x, half of the matrix is
+enough: the columns end with the strip, and a product of two rows enters the lists of both. Comparing every
+product with its bound is slow, so the maximum of each group of 16 is compared first.
 """
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor
 from ._shortlist import MAXIMA, PART, ROOM, bounds, closest, largest_error, random_order, round_rows
 
 PRODUCTS = 2**22  # computed at a time
-HEIGHT, EVEN = 1024, 128  # rows of a strip: at most, and in whole units where there are many columns
+HEIGHT, EVEN = 1024, 128  # rows of a strip: at most HEIGHT, and a multiple of EVEN if columns are many
 HALVINGS = 4  # a group has 2**4 products
 GROUP = 2**HALVINGS
-LEFT = 1 / 32  # this share of the rows may be left to the reference before float32 takes them all
+LEFT = 1 / 32  # if bfloat16 leaves a larger share of the rows to the reference, float32 takes all rows
 COARSE = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # the share of a product that rounding may change
 BRAIN = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
@@ -72,7 +72,7 @@ def _search(
             if first == 0:
                 fold = max(1, part // (MAXIMA * k))
                 maxima = products[: part // fold * fold].unflatten(0, (fold, -1)).amax(0).T.contiguous()
-                best = maxima.topk(min(k, maxima.shape[1])).values.float()  # each is one of other columns
+                best = maxima.topk(min(k, maxima.shape[1])).values.float()  # of different columns
                 lists.bounds[start:stop] = bounds(best, k, margin[start:stop], COARSE[dtype])
             lists.add(products, start, first)
             if symmetric and first < start >= part:

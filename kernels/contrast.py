@@ -73,7 +73,7 @@ def memory_contrast_reference(
 
 
 def _require_finite(loss: Tensor, labels: Tensor) -> None:
-    """A label without a slot makes a loss infinite. Features that are not finite make it NaN."""
+    """Raise the error of the first loss that is not finite: infinite if no slot has the label, else NaN."""
     if loss.detach().isfinite().all():
         return
     first = int(loss.detach().isfinite().int().argmin())
@@ -85,17 +85,17 @@ def _require_finite(loss: Tensor, labels: Tensor) -> None:
     )
 
 
-# The kernel. Let s_ij = x_i . b_j / tau, and sum exp(s_ij) over the own slots of sample i to P_i, over the
-# others to Q_i. Then, with the two softmaxes p over the own slots and q over the others,
+# The kernel. Let s_ij = x_i . b_j / tau. Let P_i be the sum of exp(s_ij) over the own slots of sample i, and
+# Q_i the sum over the others. Let p be the softmax over the own slots, and q that over the others. Then
 #
 #     loss_i = log(P_i + Q_i) - log P_i = log(1 + Q_i / P_i)
 #     d loss_i / d x_i = r_i / tau (sum_others q_ij b_j - sum_own p_ij b_j),    r_i = Q_i / (P_i + Q_i).
 #
-# The bank takes no gradient, so the forward pass computes all of this: a product, a kernel that turns a row
-# of scores into the loss, r / tau and the weights q and -p, and a second product. The weights lie in [-1, 1],
-# so they keep their relative precision in half precision, however small the loss. The scores stay float32:
-# rounded, they would change the gradient by 5 % at tau = 0.05. Each kind has its own maximum, so the own
-# slots never underflow. A sample with label -1 owns every slot: Q = 0, so loss and gradient are exactly 0.
+# The bank takes no gradient, so the forward pass computes all of this: a product; a kernel that turns a row
+# of scores into the loss, r / tau and the weights q and -p; and a second product. The weights lie in [-1, 1],
+# so half precision keeps their relative precision, even if the loss is small. The scores stay float32: half
+# precision would change the gradient by 5 % at tau = 0.05. Own and other slots have separate maxima, so the
+# own slots never underflow. A sample with label -1 owns every slot: Q = 0, loss and gradient are exactly 0.
 
 
 @jit

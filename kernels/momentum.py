@@ -87,10 +87,9 @@ def momentum_update_reference(
     return bank
 
 
-# The kernel: one launch, one program for each sample of the batch. A program works only if its sample is the
-# first of its label. It alone then writes the row of that label: it keeps the row in registers and goes
-# through the batch in order, and loads the next sample while it uses the present one. There are no atomics,
-# so the bits are the same in every run.
+# The kernel: one launch, one program for each sample of the batch. The program of the first sample of a label
+# updates the row of this label; the others do nothing. It keeps the row in registers, goes through the batch
+# in order, and loads the next sample while it uses the present one. Without atomics, all runs agree bit by bit.
 
 
 @jit

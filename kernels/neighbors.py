@@ -55,7 +55,7 @@ def topk_similarity_reference(
 
 
 def _by_strips(x: Tensor, y: Tensor, k: int, itself: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k best for every row of `x`. `itself` names, for each row of `x`, the row of `y` to leave out."""
+    """The k best for every row of `x`. itself: for each row of `x`, the row of `y` to leave out."""
     values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
     indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     for start in range(0, x.shape[0], 512):
@@ -123,7 +123,8 @@ def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, T
 def _best(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row, (M, few) float32, and their columns, the lower first among equals.
 
-    A key is the value, in bits that sort as integers do, above the complement of its column.
+    Each pair becomes one int64 key. Its upper half is the value, in bits that sort as integers; its lower
+    half is the complement of the column.
     """
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0 a 0
     keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (0xFFFFFFFF - columns)
