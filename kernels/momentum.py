@@ -89,7 +89,7 @@ def momentum_update_reference(
 
 # The kernel: one launch, one program for each sample of the batch. The program of the first sample of a label
 # updates the row of this label; the others do nothing. It keeps the row in registers, goes through the batch
-# in order, and loads the next sample while it uses the present one. Without atomics, all runs agree bit by bit.
+# in order, and loads the next sample while it uses the present one. No atomics: all runs give equal bits.
 
 
 @jit
