@@ -16,35 +16,23 @@ from ecul.shell import arg, command, main, numbers, pair, parser
 
 __all__ = ["main", "parser"]
 log = logging.getLogger("ecul")
-NAMES = "sysu, regdb, llcm, market, or folders (your own images: root/visible and root/infrared)"
-OPTIONS = "an option of open_dataset, for instance trial=1, subset=true or cameras=true; may be repeated"
-TRAINED_ON = "height and width of its training images, which the file does not say (default: 288 144)"
 POOLING = "how the model pools (default: as the file says, where it does); AGW's base: avg, all else: gem"
-FIELDS = "a field of Config, for instance iterations=100 or size=[256,128]; may be repeated"
-RESUME = "continue the run in the directory, with its own settings except those given here"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
-LOGS = "also write log.csv, or files for TensorBoard, into the run directory; may be repeated"
-APART = "0 to 1, how far apart the modalities are (default: 0, both show the same shapes and patterns)"
-UNKNOWN = "false-accept rate for unknown people (default: 0.1)"
 SKIP = "leave out images that cannot be read, and list them"
 FLAG: dict[str, Any] = {"action": "store_true"}
-RERANK: dict[str, Any] = {
-    "nargs": "?", "const": "k-reciprocal", "choices": ("k-reciprocal", "modality"),
-    "help": "(after the other arguments) re-rank by the neighbourhoods of queries and gallery together: "
-    "k-reciprocal (default), or modality, which counts both modalities alike",
-}  # fmt: skip
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
 PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
-OPTION = arg("--option", **PAIRS, metavar="NAME=VALUE", help=OPTIONS)
+OPTION = arg(
+    "--option", **PAIRS, metavar="NAME=VALUE", help="of open_dataset, such as trial=1; may be repeated"
+)
 DATASET = (
-    arg("dataset", help=NAMES),
+    arg("dataset", help="sysu, regdb, llcm, market, or folders (yours: root/visible and root/infrared)"),
     arg("root", help="the folder of the data set, as downloaded"),
     OPTION,
     arg(
-        "--skip-unreadable", action="append_const", dest="option", const=("skip_unreadable", True),
-        help=f"your own folders: {SKIP}",
+        "--skip-unreadable", action="append_const", dest="option", const=("skip_unreadable", True), help=SKIP
     ),
-)  # fmt: skip
+)
 MODEL = (
     arg("--model", help="a run directory, a directory of save_pretrained, or a model.safetensors"),
     arg("model", nargs="?", default=argparse.SUPPRESS, help="the same without --model"),
@@ -57,6 +45,12 @@ PICTURE = arg("-o", "--output", help="a .png to draw the result in")
 ROOT = arg("--root", help="the folder of the data set (default: its place in training)")
 PRESET = arg("--preset", choices=DATASETS, help="whose settings (default: the run's, else the data set's)")
 METHOD = arg("--method", choices=METHODS, help="the method (default: united)")
+RERANK = arg(
+    "--rerank", nargs="?", const="k-reciprocal", choices=("k-reciprocal", "modality"),
+    help="(after the other arguments) re-rank by the neighbourhoods of queries and gallery together: "
+    "k-reciprocal (default), or modality, which counts both modalities alike",
+)  # fmt: skip
+UNKNOWN = arg("--unknown", type=float, default=0.1, help="false-accept rate for strangers (default: 0.1)")
 READING = (
     arg("--skip-unreadable", **FLAG, help=f"{SKIP}; the default for a run that was trained so"),
     arg("--batch-size", type=int, default=256, help="images at a time (default: 256), halved when too many"),
@@ -66,12 +60,12 @@ READING = (
 @command(
     "Train without identity labels; the run directory holds model, log and configuration.",
     *DATASET, DEVICE, METHOD, OUTPUT, PRESET,
-    arg("--resume", **FLAG, help=RESUME),
+    arg("--resume", **FLAG, help="continue the run, with its own settings except those given here"),
     arg("--config", metavar="FILE", help="settings to start from, such as a run's config.json"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
-    arg("--log", action="append", choices=("csv", "tensorboard"), default=[], help=LOGS),
+    arg("--log", action="append", choices=("csv", "tensorboard"), default=[], help="write this log, too"),
     arg("--trials", type=numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),
-    arg("--set", **PAIRS, metavar="FIELD=VALUE", help=FIELDS),
+    arg("--set", **PAIRS, metavar="FIELD=VALUE", help="of Config, such as size=[256,128]; may be repeated"),
 )  # fmt: skip
 def train(args: argparse.Namespace) -> None:
     from ecul.common import distributed
@@ -124,8 +118,7 @@ def config(args: argparse.Namespace) -> None:
     arg("--modes", nargs="+", help="rows of the protocol, for instance all indoor (default: all rows)"),
     arg("--shots", type=int, nargs="+", help="SYSU-MM01: gallery images an identity and camera: 1, 10"),
     arg("--draw", default="random", help="random, or the path of SYSU-MM01's rand_perm_cam.mat"),
-    arg("--rerank", **RERANK),
-    FORMAT, arg("--json", dest="format", action="store_const", const="json", help="--format json"),
+    RERANK, FORMAT, arg("--json", dest="format", action="store_const", const="json", help="--format json"),
 )  # fmt: skip
 def evaluate(args: argparse.Namespace) -> None:
     from ecul.common.pretrained import weights_file
@@ -163,8 +156,7 @@ def compare(args: argparse.Namespace) -> None:
     from ecul.report.pictures import prepare_picture
     from ecul.tools.compare import compare
 
-    if args.output:
-        prepare_picture(args.output)
+    prepare_picture(args.output)
     found = compare(args.runs, root=args.root, device=args.device)
     print(found.table(args.format))
     if args.output:
@@ -213,18 +205,15 @@ def extract(args: argparse.Namespace) -> None:
     arg("--query-modality", required=True, choices=MODALITIES, help="of the queries"),
     arg("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery"),
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
-    arg("--unknown", type=float, default=0.1, help=f"{UNKNOWN}, after `ecul threshold`"),
-    arg("--rerank", **RERANK),
     arg("-o", "--output", help="a .png to draw a sample of five queries and ten answers in"),
-    *READING, DEVICE, JSON,
+    UNKNOWN, RERANK, *READING, DEVICE, JSON,
 )  # fmt: skip
 def search(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_ranking, prepare_picture
     from ecul.tools.search import search
     from ecul.tools.threshold import Threshold
 
-    if args.output:
-        prepare_picture(args.output)
+    prepare_picture(args.output)
     options = {"top": args.top, "rerank": args.rerank, "unknown": args.unknown, **_reading(args)}
     model = _model(args)
     options["threshold"] = Threshold.load(args.model, model.sha256)
@@ -240,7 +229,7 @@ def search(args: argparse.Namespace) -> None:
     "Bring in a published checkpoint (AGW, ADCA, PGM, MBCCM layouts) as a model of this library.",
     arg("file", help="a .pth, .tar or .safetensors file; code in it is never run"),
     OUTPUT,
-    arg("--size", **PIXELS, default=(288, 144), help=TRAINED_ON),
+    arg("--size", **PIXELS, default=(288, 144), help="of its training images (default: 288 144)"),
     arg("--pooling", choices=("gem", "avg"), default="file", help=POOLING),
 )  # fmt: skip
 def import_(args: argparse.Namespace) -> None:
@@ -277,8 +266,7 @@ def tune(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_tuning, prepare_picture
     from ecul.tools.tuning import tune_config
 
-    if args.output:
-        prepare_picture(args.output)
+    prepare_picture(args.output)
     found = tune_config(*_trained(args))
     if args.output:
         draw_tuning(args.output, found.rows, found.chosen)
@@ -287,8 +275,7 @@ def tune(args: argparse.Namespace) -> None:
 
 @command(
     "Learn which similarity means the same person, and save it beside the model, where search reads it.",
-    *DATASET, *MODEL, PRESET, DEVICE,
-    arg("--unknown", type=float, default=0.1, help=UNKNOWN),
+    *DATASET, *MODEL, PRESET, DEVICE, UNKNOWN,
 )  # fmt: skip
 def threshold(args: argparse.Namespace) -> None:
     from ecul.tools.threshold import check_share, measure_threshold
@@ -317,11 +304,11 @@ def check(args: argparse.Namespace) -> int:
     arg("--images", type=int, default=4, help="images of each identity and camera (default: 4)"),
     arg("--size", **PIXELS, default=(64, 32), help="pixels (default: 64 32)"),
     arg("--seed", type=int, default=0, help="the same seed, the same images (default: 0)"),
-    arg("--gap", type=float, default=0.0, help=APART),
+    arg("--gap", type=float, default=0.0, help="0 to 1, how far apart the modalities are (default: 0)"),
 )
 def synthesize(args: argparse.Namespace) -> None:
-    names = ("identities", "test_identities", "images", "size", "seed", "gap")
-    print(ecul.synthesize(args.root, **{name: getattr(args, name) for name in names}))
+    names = ("root", "identities", "test_identities", "images", "size", "seed", "gap")
+    print(ecul.synthesize(**{name: getattr(args, name) for name in names}))
 
 
 @command(

@@ -113,12 +113,10 @@ def _uses_gem(pooling: str, non_local: bool, state: dict[str, torch.Tensor], pat
 
 def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     """Depth, width and non-local blocks, from the names and shapes of the weights."""
-    counts = tuple(
-        len({name.split(".")[1] for name in state if name.startswith(f"layer{stage}.")})
-        for stage in range(1, 5)
-    )
+    blocks = {tuple(name.split(".")[:2]) for name in state if name.startswith("layer")}
+    counts = tuple(sum(layer == f"layer{stage}" for layer, _ in blocks) for stage in range(1, 5))
     bottlenecks = "layer1.0.conv3.weight" in state
-    depths = [d for d, blocks in BLOCKS.items() if blocks == counts and (d >= 50) == bottlenecks]
+    depths = [d for d, known in BLOCKS.items() if known == counts and (d >= 50) == bottlenecks]
     stem = state.get("visible.conv1.weight", torch.empty(0))
     if not depths or len(stem.shape) != 4 or len(stem) not in WIDTH:
         raise ValueError(

@@ -125,9 +125,9 @@ def numbers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise argparse.ArgumentTypeError(f"expected numbers like 1-10 or 1,3,5, got {text!r}")
+        if not (first + last).isdecimal() or not first or int(first) > int(last or first):
+            raise argparse.ArgumentTypeError(
+                f"expected numbers like 1,3 or 1-10, the smaller first, got {text!r}"
+            )
         found += range(int(first), int(last or first) + 1)
-    if not found:
-        raise argparse.ArgumentTypeError(f"expected numbers like 1-10, the smaller first, got {text!r}")
     return found

@@ -80,17 +80,13 @@ def test_weights_of_another_kind_are_refused(tmp_path, other):
     ("claims", "message"),
     [
         ({"width": "5000"}, "is damaged: its width is 5000"),
-        ({"width": "1000000000"}, "its width is 1000000000"),
         ({"width": "4000"}, r"does not fit .* of width 4000.*conv1.weight is \(2,"),
         ({"width": "2.0"}, "its width is 2.0"),
-        ({"width": "true"}, "its width is true"),
         ({"width": None}, "'width' is missing"),
         ({"depth": "101"}, "does not fit a ResNet-101"),
         ({"depth": "11"}, "its depth is 11"),
-        ({"non_local": "maybe"}, "its non_local is maybe"),
         ({"stem_stride": "3"}, "its stem_stride is 3"),
         ({"input_size": "[100000, 64]"}, "its input_size is 100000"),
-        ({"input_size": "[64]"}, "is damaged"),
         ({"input_size": "[" * 100_000}, "is damaged"),
         ({"input_size": "[" + "9" * 5000 + ", 64]"}, "its input_size is 999"),
         ({"architecture": "\x1b[2J"}, r"holds \\x1b\[2J, not TwoStreamResNet"),
@@ -149,11 +145,9 @@ class Malformed:
     "parts",
     [
         (RECONSTRUCT, (np.ndarray, (0,), b"b"), (1, (10**9,), "nonsense", False, b"x")),
-        (RECONSTRUCT, ()),
         (SCALAR, (np.dtype("f8"), b"short")),
         (SCALAR, ("f8",)),
         (np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 63)),
-        (np.dtype, ("f8", False, True), ("nonsense",)),
     ],
 )
 def test_malformed_numpy_objects_beside_the_weights_are_never_made(tmp_path, parts):

@@ -30,9 +30,6 @@ def test_without_a_terminal_there_is_a_line_a_minute_with_the_time_left(caplog, 
     steps()
     assert "count: 2 of 3, 00:00 gone, 00:00 left" in caplog.messages
     caplog.clear()
-    model, pixels = TwoStreamResNet(10, 2, input_size=(32, 16)), np.zeros((4, 32, 16, 3), np.uint8)
-    extract(model, pixels, "visible", batch_size=2)
-    assert any(line.startswith("extract visible: 2 of 4, ") for line in caplog.messages)
     assert list(logs.progress(3, "items", items=range(3))) == [0, 1, 2]
     assert "items: 2 of 3" in caplog.text and "\r" not in caplog.text
     assert "".join(capsys.readouterr()) == ""
@@ -82,5 +79,8 @@ def test_every_long_step_tells_how_far_it_is(caplog, monkeypatch, dataset):
     assert "rank indoor" not in caplog.text
     tune(torch.nn.functional.normalize(torch.randn(12, 4), dim=1), k1=(2, 3), k2=2, k3=None, eps=(0.3, 0.6))
     assert any(line.startswith("tune: 3 of 4, ") for line in caplog.messages)
+    model, pixels = TwoStreamResNet(10, 2, input_size=(32, 16)), np.zeros((4, 32, 16, 3), np.uint8)
+    extract(model, pixels, "visible", batch_size=2)
+    assert any(line.startswith("extract visible: 2 of 4, ") for line in caplog.messages)
     dataset.check()
     assert any(line.startswith("looking at files: ") for line in caplog.messages)

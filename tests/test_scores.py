@@ -53,7 +53,5 @@ def test_separation_is_the_simplified_silhouette(n, seed):
 
 
 def test_separation_without_two_clusters_is_zero():
-    assert (
-        separation(torch.eye(3), torch.tensor([0, 0, -1])) == 0
-        and separation(torch.empty(0, 3), torch.empty(0)) == 0
-    )
+    assert separation(torch.eye(3), torch.tensor([0, 0, -1])) == 0
+    assert separation(torch.empty(0, 3), torch.empty(0)) == 0

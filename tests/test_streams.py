@@ -164,14 +164,6 @@ def test_weights_of_the_plain_network_come_in_without_its_classifier(name, tmp_p
         model.load_backbone(tmp_path / "odd.safetensors")
 
 
-def test_a_trained_model_is_a_start_with_all_its_weights(tmp_path):
-    source, model = TwoStream("torchvision:resnet18", SIZE), TwoStream("torchvision:resnet18", SIZE)
-    nn.init.normal_(source.network.conv1.infrared.weight)
-    source.save_pretrained(tmp_path)
-    model.load_backbone(tmp_path)
-    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
-
-
 def test_a_librarys_own_filter_fits_position_tables_to_the_images(tmp_path, monkeypatch):
     """As timm's files have one: it gets the plain network, whose patches have their own weights."""
 

@@ -75,13 +75,9 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 def _container(content: Mapping) -> str | None:
     """The name under which a dict holds a state dict, by custom or because it is the only one."""
-    states = [k for k, v in content.items() if isinstance(v, dict) and _all_tensors(v)]
-    known = [name for name in CONTAINERS if isinstance(content.get(name), dict)]
-    return next(iter(known or states), None)
-
-
-def _all_tensors(values: Mapping) -> bool:
-    return bool(values) and all(isinstance(value, Tensor) for value in values.values())
+    inner = {name: part for name, part in content.items() if isinstance(part, dict)}
+    states = [k for k, v in inner.items() if v and all(isinstance(value, Tensor) for value in v.values())]
+    return next((name for name in (*CONTAINERS, *states) if name in inner), None)
 
 
 def load_foreign(

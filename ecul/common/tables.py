@@ -34,9 +34,8 @@ def render_table(form: str, head: str, lines: Sequence[Sequence[str]], rows: Seq
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
     """A column for every name that a row has; empty where another has not."""
     text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
-    )
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().rstrip("\n")

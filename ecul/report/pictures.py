@@ -49,10 +49,11 @@ class Row(NamedTuple):
     bad: bool = False
 
 
-def prepare_picture(path: str | Path) -> None:
-    """Fail early where a picture cannot be drawn: the errors of `prepare_output`, or without matplotlib."""
-    _matplotlib()
-    prepare_output(path, ".png")
+def prepare_picture(path: str | Path | None) -> None:
+    """Fail early where the picture that is asked for cannot be drawn: bad output, or no matplotlib."""
+    if path:
+        _matplotlib()
+        prepare_output(path, ".png")
 
 
 def _matplotlib() -> Any:

@@ -113,11 +113,9 @@ def trained_trial(run: SavedRun | None, dataset: str, trial: int | None) -> int 
     Errors: ValueError for a trial that is not the run's: some of its test people were trained on.
     """
     trained = None if run is None else run.options_of(dataset).get("trial")
-    if run is None or trained is None:
-        return trial
-    if trial not in (None, trained):
+    if run is not None and None not in (trial, trained) and trial != trained:
         raise ValueError(
             f"{run.directory} was trained on trial {trained}, which holds test people of trial {trial}; "
             "leave out the trial, or give the model of that trial"
         )
-    return trained
+    return trial if trained is None else trained

@@ -7,6 +7,7 @@ thousands of images meets. Pairs of one camera are too much alike, so only other
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -186,14 +187,13 @@ def estimate_threshold(
         points = as_tensor(f"{m} features", features[m], "cpu").float()
         rows[m] = [part[given >= 0] for part in (points, given, codes)]
     for query, gallery in SIDES:
-        found[f"{query}-{gallery}"] = _compare(query == gallery, *rows[query], *rows[gallery])
+        found[f"{query}-{gallery}"] = _compare(rows[query], rows[gallery])
     return Threshold(found, source)
 
 
-def _compare(
-    itself: bool, x: torch.Tensor, x_labels: torch.Tensor, x_cameras: torch.Tensor,
-    y: torch.Tensor, y_labels: torch.Tensor, y_cameras: torch.Tensor,
-) -> Pairs:  # fmt: skip
+def _compare(query: Sequence[torch.Tensor], gallery: Sequence[torch.Tensor]) -> Pairs:
+    """The statistics of queries and a gallery, each given as features, labels and cameras."""
+    (x, x_labels, x_cameras), (y, y_labels, y_cameras) = query, gallery
     step = 1 + len(x) // MOST
     cosines = x[::step] @ y.T
     same = x_labels[::step, None] == y_labels
@@ -203,7 +203,7 @@ def _compare(
     between = cosines[counted & ~same].numpy()
     if not len(between):
         raise ValueError("threshold: needs images of two different people, or clusters, at least")
-    if itself:  # an image is no answer to itself
+    if query is gallery:  # an image is no answer to itself
         rows = torch.arange(len(cosines))
         same[rows, rows * step] = False
     own = cosines.masked_fill(~(same & counted), -2).amax(1)[(same & counted).any(1)].numpy()
