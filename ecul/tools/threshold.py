@@ -109,11 +109,11 @@ class Threshold:
 
     def save(self, model_path: str | os.PathLike) -> Path:
         """Write it beside the model, with the hash of the weights. Returns the file."""
-        file = weights_file(model_path)
-        pairs = {name: asdict(found) for name, found in self.pairs.items()}
-        sha256 = self.model_sha256 or hash_file(file)
-        write_json(file.parent / FILE, {"source": self.source, "model_sha256": sha256, "pairs": pairs})
-        return file.parent / FILE
+        model = weights_file(model_path)
+        write_json(
+            model.parent / FILE, asdict(self) | {"model_sha256": self.model_sha256 or hash_file(model)}
+        )
+        return model.parent / FILE
 
     @classmethod
     def load(cls, model_path: str | os.PathLike, sha256: str | None = None) -> "Threshold | None":
@@ -123,10 +123,11 @@ class Threshold:
         Errors: ValueError naming the file that is damaged.
         """
         model = weights_file(model_path)
-        if not (model.parent / FILE).is_file():
+        file = model.parent / FILE
+        if not file.is_file():
             return None
-        with reading(model.parent / FILE):
-            saved = read_json(model.parent / FILE)
+        with reading(file):
+            saved = read_json(file)
             told = {name: saved["pairs"][name] for name in map("-".join, SIDES)}
             pairs = {name: Pairs(**{**about, "own": tuple(about["own"])}) for name, about in told.items()}
             if not all(np.isfinite([p.location, p.scale, *p.own]).all() for p in pairs.values()):
