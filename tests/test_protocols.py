@@ -8,7 +8,7 @@ import pytest
 
 from ecul import Config, Dataset, evaluate, open_dataset, train
 from ecul.cli import main
-from ecul.data.layouts import LAYOUTS
+from ecul.data.layouts import LAYOUTS, SPLITS
 
 TINY = Config.preset(
     "demo", epochs_intra=1, epochs_cross=1, tsmem_switch=1, iterations=2, identities=2, instances=2, width=8,
@@ -55,10 +55,10 @@ def test_a_subset_is_refused_unless_it_is_called_one(tmp_path):
         train(open_dataset("sysu", tmp_path / "data"), TINY, device="cpu")
 
 
-@pytest.mark.parametrize("cameras", [True, False])
-def test_ones_own_folders(cameras, tmp_path):
-    layouts.folders(tmp_path, cameras=cameras, images=6)
-    trained(Dataset.from_folders(visible=tmp_path / "day", infrared=tmp_path / "night", cameras=cameras))
+def test_ones_own_folders(tmp_path):
+    day, night = layouts.folders(tmp_path, images=6)
+    for cameras in (True, False):
+        trained(Dataset.from_folders(visible=day, infrared=night, cameras=cameras))
 
 
 def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys):
@@ -104,9 +104,7 @@ def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys):
 
 def test_a_set_with_counts_of_its_own_is_named_beside_its_figures(tmp_path):
     published = layouts.sysu(tmp_path / "data", train=(1, 2, 3, 5), test=tuple(range(6, 14)))
-    counts = {
-        n: {"images": 3, "identities": 1} for n in ("visible", "infrared", "test_visible", "test_infrared")
-    }
+    counts = {split: {"images": 3, "identities": 1} for split in SPLITS}
     with pytest.MonkeyPatch.context() as patch:  # more people than published
         patch.setitem(LAYOUTS, "sysu", replace(LAYOUTS["sysu"], counts=counts))
         dataset = open_dataset("sysu", published, subset=True)

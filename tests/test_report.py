@@ -29,11 +29,12 @@ from ecul.report.measured import (
     measure_clusters,
     next_labels,
 )
-from ecul.report.page import _accuracy, _cluster_section
+from ecul.report.page import _accuracy, _cluster_section, _ranked_section
 from ecul.report.pictures import (
     GAP,
     HEIGHT,
     LABEL,
+    NEUTRAL,
     RIGHT,
     WRONG,
     Cell,
@@ -281,6 +282,14 @@ def test_accuracy_rows_say_their_direction_and_may_be_empty():
     assert [name for name, _ in short] == ["all, visible-to-infrared", "all, infrared-to-visible"]
     (section,), short = _accuracy(blind, table)
     assert section.table[1] == ["all", *["-"] * 6] and short == []
+
+
+def test_answers_are_green_red_or_for_a_distractor_gray(tmp_path):
+    gallery, query = pile("visible", [1] * 3, [7, 8, -1]), pile("infrared", [3, 3], [-1, 7])
+    blank = tuple(torch.zeros(len(side), 3, 4, 2, dtype=torch.uint8) for side in (gallery, query))
+    table = Embedded((gallery, query), blank, around([0.1, 0.2, 0.3], [0.0, 0.0]))
+    (row,) = _ranked_section(tmp_path, table, None, 2, 3, "test").sheet
+    assert [cell.color for cell in row.cells[1:]] == [RIGHT, WRONG, NEUTRAL]
 
 
 def test_a_run_does_not_choose_where_we_write(run, dataset, tmp_path):

@@ -18,7 +18,7 @@ from ecul.data.images import Images
 from ecul.data.layouts import LAYOUTS, SYSU_CAMERAS, whole_number
 from ecul.data.pack import Files
 
-ON_PURPOSE = "for a subset or a set of one's own, on purpose, say subset=True (--option subset=true)"
+ON_PURPOSE = "if it is a subset or a set of one's own, give subset=True (--option subset=true)"
 
 
 @dataclass

@@ -77,7 +77,7 @@ class Files:
         return [self.root / self.names[row] for row in (range(len(self.names)) if rows is None else rows)]
 
     def load(self, rows: np.ndarray, size: Size, progress: bool = True) -> torch.Tensor:
-        """The pixels of these rows as a (n, 3, H, W) uint8 tensor, from the pack where there may be one."""
+        """The pixels of these rows as a (n, 3, H, W) uint8 tensor, from a pack or directly."""
         pixels = self._packed(size, progress) if self.folders else None
         if pixels is None:
             return _stack(self._read(rows, size, progress, "reading"), len(rows), size)
@@ -128,7 +128,7 @@ class Files:
                     other.unlink()
 
     def _read(self, rows: np.ndarray, size: Size, progress: bool, what: str) -> Iterator:
-        """The images in order; where some cannot be read, in the end an error that names all of these."""
+        """The images in order. If some cannot be read, one error at the end names all of them."""
         problems: dict[str, ValueError] = {}
         for _, image in read_images(self.paths(rows), size, progress, what, problems):
             if not problems:

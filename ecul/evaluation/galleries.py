@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -31,10 +31,13 @@ def draw_random(groups: Sequence[np.ndarray], trial: int, shots: int) -> np.ndar
     return np.array([row for rows in picked for row in rows], np.int64)
 
 
-def read_permutations(path: str | os.PathLike) -> list[np.ndarray]:
-    """SYSU-MM01's rand_perm_cam.mat: for each camera, identity and trial, 1-based numbers of images.
+def read_draw(
+    path: str | os.PathLike, images: Images, groups: Sequence[np.ndarray]
+) -> Callable[[int, int], np.ndarray]:
+    """The official draw, a function of trial and shots: the first numbers of a permutation within each group.
 
-    Errors: those of `reading`.
+    path: SYSU-MM01's rand_perm_cam.mat: for each camera, identity and trial, 1-based numbers of images.
+    Errors: those of `reading`; the function raises ValueError for a trial or an image that is absent.
     """
     from scipy.io import loadmat
 
@@ -44,24 +47,20 @@ def read_permutations(path: str | os.PathLike) -> list[np.ndarray]:
         cells = [cell for camera in permutations for cell in camera]
         if len(cameras) != 6 or not all(isinstance(cell, np.ndarray) and cell.ndim == 2 for cell in cells):
             raise ValueError("rand_perm_cam should be 6 cells of a cell an identity, each (trials, images)")
-        return permutations
 
+    def draw(trial: int, shots: int) -> np.ndarray:
+        drawn: list[int] = []
+        for rows in groups:
+            pid, camid = int(images.identities()[rows[0]]), int(images.camids[rows[0]])
+            cell = next(iter(permutations[camid - 1][pid - 1 : pid]), np.empty((0, 0)))
+            who = f"identity {pid} in camera {camid}"
+            if len(cell) <= trial or not cell.shape[1]:
+                raise ValueError(f"draw: {str(path)!r} has no trial {trial} for {who}")
+            numbers = cell[trial, :shots].astype(int)
+            if absent := [n for n in numbers if not 1 <= n <= len(rows)]:
+                asked = f"asks for image {absent[0]} of {who}, which has {len(rows)}"
+                raise ValueError(f"draw: {str(path)!r} {asked}")
+            drawn += [rows[number - 1] for number in numbers]
+        return np.array(drawn, np.int64)
 
-def draw_official(
-    path: str | os.PathLike, permutations: Sequence[np.ndarray], images: Images, groups: Sequence[np.ndarray],
-    trial: int, shots: int,
-) -> np.ndarray:  # fmt: skip
-    """The first `shots` numbers of the trial's permutation, taken as file numbers within each group."""
-    drawn: list[int] = []
-    for rows in groups:
-        pid, camid = int(images.identities()[rows[0]]), int(images.camids[rows[0]])
-        cell = next(iter(permutations[camid - 1][pid - 1 : pid]), np.empty((0, 0)))
-        who = f"identity {pid} in camera {camid}"
-        if len(cell) <= trial or not cell.shape[1]:
-            raise ValueError(f"draw: {str(path)!r} has no trial {trial} for {who}")
-        numbers = cell[trial, :shots].astype(int)
-        if numbers.min() < 1 or numbers.max() > len(rows):
-            asked = f"asks for image {numbers.max()} of {who}, which has {len(rows)}"
-            raise ValueError(f"draw: {str(path)!r} {asked}")
-        drawn += [rows[number - 1] for number in numbers]
-    return np.array(drawn, np.int64)
+    return draw

@@ -22,7 +22,7 @@ from ecul.common.tables import render_table
 from ecul.data.dataset import Dataset
 from ecul.data.images import Images, as_numpy
 from ecul.data.layouts import LAYOUTS
-from ecul.evaluation.galleries import draw_official, draw_random, group_rows, read_permutations
+from ecul.evaluation.galleries import draw_random, group_rows, read_draw
 from ecul.evaluation.metrics import score_queries, summarise
 from ecul.evaluation.rerank import RERANKINGS, reranked
 from ecul.features import extract, require_model
@@ -274,7 +274,7 @@ def _draw(
         groups = group_rows(sides[mode.drawn], rows[mode.drawn])
         pick = partial(draw_random, groups)
         if str(draw) != "random":
-            pick = partial(draw_official, draw, read_permutations(draw), sides[mode.drawn], groups)
+            pick = read_draw(draw, sides[mode.drawn], groups)
         picked = [{**rows, mode.drawn: pick(trial, shots)} for trial in range(trials)]
     return [(trial["query"], np.concatenate([trial["gallery"], distractors])) for trial in picked]
 

@@ -123,7 +123,7 @@ def draw_sheet(path: str | Path, rows: Sequence[Row], lead: int = 0, title: str 
 
 
 def _printable(text: str) -> str:
-    """Names of files as they are; what is not UTF-8 as a question mark."""
+    """The text with a question mark for every byte of a file's name that is not UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -175,8 +175,11 @@ def _end(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[1 - width :]
 
 
-def _dress(axes: Any, title: str) -> None:
-    """The title and the look that all panels share."""
+def _dress(axes: Any, title: str, epochs: bool = False) -> None:
+    """The title and the look that all panels share; epochs: x counts them."""
+    if epochs:
+        axes.set(xlabel="epoch")
+        axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
     axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
@@ -229,9 +232,8 @@ def draw_curves(path: str | Path, history: Sequence[dict]) -> None:
                 line |= {"label": " ".join(words) or "whole epoch", "marker": "o", "markersize": 2.5}
                 axes.plot([row["epoch"] + 1 for row in history], values, linewidth=1.4, **line)
                 shown += values
-            _dress(axes, title)
-            axes.set(xlabel="epoch", ylabel=unit)
-            axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
+            _dress(axes, title, epochs=True)
+            axes.set(ylabel=unit)
             if unit in ("number", "images"):
                 axes.locator_params(axis="y", integer=True)
             low, high = np.nanmin(shown), np.nanmax(shown) or 1
@@ -250,22 +252,17 @@ def draw_overlaid(path: str | Path, panels: Sequence[tuple[str, Sequence[tuple[s
     """
     with _picture(path, 4.6 * len(panels), 3.9, layout="constrained") as figure:
         for place, (title, curves) in enumerate(panels, 1):
-            axes = figure.add_subplot(1, len(panels), place, xlabel="epoch")
+            axes = figure.add_subplot(1, len(panels), place)
             for number, (name, values) in enumerate(curves):
                 counted = np.isfinite(values).any(0)
                 epochs, held = np.flatnonzero(counted) + 1, values[:, counted]
-                if not len(epochs):
-                    continue
                 mean, deviation = np.nanmean(held, 0), np.nanstd(held, 0)
                 color = f"C{number % 10}"
                 line = {"color": color, "linewidth": 1.4, "marker": "o", "markersize": 2}
                 axes.plot(epochs, mean, linestyle=("-", "--", ":")[number // 10 % 3], label=name, **line)
                 axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
-            _dress(axes, title)
-            axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
-        handles, names = max(
-            (axes.get_legend_handles_labels() for axes in figure.axes), key=lambda h: len(h[1])
-        )
+            _dress(axes, title, epochs=True)
+        handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
 
