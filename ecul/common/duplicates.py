@@ -3,20 +3,21 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ecul.common.exact import FEATURE_ROWS
 from ecul.common.sparse import CSR, STRIP_ROWS, spans
 from ecul.kernels._overlaps import in_units, least_overlap
 
 
-def equal_rows(points: torch.Tensor) -> torch.Tensor:
+def equal_rows(points: Tensor) -> Tensor:
     """(N,) int64: for each row of points (N, D) on the grid the first row that is equal to it."""
     weights = _random(2**20, points.shape[1], points.device).double()
     codes = torch.cat([rows.double() @ weights for rows in points.split(FEATURE_ROWS)])  # exact sums
     return _first_of(codes, lambda rows, firsts: (points[rows] == points[firsts]).all(1))
 
 
-def nearest_members(values: torch.Tensor, groups: torch.Tensor, group: torch.Tensor, k: int) -> torch.Tensor:
+def nearest_members(values: Tensor, groups: Tensor, group: Tensor, k: int) -> Tensor:
     """The k nearest points of each row, (rows, k) int64, given its nearest groups of equal points.
 
     values, groups: (rows, few), the similarity of these groups and their numbers. group: (N,) the group of
@@ -35,12 +36,12 @@ def nearest_members(values: torch.Tensor, groups: torch.Tensor, group: torch.Ten
     return torch.cat(found)
 
 
-def distinct_encodings(encodings: CSR, eps: float) -> tuple[CSR, torch.Tensor]:
-    """The same encodings with equal rows once, the others empty, and (N,) the row that stands for each.
+def distinct_encodings(encodings: CSR, eps: float) -> tuple[CSR, Tensor]:
+    """The encodings with equal rows kept once, the others empty; and (N,) the row that stands for each row.
 
-    Pairs within eps < 1 stay. An entry in a column that no other row has overlaps with nothing and goes. Then
-    rows of equal entries have equal neighbours and are neighbours of each other, except rows whose sum is too
-    small for any neighbour: these stand for themselves and become empty.
+    No pair within eps < 1 is lost. Entries in a column that no other row has overlap with nothing: they are
+    removed first. Rows that are then equal have equal neighbours, and are neighbours of each other. A row
+    whose sum is too small for any neighbour stands for itself and becomes empty.
     """
     indptr, indices, values = encodings
     size, itself = len(indptr) - 1, torch.arange(len(indptr) - 1, device=indptr.device)
@@ -56,7 +57,7 @@ def distinct_encodings(encodings: CSR, eps: float) -> tuple[CSR, torch.Tensor]:
     indices, values = indices[kept], values[kept]
     starts = sizes.cumsum(0) - sizes
 
-    def same(rows: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
+    def same(rows: Tensor, firsts: Tensor) -> Tensor:
         equal = sizes[rows] == sizes[firsts]
         place, owner = spans(starts[rows], sizes[rows] * equal)
         other = place + (starts[firsts] - starts[rows])[owner]
@@ -69,9 +70,7 @@ def distinct_encodings(encodings: CSR, eps: float) -> tuple[CSR, torch.Tensor]:
     return (torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]), indices[kept], values[kept]), first
 
 
-def _first_of(
-    codes: torch.Tensor, same: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+def _first_of(codes: Tensor, same: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """For each row the first row of the same code, if same(rows, firsts) confirms it, else the row itself."""
     group, itself = codes.unique(return_inverse=True)[1], torch.arange(len(codes), device=codes.device)
     first = torch.full_like(itself, len(codes)).scatter_reduce(0, group, itself, "amin")[group]
@@ -81,5 +80,5 @@ def _first_of(
     return first
 
 
-def _random(below: int, count: int, device: torch.device) -> torch.Tensor:
+def _random(below: int, count: int, device: torch.device) -> Tensor:
     return torch.randint(below, (count,), generator=torch.Generator().manual_seed(0)).to(device)

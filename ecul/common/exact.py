@@ -41,7 +41,7 @@ def on_grid(values: torch.Tensor) -> torch.Tensor:
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
-    """exp of float64 values in [-4, 0], to 12 digits; every device rounds these steps alike."""
+    """exp of float64 values in [-4, 0], to 12 digits. Every device rounds each step in the same way."""
     x = x / 64
     power = torch.ones_like(x)
     for n in range(8, 0, -1):
@@ -52,7 +52,7 @@ def exp(x: torch.Tensor) -> torch.Tensor:
 
 
 def _row_sums(values: torch.Tensor) -> torch.Tensor:
-    """The sum of each row, by halving: the order is the same on every device. Overwrites `values`."""
+    """The sum of each row. It adds halves, in the same order on every device, and overwrites `values`."""
     while values.shape[1] > 1:
         half = (values.shape[1] + 1) // 2
         rest = values[:, half:]

@@ -3,40 +3,35 @@
 import warnings
 
 import torch
+from torch import Tensor
 
 from ecul.common import distributed
 
 STRIP_ROWS = 8192  # rows of a sparse matrix that are made at a time
-CSR = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # indptr, indices, values
+CSR = tuple[Tensor, Tensor, Tensor]  # indptr, indices, values
 
 
 def coalesced(
-    rows: torch.Tensor,
-    cols: torch.Tensor,
-    values: torch.Tensor,
-    shape: tuple[int, ...],
-    in_order: bool = False,
-) -> torch.Tensor:
-    """A COO matrix of these entries; entries at one place are added. in_order: sorted already, none twice."""
+    rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, ...], in_order: bool = False
+) -> Tensor:
+    """A COO matrix; entries at one place are added. in_order: they are sorted, and no place occurs twice."""
     place = torch.stack([rows, cols])
     matrix = torch.sparse_coo_tensor(place, values, shape, check_invariants=False, is_coalesced=in_order)
     return matrix.coalesce()
 
 
-def entries(near: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def entries(near: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and values of the positive weights, from (rows, k) columns and their weights."""
     chosen = weights > 0
     return chosen.nonzero()[:, 0], near[chosen], weights[chosen]
 
 
-def times(near: torch.Tensor, weights: torch.Tensor, matrix: CSR) -> torch.Tensor:
+def times(near: Tensor, weights: Tensor, matrix: CSR) -> Tensor:
     """For each row the weighted sum of the rows `near` of a CSR (N, N) float64 matrix, as coalesced COO."""
     return product(*entries(near, weights.double()), len(near), matrix)
 
 
-def product(
-    rows: torch.Tensor, cols: torch.Tensor, weights: torch.Tensor, height: int, matrix: CSR
-) -> torch.Tensor:
+def product(rows: Tensor, cols: Tensor, weights: Tensor, height: int, matrix: CSR) -> Tensor:
     """A sparse (height, N) matrix times a CSR (N, N) one; only the rows that it names are read."""
     indptr, indices, values = matrix
     named, cols = cols.unique(return_inverse=True)
@@ -48,14 +43,14 @@ def product(
         return torch.sparse.mm(coalesced(rows, cols, weights, (height, len(named))), right).coalesce()
 
 
-def spans(starts: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spans(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """The places start, start + 1, ... of each span, and the number of the span of each place."""
     owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     before = starts - (sizes.cumsum(0) - sizes)
     return before[owner] + torch.arange(len(owner), device=sizes.device), owner
 
 
-def lengths(matrix: torch.Tensor) -> torch.Tensor:
+def lengths(matrix: Tensor) -> Tensor:
     """Entries in each row of a COO matrix."""
     return matrix.indices()[0].bincount(minlength=len(matrix))
 
