@@ -59,18 +59,15 @@ def extract(
         pixels = images.load(model.input_size, progress)
         return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
     if isinstance(images, str | os.PathLike):
-        raise TypeError(
-            f"images: got the one path {os.fspath(images)!r}; give a list of paths, or read a folder, whose "
-            "names you will want, with ecul.tools.search.extract_folder"
-        )
+        told = "give a list of paths, or read a folder with ecul.tools.search.extract_folder"
+        raise TypeError(f"images: got the one path {os.fspath(images)!r}; {told}")
     if not isinstance(images, Iterable):
         kinds = "an Images, a list of paths, or a uint8 array or tensor"
         raise TypeError(f"images must be {kinds}, got {type(images).__name__}")
     paths = list(images)
     if other := [type(path).__name__ for path in paths if not isinstance(path, str | os.PathLike)]:
         raise TypeError(f"images: a list must hold paths, not {other[0]}; stack arrays into one")
-    found = extract_files(model, paths, modality, batch_size=batch_size, flip=flip, progress=progress)
-    return found.features
+    return extract_files(model, paths, modality, batch_size=batch_size, flip=flip, progress=progress).features
 
 
 def extract_files(
@@ -124,10 +121,8 @@ def require_model(model: Any) -> None:
     lacking = [name for name in ("embed", "input_size", "num_features") if not hasattr(model, name)]
     if lacking:
         got = repr(model) if isinstance(model, str | os.PathLike) else type(model).__name__
-        raise TypeError(
-            f"model must have embed(x, modality), input_size and num_features, got {got} without "
-            f"{', '.join(lacking)}; TwoStreamResNet.from_pretrained and Backbone.from_pretrained load one"
-        )
+        told = f"got {got} without {', '.join(lacking)}; TwoStreamResNet.from_pretrained loads one"
+        raise TypeError(f"model must have embed(x, modality), input_size and num_features, {told}")
 
 
 @contextmanager

@@ -20,10 +20,20 @@ from ecul.common.names import printable
 from ecul.common.pretrained import SIDE, Pretrained
 from ecul.data.images import check_modality
 
-LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
-    # the function that builds a network by its name, its arguments, and how it is told the image size
-    "timm": ("timm.create_model", {"pretrained": False, "num_classes": 0}, lambda size: {"img_size": size}),
-    "torchvision": ("torchvision.models.get_model", {"weights": None}, lambda size: {"image_size": size[0]}),
+# The module and the function that builds a network by its name, its arguments, and those for the image size
+LIBRARIES: dict[str, tuple[str, str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
+    "timm": (
+        "timm",
+        "create_model",
+        {"pretrained": False, "num_classes": 0},
+        lambda size: {"img_size": size},
+    ),
+    "torchvision": (
+        "torchvision.models",
+        "get_model",
+        {"weights": None},
+        lambda size: {"image_size": size[0]},
+    ),
 }
 
 
@@ -73,20 +83,17 @@ class Backbone(Pretrained):
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
         if not hasattr(network, "num_features"):
-            raise TypeError(
-                f"model must have num_features, its rows' size; {type(network).__name__} has none"
-            )
+            told = f"{type(network).__name__} has none"
+            raise TypeError(f"model must have num_features, the size of its rows; {told}")
         self._wrap(network, input_size, type(network).__name__)
         if self.num_features != network.num_features:
-            raise ValueError(
-                f"model: its rows have {self.num_features} features where num_features says "
-                f"{network.num_features}; build it without its classifier (timm: num_classes=0)"
-            )
+            told = f"{self.num_features} features where num_features says {network.num_features}"
+            raise ValueError(f"model: its rows have {told}; build it without its classifier")
 
     def _wrap(self, network: nn.Module, input_size: tuple[int, int], name: str) -> None:
         super().__init__()
         self.num_features = output_size(network, input_size)
-        self.network, self.input_size = network, (input_size[0], input_size[1])
+        self.network, self.input_size = network, tuple(input_size)
         self.settings = {"network": name, "input_size": [*input_size]}
 
     def forward(self, visible: torch.Tensor, infrared: torch.Tensor) -> torch.Tensor:
@@ -116,10 +123,8 @@ class Backbone(Pretrained):
         saved = cls._read(path, {"input_size": (SIDE, SIDE)})
         name = saved.metadata.get("network", "")
         if network is None and ":" not in name:
-            raise ValueError(
-                f"{saved.file} holds one's own {printable(name)}: "
-                f"{cls.__name__}.from_pretrained(path, network) loads it"
-            )
+            told = f"{cls.__name__}.from_pretrained(path, network) loads it"
+            raise ValueError(f"{saved.file} holds one's own {printable(name)}: {told}")
         with drawing(0):
             made_of: Any = name if network is None else network  # `TwoStream` takes a name
             model = cls(made_of, tuple(saved.about["input_size"]))
@@ -197,10 +202,8 @@ def output_size(network: nn.Module, size: tuple[int, int]) -> int:
         raise ValueError(f"model: {name} has a stem for each modality already; give the plain network")
     sizes = [row_size(network, size, mode) for mode in ("evaluation", "training")]
     if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"model: {name} gives rows of {sizes[0]} features in evaluation and of {sizes[1]} in training; "
-            "both must be the features, without the classifier"
-        )
+        told = f"gives rows of {sizes[0]} features in evaluation and of {sizes[1]} in training"
+        raise ValueError(f"model: {name} {told}; both must be the features, without the classifier")
     return sizes[0]
 
 
@@ -221,10 +224,8 @@ def row_size(network: nn.Module, size: tuple[int, int], mode: str, streams: int 
             raise ValueError(f"model: {name} takes no images of {size} pixels in {mode}: {e}") from e
     got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
     if not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != count:
-        raise ValueError(
-            f"model: {name} should give rows ({count}, num_features) of {count} images, got {got} in {mode}; "
-            "it needs its pooling, and no classifier (timm: num_classes=0)"
-        )
+        told = f"should give rows ({count}, num_features) of {count} images, got {got} in {mode}"
+        raise ValueError(f"model: {name} {told}; give it with its pooling and without its classifier")
     return rows.shape[1]
 
 
@@ -232,10 +233,9 @@ def _build(name: str, size: tuple[int, int]) -> nn.Module:
     library, _, architecture = name.partition(":")
     if library not in LIBRARIES or not architecture:
         raise ValueError(f"backbone must be timm:NAME or torchvision:NAME, got {name!r}")
-    function, arguments, sized = LIBRARIES[library]
-    module, _, attribute = function.rpartition(".")
+    module, function, arguments, sized = LIBRARIES[library]
     try:
-        build = getattr(importlib.import_module(module), attribute)
+        build = getattr(importlib.import_module(module), function)
     except ImportError as e:
         raise ImportError(f"backbone {name!r} needs {library}: pip install {library}") from e
     try:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,9 @@ def as_hook(on_epoch: Callable[..., object] | None) -> Hook:
     except ValueError:  # a built-in function that does not tell
         return lambda row, model: on_epoch(row)
     for given in ((None,), (None, None)):
-        try:
+        with suppress(TypeError):
             signature.bind(*given)
-        except TypeError:
-            continue
-        return lambda *both: on_epoch(*both[: len(given)])
+            return lambda *both: on_epoch(*both[: len(given)])
     raise TypeError(wanted)
 
 
