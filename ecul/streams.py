@@ -20,20 +20,10 @@ from ecul.common.names import printable
 from ecul.common.pretrained import SIDE, Pretrained
 from ecul.data.images import check_modality
 
-# The module and the function that builds a network by its name, its arguments, and those for the image size
-LIBRARIES: dict[str, tuple[str, str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
-    "timm": (
-        "timm",
-        "create_model",
-        {"pretrained": False, "num_classes": 0},
-        lambda size: {"img_size": size},
-    ),
-    "torchvision": (
-        "torchvision.models",
-        "get_model",
-        {"weights": None},
-        lambda size: {"image_size": size[0]},
-    ),
+LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
+    # the function that builds a network by its name, its arguments, and those for the image size
+    "timm": ("timm.create_model", {"pretrained": False, "num_classes": 0}, lambda size: {"img_size": size}),
+    "torchvision": ("torchvision.models.get_model", {"weights": None}, lambda size: {"image_size": size[0]}),
 }
 
 
@@ -233,9 +223,10 @@ def _build(name: str, size: tuple[int, int]) -> nn.Module:
     library, _, architecture = name.partition(":")
     if library not in LIBRARIES or not architecture:
         raise ValueError(f"backbone must be timm:NAME or torchvision:NAME, got {name!r}")
-    module, function, arguments, sized = LIBRARIES[library]
+    function, arguments, sized = LIBRARIES[library]
+    module, _, attribute = function.rpartition(".")
     try:
-        build = getattr(importlib.import_module(module), function)
+        build = getattr(importlib.import_module(module), attribute)
     except ImportError as e:
         raise ImportError(f"backbone {name!r} needs {library}: pip install {library}") from e
     try:
