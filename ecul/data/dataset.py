@@ -19,8 +19,6 @@ from ecul.data.images import Column, Images, Pixels
 from ecul.data.layouts import LAYOUTS, SPLITS, Folder, Layout
 from ecul.data.pack import Files
 
-PROTOCOLS = ("sysu", "regdb", "llcm")
-
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -44,7 +42,7 @@ class Dataset:
     options: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.protocol not in (None, *PROTOCOLS):
+        if self.protocol not in ("sysu", "regdb", "llcm", None):
             raise ValueError(f"protocol: expected 'sysu', 'regdb', 'llcm' or None, not {self.protocol!r}")
         for name, images in self.splits().items():
             if images.modality != name.removeprefix("test_"):
@@ -162,9 +160,8 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     if name in LAYOUTS:
         return _open_layout(name, LAYOUTS[name], root, **options)
     places = {m: str(options[m]) for m in MODALITIES}
-    Folder(root, "visible/ and infrared/, or the folders that these two options name").require(
-        *places.values()
-    )
+    held = "visible/ and infrared/, or the folders that these two options name"
+    Folder(root, held).require(*places.values())
     return Dataset.from_folders(**{**options, **{m: root / place for m, place in places.items()}})
 
 

@@ -173,9 +173,8 @@ def evaluate(
     name = "k-reciprocal" if rerank is True else rerank or None
     if name is not None and name not in RERANKINGS:
         raise ValueError(f"rerank: expected {', '.join(RERANKINGS)}, True or False, not {rerank!r}")
-    shared = {"caution": _caution(dataset), "reranking": "no re-ranking"}
-    if name is not None:
-        shared["reranking"] = f"{name} ({RERANKINGS[name]})"
+    told = "no re-ranking" if name is None else f"{name} ({RERANKINGS[name]})"
+    shared = {"caution": _caution(dataset), "reranking": told}
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
     rows = []
     for row in plan:
@@ -272,9 +271,8 @@ def _draw(
     picked = [rows]
     if mode.drawn:
         groups = group_rows(sides[mode.drawn], rows[mode.drawn])
-        pick = partial(draw_random, groups)
-        if str(draw) != "random":
-            pick = read_draw(draw, sides[mode.drawn], groups)
+        drawn = sides[mode.drawn]
+        pick = partial(draw_random, groups) if str(draw) == "random" else read_draw(draw, drawn, groups)
         picked = [{**rows, mode.drawn: pick(trial, shots)} for trial in range(trials)]
     return [(trial["query"], np.concatenate([trial["gallery"], distractors])) for trial in picked]
 

@@ -49,7 +49,6 @@ PATTERNS: dict[str, Callable[..., np.ndarray | None]] = {
     "band": lambda x, y, period, half: np.abs(y) - 0.35 * period,
     "open": lambda x, y, period, half: np.abs(x) - 0.3 * half,
 }
-LOWER_PATTERNS = tuple(PATTERNS)[:6]
 CLOTH = ("upper", "upper_period", "lower_pattern", "lower_period", "logo", "belt")  # the traits of the cloth
 
 
@@ -73,7 +72,7 @@ def draw_traits(rng: np.random.Generator) -> Person:
         "upper_period": pick(0.10, 0.16) * rng.uniform(0.95, 1.05),
         "lower": pick(*LOWER),
         "lower_width": rng.uniform(1.0, 1.5),
-        "lower_pattern": pick(*LOWER_PATTERNS),
+        "lower_pattern": pick(*tuple(PATTERNS)[:6]),
         "lower_period": pick(0.11, 0.17) * rng.uniform(0.95, 1.05),
         "boots": pick(0.0, 0.10, 0.19),
         "belt": rng.random() < 0.3,
