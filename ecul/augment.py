@@ -124,9 +124,14 @@ def _standardize(x: torch.Tensor) -> torch.Tensor:
     return (x - _channels(MEAN, x.device)) / _channels(STD, x.device)
 
 
-@functools.lru_cache
 def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(3, 1, 1) numbers, sent to a device once: each copy would make it wait."""
+    """(3, 1, 1) numbers on the device of the images."""
+    return (_sent if device.type == "cuda" else _sent.__wrapped__)(values, device)
+
+
+@functools.lru_cache
+def _sent(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """Kept for a GPU, which would wait for each copy."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 

@@ -83,6 +83,9 @@ def train(args: argparse.Namespace) -> None:
         fields = {} if args.config is None else read_fields(args.config)
         if run is not None and args.config is args.preset is None:
             fields = run.config.to_dict()
+        method = fields.get("method")
+        if args.config and method and given.get("method", method) != method:
+            raise ValueError(f"--config has the fields of method {method}: leave out --method, or --config")
         config = Config.preset(args.preset or dataset.protocol or "sysu", **{**fields, **given})
         hooks = [LOGGERS[name](output) for name in args.log]
         options = {"resume": args.resume, "device": args.device, "validate": args.validate}

@@ -244,7 +244,9 @@ class Config:
         return cls(**values)
 
     def replace(self, **overrides: Any) -> "Config":
-        """A copy with some fields changed."""
+        """A copy with some fields changed. Errors: ValueError for another method: it has other fields too."""
+        if overrides.get("method", self.method) != self.method:
+            raise ValueError(f"replace keeps the method {self.method}; take Config.preset(..., method=...)")
         return type(self).from_dict({**self.to_dict(), **overrides})
 
     def to_dict(self) -> dict[str, Any]:

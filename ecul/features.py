@@ -127,13 +127,14 @@ def require_model(model: Any) -> None:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """In here the model is in eval mode; afterwards in the mode that it was in."""
-    was_training = model.training
+    """In here the model is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, training in before:
+            module.training = training
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -43,7 +43,10 @@ def contrastive_loss(
     """
     loss = memory_contrast(x, bank, bank_labels, labels, temp)
     if weights is not None:
-        loss = loss * torch.as_tensor(weights, dtype=loss.dtype, device=loss.device)
+        weights = torch.as_tensor(weights, dtype=loss.dtype, device=loss.device)
+        if weights.shape != loss.shape:
+            raise ValueError(f"weights must be ({len(loss)},), one a sample, got {tuple(weights.shape)}")
+        loss = loss * weights
     return loss.sum() / (labels >= 0).sum().clamp(min=1)
 
 
@@ -79,7 +82,7 @@ def _also(**published: str) -> Callable[[Callable], Callable]:
 def _whole(name: str, values: Whole, device: torch.device) -> torch.Tensor:
     """int64 on this device, from whole numbers of any kind. Errors: TypeError for other numbers."""
     numbers = torch.as_tensor(values, device=device)
-    if len(numbers) and (numbers.is_floating_point() or numbers.dtype == torch.bool):
+    if numbers.numel() and (numbers.is_floating_point() or numbers.dtype == torch.bool):
         raise TypeError(f"{name} must be whole numbers, got {numbers.dtype}")
     return numbers.long()
 

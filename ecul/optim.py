@@ -44,6 +44,8 @@ def _own_model(model: torch.nn.Module, config: Config) -> torch.nn.Module:
     """The user's network, wrapped unless it has `embed`. Errors: ValueError for settings it cannot follow."""
     if config.weights is not None:
         raise ValueError("weights are for the network that train builds; load your own model's before")
+    if other := [k for k, v in model.state_dict().items() if not isinstance(v, torch.Tensor)]:
+        raise ValueError(f"model: its state_dict holds {other[0]}, which is no tensor and cannot be saved")
     if not hasattr(model, "embed"):
         return Backbone(model, config.size)
     require_model(model)

@@ -115,7 +115,9 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
 
     terms = make_terms(features, labels, config, epoch, on_host)
     batches = make_batches(labels, images, config, stage, rng, on_device)
-    row |= train_batches(state.forward, state.optimizer, terms, batches, config)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + distributed.rank())  # for layers that draw, such as dropout
+        row |= train_batches(state.forward, state.optimizer, terms, batches, config)
     ended = _now(device)
     row |= {"seconds_train": ended - labelled, "seconds": ended - began}
     return row | {"images_per_second": row.pop("images") / row["seconds_train"]}

@@ -201,6 +201,8 @@ def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, cap
     caplog.set_level("INFO", "ecul")
     again = ["train", "folders", "own", "-o", "again", "--config", "run/config.json", "--set", "weights=run"]
     assert main(again) == 0 and "run: a trained model; all its weights are taken" in caplog.text
+    assert main([*again, "--method", "ecul"]) == 2
+    assert "--config has the fields of method united" in capsys.readouterr().err
     monkeypatch.chdir("/")  # the run knows where its images are from anywhere
     assert main(["report", str(tmp_path / "run"), "--queries", "1", "--top", "2"]) == 0
     assert (tmp_path / "run" / "report" / "ranked.png").is_file()

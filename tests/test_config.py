@@ -61,6 +61,8 @@ def test_every_preset_is_as_stated_and_survives_json(dataset, method):
 def test_overrides_win_and_the_config_is_frozen():
     config = Config.preset("regdb", method="mbccm", iterations=7)
     assert config.iterations == 7 and config.replace(seed=3).seed == 3
+    with pytest.raises(ValueError, match="replace keeps the method mbccm"):
+        config.replace(method="ecul")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
 

@@ -42,6 +42,8 @@ def test_contrastive_loss_equals_the_oracle(b, slots, seed):
     memory = InstanceMemory.from_features(bank, bank_labels, temp=0.5)
     want = (weights[labels >= 0] * each.numpy()).sum() / max(len(each), 1)
     assert memory(x.float(), labels, weights).item() == pytest.approx(want, abs=1e-5)
+    with pytest.raises(ValueError, match="weights must be .*one a sample"):
+        memory(x.float(), labels, weights[:, None])
 
 
 @given(st.integers(1, 10), st.integers(2, 12), st.integers(0, 10**6))

@@ -1,5 +1,6 @@
 """The main job: it learns, repeats itself, survives a kill, and comes through every collapse."""
 
+import copy
 import json
 import logging
 import math
@@ -311,6 +312,10 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
     assert same(loaded, run.model) and loaded.input_size == run.model.input_size
     rows = extract(loaded, dataset.test_visible, "visible", progress=False)
     assert torch.equal(rows, extract(run.model, dataset.test_visible, "visible", progress=False))
+    loaded.train()
+    loaded.network.stem.eval()
+    extract(loaded, dataset.test_visible, "visible", progress=False)
+    assert loaded.network.training and not loaded.network.stem.training  # each module as it was
     with pytest.raises(ValueError, match="holds Backbone.*ecul.model.Backbone loads it"):
         TwoStreamResNet.from_pretrained(tmp_path / "own")
     wide = Pooled()
@@ -327,6 +332,23 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
         extract(loaded, np.zeros((64, 32, 3), np.uint8), "visible")
 
 
+def test_layers_that_draw_follow_the_seed_of_the_run(dataset):
+    """Dropout draws from torch's default generator."""
+
+    class Dropping(Pooled):
+        def forward(self, x):
+            return torch.nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    torch.manual_seed(0)
+    start, runs = Dropping(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        runs.append(train(dataset, tiny(epochs_cross=0), model=copy.deepcopy(start)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert same(runs[0].model, runs[1].model) and not same(runs[0].model.network, start)
+
+
 def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
     with pytest.raises(ValueError, match=r"input_size is \(64, 32\), config.size is \(32, 16\)"):
         train(dataset, tiny(), model=TwoStreamResNet(10, 8, False, (64, 32)))
@@ -336,6 +358,9 @@ def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
         train(dataset, tiny(checkpointing=True), model=Pooled())
     with pytest.raises(TypeError, match="on_epoch must be a function"):
         train(dataset, tiny(), on_epoch="log")
+    odd = type("Odd", (Pooled,), {"get_extra_state": lambda self: {"a": 1}})
+    with pytest.raises(ValueError, match="_extra_state, which is no tensor and cannot be saved"):
+        train(dataset, tiny(), model=odd())
     pooled = Pooled()
     pooled.embed = pooled.forward
     with pytest.raises(TypeError, match="without input_size"):
