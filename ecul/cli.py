@@ -16,7 +16,7 @@ from ecul.shell import arg, command, main, numbers, pair, parser
 
 __all__ = ["main", "parser"]
 log = logging.getLogger("ecul")
-POOLING = "how the model pools (default: as the file says, where it does); AGW's base: avg, all else: gem"
+POOLING = "how the model pools; needed where the file does not say: gem for ADCA and PGM, avg for AGW's base"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
 SKIP = "leave out images that cannot be read, and list them"
 FLAG: dict[str, Any] = {"action": "store_true"}
@@ -93,7 +93,10 @@ def train(args: argparse.Namespace) -> None:
             dataset, config, output=output, **options, on_epoch=lambda row, h=hooks: [hook(row) for hook in h]
         )
         if distributed.rank() == 0:
-            print(f"finished {len(done.history)} epochs; the model is {output / 'model.safetensors'}")
+            epochs = len(done.history)
+            print(
+                f"finished {epochs} epoch{'s' * (epochs != 1)}; the model is {output / 'model.safetensors'}"
+            )
     distributed.stop()
 
 

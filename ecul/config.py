@@ -65,7 +65,7 @@ def _is_whole(value: object, least: int = 0) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _at_least(least: int) -> Rule:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import nn
 
+from ecul.common.arrays import as_tensor
 from ecul.kernels import memory_contrast, momentum_update_
 
 RULES = ("sequential", "instance", "mean", "hard")
@@ -81,7 +82,7 @@ def _also(**published: str) -> Callable[[Callable], Callable]:
 
 def _whole(name: str, values: Whole, device: torch.device) -> torch.Tensor:
     """int64 on this device, from whole numbers of any kind. Errors: TypeError for other numbers."""
-    numbers = torch.as_tensor(values, device=device)
+    numbers = as_tensor(name, values, device)
     if numbers.numel() and (numbers.is_floating_point() or numbers.dtype == torch.bool):
         raise TypeError(f"{name} must be whole numbers, got {numbers.dtype}")
     return numbers.long()
@@ -243,7 +244,7 @@ def cluster_means(features: torch.Tensor, labels: Whole, groups: Whole | None = 
     groups (modalities), the mean over groups present of the group means [R, the joint cluster centre].
     Returns (C, D) unit rows, float32 at least; none when every label is -1. Errors: ValueError for gaps.
     """
-    labels, count = _numbered(labels, features.device)
+    labels, count = _numbered(labels, features)
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     groups = torch.zeros_like(labels) if groups is None else _whole("groups", groups, features.device)
     means, present = features.new_zeros(count, features.shape[1]), features.new_zeros(count, 1)
@@ -264,7 +265,7 @@ def random_members(
 
     features, labels, errors: as in `cluster_means`.
     """
-    labels, count = _numbered(labels, features.device)
+    labels, count = _numbered(labels, features)
     rows = torch.randperm(len(labels), generator=generator).to(labels.device)
     rows = rows[labels[rows] >= 0]
     rows = rows[labels[rows].argsort(stable=True)]
@@ -272,13 +273,15 @@ def random_members(
     return _unit(features[rows[sizes.cumsum(0) - sizes]])
 
 
-def _numbered(labels: Whole, device: torch.device) -> tuple[torch.Tensor, int]:
+def _numbered(labels: Whole, features: torch.Tensor) -> tuple[torch.Tensor, int]:
     """int64 labels, and the number of clusters. Errors: ValueError where a number from 0 on is absent."""
-    labels = _whole("labels", labels, device)
+    labels = _whole("labels", labels, features.device)
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels: expected {len(features)}, one a row, got {tuple(labels.shape)}")
     present = labels[labels >= 0].unique()
     count = int(present[-1]) + 1 if len(present) else 0
     if len(present) < count:
-        first = int((present != torch.arange(len(present), device=device)).nonzero()[0])
+        first = int((present != torch.arange(len(present), device=labels.device)).nonzero()[0])
         told = f"{count - len(present)} of 0 to {count - 1} are absent, the first is {first}"
         raise ValueError(f"labels must count from 0 without gaps: {told}; number the clusters anew")
     return labels, count

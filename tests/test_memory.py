@@ -273,3 +273,13 @@ def test_published_names_and_labels_of_any_kind_are_understood():
         memory(x, torch.zeros(5))
     with pytest.raises(ValueError, match="labels: expected 5, one a row"):
         InstanceMemory.from_features(x, [0])
+
+
+def test_labels_are_taken_in_any_memory_layout_and_need_one_a_row():
+    features = F.normalize(torch.randn(6, 4), dim=1)
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    expected = cluster_means(features, torch.tensor(labels))
+    for kind in (labels.astype(">i8"), labels[::-1].copy()[::-1], labels.tolist()):
+        assert torch.equal(cluster_means(features, kind), expected)
+    with pytest.raises(ValueError, match="expected 6, one a row"):
+        cluster_means(features, labels[:3])

@@ -296,7 +296,7 @@ def _cluster_section(
         f"{len(sizes)} clusters of the training images, each of one modality, by the features of the final "
         "weights. Blue frame: visible, orange: infrared. Silhouette: how much nearer the members are to "
         "their own centre than to the nearest other centre of their modality, from -1 to 1, on average. A "
-        f"cluster looks mixed (red) if it is below {MIXED}."
+        f"cluster looks mixed (red) if it is below {MIXED}. Other clusters can still hold several people."
     )
     return _sheet("Clusters", text, folder / "clusters.png", rows)
 

@@ -152,7 +152,7 @@ def draw_ranking(
             )
         rows.append(Row(short_path(query), cells))
     title = (
-        f"{len(rows)} of {count} {ranking.query.modality} queries, answers of {len(ranking.gallery.paths):,} "
+        f"{len(rows)} of {count} {ranking.query.modality} queries, {len(ranking.gallery.paths):,} "
         f"{ranking.gallery.modality} images, best first"
     )
     draw_sheet(path, rows, lead=1, title=title)

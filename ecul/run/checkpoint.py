@@ -126,8 +126,8 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
         listed = shorten(told, len(told), "; ")
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
     if run.model != network:
-        told = f"{run.model} then, {network} now; give model="
-        raise ValueError(f"{output} holds a run of another network: {told}")
+        both = f"{run.model} then, {network} now; give model="
+        raise ValueError(f"{output} holds a run of another network: {both}")
     moments = {  # of Adam, in the parameter's memory format: a fused step relies on it
         i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         for i, p in enumerate(state.optimizer.param_groups[0]["params"])

@@ -117,8 +117,9 @@ def load_features(path: str | os.PathLike) -> FolderFeatures:
         check_modality(about["modality"])
         if tensors["features"].ndim != 2 or len(tensors["features"]) != len(names):
             raise ValueError(f"{len(names)} names for features of {tuple(tensors['features'].shape)}")
-        about = about["modality"], unreadable, about["model_sha256"]
-        return FolderFeatures(tensors["features"], names, *about)
+        return FolderFeatures(
+            tensors["features"], names, about["modality"], unreadable, about["model_sha256"]
+        )
 
 
 def search(
