@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import ecul.features
-from ecul import extract
+from ecul import Dataset, extract
 from ecul.data.decode import read_image
 from ecul.evaluation.rerank import reranked
 from ecul.features import extract_files, warn_if_other
 from ecul.tools.search import extract_folder, search
+from ecul.trainset import load_images
 
 
 class Colours(torch.nn.Module):
@@ -113,3 +114,7 @@ def test_images_that_look_like_the_other_modality_are_warned_of(caplog):
         first == "visible: 200 of 200 images looked at are gray, as infrared ones are; is the modality right?"
     )
     assert second.startswith("infrared: 200 of 200 images looked at are coloured, as visible ones are")
+    caplog.clear()
+    piles = Dataset.from_arrays(visible=gray.permute(0, 2, 3, 1).numpy(), infrared=gray[:, 0].numpy())
+    load_images(piles, (32, 16), torch.device("cpu"))  # as training does
+    assert [record.message for record in caplog.records if "looked at" in record.message] == [first]

@@ -52,6 +52,12 @@ def assert_graph(graph, within):
     np.testing.assert_array_equal(indices, np.nonzero(within)[1])
 
 
+def test_a_row_ends_where_the_next_one_begins():
+    """Row 0 has a column that row 1 lacks and row 2 begins with: d(0, 1) is 2/3, not 0."""
+    encodings = np.array([[0.5, 0.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    assert_graph(jaccard_neighbors(*as_arguments(encodings), 0.5), np.eye(3, dtype=bool))
+
+
 @given(**WORLD)
 def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, exact):
     encodings = random_encodings(seed, size, columns, exact)
