@@ -20,7 +20,7 @@ class EMCC:
     X: (N, D) numbers, a point a row: an array, a tensor on any device, a list of lists, a DataFrame.
     cameras and modalities of `fit`: (N,) integers, or None. labels_: (N,) int64, -1 = outlier. The settings
     are those of `emcc`; `clone`, pipelines and `GridSearchCV` of scikit-learn work.
-    Errors: those of `emcc`, at `fit`. Source: arXiv 2412.19134.
+    Errors, at `fit`: those of `emcc`; ValueError for a matrix of distances. Source: arXiv 2412.19134.
     """
 
     _estimator_type = "clusterer"
@@ -40,6 +40,8 @@ class EMCC:
     ) -> "EMCC":
         """Cluster the rows of X into `labels_`; y is not read."""
         points = as_tensor("X", X)
+        if points.ndim == 2 and 2 < len(points) == points.shape[1] and points.diagonal().abs().max() < 1e-5:
+            raise ValueError("X looks like a matrix of distances; EMCC takes the features themselves")
         self.labels_ = emcc(points, cameras, modalities, **self.get_params()).cpu().numpy()
         self.n_features_in_ = points.shape[1]
         return self

@@ -57,6 +57,8 @@ def test_settings_are_scikit_learns(points):
         model.set_params(k4=1)
     with pytest.raises(ValueError, match="eps must be a number in"):
         EMCC(eps=2).fit(points)
+    with pytest.raises(ValueError, match="matrix of distances; EMCC takes the features"):
+        EMCC().fit(np.ones((9, 9)) - np.eye(9))
 
 
 def test_whole_numbers_are_points_too():
