@@ -1,7 +1,7 @@
 """Batches: which images make a step, and their views.
 
 A batch has P identities x K images of each modality. The corner cases are the same everywhere:
-- fewer clusters than P: all there are;
+- fewer clusters than P: the batch takes all of them;
 - fewer images than K in a cluster: drawn with replacement, a cluster of one image repeats it;
 - cameras: after a random anchor, the other K - 1 images come from other cameras when there are any.
 
@@ -25,12 +25,12 @@ from ecul.trainset import TrainImages
 class Batch:
     """The views of one step and the image behind each, in the order view 1, view 2, infrared.
 
-    A visible image has two views; view 2 is the channel-exchanged one. In stage 1 it passes the visible stem.
-    In stage 2 it passes the stem that `Config.exchanged_stem` names: the infrared one by default.
+    A visible image has two views; view 2 is the channel-exchanged one. In stage 1 view 2 goes through the
+    visible stem. In stage 2 it goes through the stem that `Config.exchanged_stem` names, by default infrared.
 
-    views: the views (n, 3, H, W) of the visible stem, then those of the infrared stem, 2P + Q together.
-    visible: (P,), infrared: (Q,) int64 rows of the training images. In matched pairs P = Q, and the images at
-    one place belong together. A batch's features are (2P + Q, D), in this order.
+    visible: (V,), infrared: (R,) int64 rows of the training images. views: the views (n, 3, H, W) for the
+    visible stem, then those for the infrared stem, 2V + R together. In matched pairs V = R, and the images at
+    one place belong together. A batch's features are (2V + R, D), in this order.
     """
 
     views: tuple[torch.Tensor, torch.Tensor]
@@ -53,11 +53,11 @@ class Batch:
 
     @cached_property
     def rows(self) -> torch.Tensor:
-        """(2P + Q,) int64: the training image at each position."""
+        """(2V + R,) int64: the training image at each position."""
         return torch.cat([self.visible, self.visible, self.infrared])
 
     def paired(self, modality: str) -> torch.Tensor:
-        """(3P,) int64: the image of this modality in the matched pair of each position."""
+        """(3V,) int64: the image of this modality in the matched pair of each position."""
         return (self.visible if modality == "visible" else self.infrared).repeat(3)
 
 

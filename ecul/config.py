@@ -4,9 +4,9 @@
     Config.preset("regdb", method="mbccm", seed=1)
 
 A method and a data set are rows of numbers here, never branches elsewhere: the loop reads weights and sizes.
-A loss whose weight is 0 is not computed; the agnostic losses are, where consistency reads their memories.
-[R] marks our reconstruction where the papers' public description is silent. TSMem runs where `update_rule` is
-"tsmem": in method "ecul" alone.
+A loss with weight 0 is not computed. Exception: the agnostic losses, if consistency reads their memories.
+[R] marks our reconstruction where the papers' public description is silent. TSMem, ECUL's two-step memory
+updating, runs if `update_rule` is "tsmem". Of the methods only "ecul" sets this.
 """
 
 import dataclasses

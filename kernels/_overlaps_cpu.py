@@ -26,7 +26,7 @@ from ._shortlist_cpu import COARSE, product_dtype
 COMPARED = 256  # rows that are compared with all others at a time
 SPLIT = 8  # parts of the other rows, one sparse product each
 BUCKETS = 512  # sums in a sketch
-SKETCHED = 1  # comparing two sketches takes as long as comparing so many pairs of entries
+SKETCHED = 1  # cost of comparing two sketches, in pairs of entries: decides which way is used
 SAMPLE = 16  # every so many-th row, at random, estimates how many entries share columns
 MEASURED = 4096  # candidates whose overlaps are computed at a time
 Candidates = Callable[[int], Iterator[np.ndarray]]  # pairs (i, j) of the COMPARED rows i from a number on

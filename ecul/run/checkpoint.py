@@ -25,13 +25,15 @@ from ecul.common.weights import read_tensors, require_fit, write_tensors
 from ecul.config import Config
 from ecul.run.saved import FILE, parse_run
 
-# The rate of the epochs to come, and where and how they are computed.
+# Fields that may change on resume; `load_run` has the whole rule.
 MAY_CHANGE = ("lr", "lr_gamma", "weights", "precision", "compile", "checkpointing", "batch_extract")
 
 
 @contextmanager
 def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterator[Any]:
-    """The run's directory as a Path, made and held alone (by one process of a run); None without output.
+    """Make the run's directory and lock it, so that no other run uses it; None without output.
+
+    hold: whether this process locks it; one process of a run does.
 
     Errors, before any work: a directory that cannot be written, is nearly full (under 1 GiB free) or is
     held by another run.
@@ -152,7 +154,7 @@ def _tensors(model: torch.nn.Module, moments: dict[int, dict[str, Any]]) -> dict
 
 
 def _settled(config: Config, epochs: int) -> dict[str, Any]:
-    """The settings that must stay after so many finished epochs: the rule is in `load_run`."""
+    """The settings that must stay once these epochs are finished, with the schedule cut to them."""
     values = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE}
     values |= {name: min(values[name], epochs) for name in ("epochs_intra", "tsmem_switch")}
     values["epochs_cross"] = min(config.epochs, epochs) - values["epochs_intra"]
