@@ -1,6 +1,6 @@
 """What an epoch learns from: a stage is a list of terms, each one loss with its memory.
 
-The loop treats every term alike: `loss` of a batch's features x (2P + Q, D), a scalar times its weight, then
+The loop treats every term alike: `loss` of a batch's features x (2V + R, D), a scalar times its weight, then
 `update` of its memory, after the optimiser's step. Stage 1 has a cluster and an instance term per modality.
 Stage 2 adds joint terms (ECUL), agnostic terms (united), or agnostic and consistency terms (MBCCM).
 

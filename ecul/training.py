@@ -197,7 +197,7 @@ def train_batches(
 
 
 def embed_batch(forward: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The features (2P + Q, D) float32 of a batch; each process embeds its share of both modalities."""
+    """The features (2V + R, D) float32 of a batch; each process embeds its share of both modalities."""
     shares = [v[distributed.share(len(v))] for v in batch.views]
     parts = forward(*shares).float().split([len(v) for v in shares])
     return torch.cat([distributed.gather(part, len(v)) for part, v in zip(parts, batch.views, strict=True)])
