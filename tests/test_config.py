@@ -63,6 +63,8 @@ def test_overrides_win_and_the_config_is_frozen():
     assert config.iterations == 7 and config.replace(seed=3).seed == 3
     with pytest.raises(ValueError, match="replace keeps the method mbccm"):
         config.replace(method="ecul")
+    crosses = [[Config.preset("sysu", m).exchanged_crosses(s) for s in (1, 2)] for m in METHODS]
+    assert crosses == [[False, True], [False, False], [False, False]]  # united, ecul, mbccm
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
 

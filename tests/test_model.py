@@ -51,7 +51,13 @@ def published_shapes(blocks, bottleneck):
 
 @pytest.mark.parametrize(
     ("depth", "blocks", "keys"),
-    [(18, (2, 2, 2, 2), 120), (34, (3, 4, 6, 3), 216), (50, (3, 4, 6, 3), 318), (101, (3, 4, 23, 3), 624)],
+    [
+        (10, (1, 1, 1, 1), 72),
+        (18, (2, 2, 2, 2), 120),
+        (34, (3, 4, 6, 3), 216),
+        (50, (3, 4, 6, 3), 318),
+        (101, (3, 4, 23, 3), 624),
+    ],
 )
 def test_names_and_shapes_are_torchvisions(depth, blocks, keys):
     with torch.device("meta"):
@@ -59,7 +65,7 @@ def test_names_and_shapes_are_torchvisions(depth, blocks, keys):
     expected = published_shapes(blocks, depth >= 50)
     found = {name: tuple(value.shape) for name, value in torchvision_names(model).items()}
     assert found == expected and len(expected) == keys
-    assert model.num_features == (2048 if depth >= 50 else 512)
+    assert model.num_features == (2048 if depth >= 50 else 512) and model.input_size == (288, 144)
 
 
 def test_stems_start_equal_and_forward_gives_unit_rows_visible_first():
