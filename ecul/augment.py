@@ -124,15 +124,17 @@ def _standardize(x: torch.Tensor) -> torch.Tensor:
     return (x - _channels(MEAN, x.device)) / _channels(STD, x.device)
 
 
-def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(3, 1, 1) numbers on the device of the images."""
-    return (_sent if device.type == "cuda" else _sent.__wrapped__)(values, device)
-
-
-@functools.lru_cache
-def _sent(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """Kept for a GPU, which would wait for each copy."""
+def _numbers(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """(3, 1, 1) numbers on this device."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+
+_sent = functools.lru_cache(_numbers)
+
+
+def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """`_numbers`, kept for a GPU, which would wait for each copy."""
+    return (_sent if device.type == "cuda" else _numbers)(values, device)
 
 
 def _chosen(images: torch.Tensor, probability: float, generator: Random) -> torch.Tensor:

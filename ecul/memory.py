@@ -44,7 +44,7 @@ def contrastive_loss(
     """
     loss = memory_contrast(x, bank, bank_labels, labels, temp)
     if weights is not None:
-        weights = torch.as_tensor(weights, dtype=loss.dtype, device=loss.device)
+        weights = as_tensor("weights", weights, loss.device).to(loss.dtype)
         if weights.shape != loss.shape:
             raise ValueError(f"weights must be ({len(loss)},), one a sample, got {tuple(weights.shape)}")
         loss = loss * weights

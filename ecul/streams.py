@@ -245,7 +245,7 @@ def _layers(network: nn.Module, size: tuple[int, int]) -> list[tuple[str, nn.Mod
     for name, layer in watched.named_modules():
         if not any(layer.children()) and any(True for _ in layer.parameters()):
             layer.register_forward_hook(lambda m, *_, name=name: passed.setdefault(name, m) and None)
-    output_size(watched, size)
+    row_size(watched, size, "evaluation")
     return list(passed.items())
 
 

@@ -4,6 +4,7 @@ with reading(path):
     ...                 # any failure in here is ValueError("PATH is damaged: why")
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,22 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         why[MemoryError] = "it needs more memory than there is"
         told = clipped(why.get(type(e), str(e) or type(e).__name__))
         raise ValueError(f"{path} is damaged: {told}") from e
+
+
+def lock(file: int) -> bool | None:
+    """Lock an open file or folder until it is closed; file: its descriptor.
+
+    False where another process holds the lock, None where there are no locks.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # on this platform
+        return None
+    except OSError as e:  # or on this file system
+        return False if e.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
 
 
 def read_json(path: str | os.PathLike) -> Any:

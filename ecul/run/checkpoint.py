@@ -7,7 +7,6 @@ run's state is its weights, its optimiser's moments and its history. `resume.saf
 is written last: it alone says which epoch was finished. The other files are for people and for the commands.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ecul.common.files import reading, write_file, write_json
+from ecul.common.files import lock, reading, write_file, write_json
 from ecul.common.names import shorten
 from ecul.common.pretrained import Pretrained
 from ecul.common.weights import read_tensors, require_fit, write_tensors
@@ -42,35 +41,22 @@ def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterat
     if output is None or not hold:
         yield output
         return
-    lock = output / ".lock"
+    held = output / ".lock"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if lock.exists() and not lock.is_file():
-            raise ValueError(f"output: {lock} is no file; remove it, or choose another directory")
-        file = open(lock, "a")  # noqa: SIM115 - held for the whole run
+        if held.exists() and not held.is_file():
+            raise ValueError(f"output: {held} is no file; remove it, or choose another directory")
+        file = open(held, "a")  # noqa: SIM115 - held for the whole run
     except OSError as e:
         raise ValueError(f"output: cannot write to {output} ({e.strerror}); choose another directory") from e
     with file:
-        if _locked_by_another(file.fileno()):
+        if lock(file.fileno()) is False:
             raise ValueError(f"output: {output} is in use by another run; choose another directory or wait")
         for left_over in output.glob(".*.tmp"):
             left_over.unlink()
         if shutil.disk_usage(output).free < 2**30:
             raise ValueError(f"output: less than 1 GiB is free on the disk of {output}; free some")
         yield output
-
-
-def _locked_by_another(file: int) -> bool:
-    """Whether another process holds this file's lock; else it is ours from now on."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # no advisory locks on this platform
-        return False
-    except OSError as e:  # or none on this file system
-        return e.errno in (errno.EAGAIN, errno.EACCES)
-    return False
 
 
 def holds_run(directory: Path) -> bool:

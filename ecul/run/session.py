@@ -42,6 +42,7 @@ class Session:
     """An open run. An epoch works on `state` and `images`; all else is done here, between the epochs."""
 
     dataset: Dataset
+    data: dict  # the fingerprint of the data set
     config: Config
     directory: Path | None
     hook: Hook
@@ -106,7 +107,7 @@ class Session:
         """Write the run's files after an epoch; nothing without a directory."""
         if self.directory is not None and distributed.rank() == 0:
             source = {"root": self.dataset.root, "options": self.dataset.options}
-            save_run(self.directory, self.state, self.config, dataset_fingerprint(self.dataset), source)
+            save_run(self.directory, self.state, self.config, self.data, source)
 
     def _require_finite(self, epoch: int, row: dict) -> None:
         bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
@@ -154,7 +155,7 @@ def open_run(
             log.info("going on after epoch %d of %d", len(state.history), config.epochs)
         distributed.wait()
         images = load_images(dataset, config.size, place)
-        run = Session(dataset, config, directory, hook, validate, state, images)
+        run = Session(dataset, data, config, directory, hook, validate, state, images)
         lost = directory is not None and not (directory / "model.safetensors").exists()
         if lost and len(state.history) >= config.epochs:
             run.save()

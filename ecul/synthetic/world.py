@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ecul.common import logs
-from ecul.common.files import read_json, write_json
+from ecul.common.files import lock, read_json, write_json
 from ecul.common.names import printable
 from ecul.data.decode import pillow
 from ecul.data.layouts import SYSU_CAMERAS
@@ -153,13 +153,10 @@ def _draft(home: Path) -> Iterator[Path]:
 def _lock(folder: Path, stack: ExitStack) -> bool:
     """Lock a folder until `stack` ends. False: a living process holds the lock, or there are no locks."""
     try:
-        import fcntl
-
         stack.callback(os.close, held := os.open(folder, os.O_RDONLY))
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
+    except OSError:  # Windows opens no folders
         return False
-    return True
+    return lock(held) is True
 
 
 def _write_world(root: Path, parameters: dict[str, Any], progress: bool) -> None:
