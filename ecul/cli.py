@@ -63,7 +63,6 @@ READING = (
     arg("--resume", **FLAG, help="continue the run, with its own settings except those given here"),
     arg("--config", metavar="FILE", help="settings to start from, such as a run's config.json"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
-    arg("--log", action="append", choices=("csv", "tensorboard"), default=[], help="write this log, too"),
     arg("--trials", type=numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),
     arg("--set", **PAIRS, metavar="FIELD=VALUE", help="of Config, such as size=[256,128]; may be repeated"),
 )  # fmt: skip
@@ -71,7 +70,6 @@ def train(args: argparse.Namespace) -> None:
     from ecul.common import distributed
     from ecul.config import read_fields
     from ecul.data.layouts import LAYOUTS
-    from ecul.run.hooks import LOGGERS
     from ecul.run.saved import find_run, trial_directory
 
     given = {**({} if args.method is None else {"method": args.method}), **dict(args.set)}
@@ -87,16 +85,12 @@ def train(args: argparse.Namespace) -> None:
         if args.config and method and given.get("method", method) != method:
             raise ValueError(f"--config has the fields of method {method}: leave out --method, or --config")
         config = Config.preset(args.preset or dataset.protocol or "sysu", **{**fields, **given})
-        hooks = [LOGGERS[name](output) for name in args.log]
         options = {"resume": args.resume, "device": args.device, "validate": args.validate}
-        done = ecul.train(
-            dataset, config, output=output, **options, on_epoch=lambda row, h=hooks: [hook(row) for hook in h]
-        )
+        done = ecul.train(dataset, config, output=output, **options)
         if distributed.rank() == 0:
             epochs = len(done.history)
-            print(
-                f"finished {epochs} epoch{'s' * (epochs != 1)}; the model is {output / 'model.safetensors'}"
-            )
+            told = f"finished {epochs} epoch{'s' * (epochs != 1)}"
+            print(f"{told}; the model is {output / 'model.safetensors'}")
     distributed.stop()
 
 
@@ -120,7 +114,6 @@ def config(args: argparse.Namespace) -> None:
     *DATASET, DEVICE,
     arg("--model", nargs="+", help="models or runs; the directory of train --trials is all its runs"),
     arg("model", nargs="*", default=argparse.SUPPRESS, help="the same without --model"),
-    arg("--trials-of", type=int, nargs="+", help="RegDB: the trial of each model whose run is not known"),
     arg("--modes", nargs="+", help="rows of the protocol, for instance all indoor (default: all rows)"),
     arg("--shots", type=int, nargs="+", help="SYSU-MM01: gallery images an identity and camera: 1, 10"),
     arg("--draw", default="random", help="random, or the path of SYSU-MM01's rand_perm_cam.mat"),
@@ -132,13 +125,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from ecul.run.saved import find_run, find_trials, trained_trial
 
     paths = [path for given in args.model for path in find_trials(given)]
-    trials = args.trials_of or [dict(args.option).get("trial")] * len(paths)
     if len({weights_file(path).resolve() for path in paths}) < len(paths):
         raise ValueError(f"--model names a model twice: {shorten(map(str, paths))}")
-    if len(trials) != len(paths):
-        raise ValueError(f"--trials-of names {len(trials)} trials for {len(paths)} models: one for each")
     runs = [find_run(path) for path in paths]
-    trials = [trained_trial(run, args.dataset, t) for run, t in zip(runs, trials, strict=True)]
+    trials = [trained_trial(run, args.dataset, dict(args.option).get("trial")) for run in runs]
     options = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
     found = []
     for path, run, trial in zip(paths, runs, trials, strict=True):

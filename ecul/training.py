@@ -27,7 +27,7 @@ from ecul.data.dataset import Dataset
 from ecul.features import embed_pixels
 from ecul.labels import assign_labels
 from ecul.optim import set_lr, uses_bf16
-from ecul.run.log import fell_apart, label_scores, monitors
+from ecul.run.log import fell_apart, label_score, monitors
 from ecul.run.session import State, open_run
 from ecul.stages import Term, make_terms
 from ecul.trainset import TrainImages
@@ -56,7 +56,7 @@ def train(
     output: str | Path | None = None,
     resume: bool = False,
     device: str | torch.device | None = None,
-    on_epoch: Callable[..., object] | None = None,
+    on_epoch: Callable[[dict], object] | None = None,
     model: torch.nn.Module | None = None,
     validate: int = 0,
 ) -> Run:
@@ -65,13 +65,13 @@ def train(
     dataset: a `Dataset` (`open_dataset`, `Dataset.from_arrays`, `Dataset.from_folders`); its identities, if
     any, are read by the monitors of the log only. config: a `Config`, by default `Config()`. output: the
     run directory, None for none; resume: go on with the run that is there (`ecul.run.checkpoint.load_run`
-    says what may change). device: by default the GPU when there is one. on_epoch(row) or
-    on_epoch(row, model): called after each epoch with its dict, and with the model where it takes two; by
-    `raise StopIteration` it ends the run here, as if these had been all epochs. model: a backbone of one's
-    own: any module with `num_features` that maps (N, 3, H, W) to (N, num_features), or one with `embed` like
-    `TwoStreamResNet`. validate: every so many epochs evaluate the test images of a data set opened with
-    `validation`, or of one's own; the log has the figures, and nothing is selected by them. Under torchrun
-    the processes share one run. Returns a `Run` with the last epoch's weights.
+    says what may change). device: by default the GPU when there is one. on_epoch(row):
+    called after each epoch with its dict; by `raise StopIteration` it ends the run here, as if these had been
+    all epochs. model: a backbone of one's own: any module with `num_features` that maps (N, 3, H, W) to
+    (N, num_features), or one with `embed` like `TwoStreamResNet`. validate: every so many epochs evaluate the
+    test images of a data set opened with `validation`, or of one's own; the log has the figures, and nothing
+    is selected by them. Under torchrun the processes share one run. Returns a `Run` with the last epoch's
+    weights.
 
     Errors, before any work: an incomplete data set, an output directory that cannot be used or holds another
     run, weights of another architecture, more processes than two clusters have images in a batch. Later: an
@@ -104,9 +104,8 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
     row = {"epoch": epoch, "stage": stage, "lr": state.optimizer.param_groups[0]["lr"]}
     labelled = _now(device)
     row |= {"seconds_extract": extracted - began, "seconds_labels": labelled - extracted}
-    row |= labels.counts() | label_scores(features, labels, state.labels if len(state.labels) else None)
+    row |= labels.counts() | {"score": label_score(features, labels)}
     row |= monitors(labels, images.identities) | fell_apart(row, state.history, len(images))
-    state.labels = labels.own
     if not labels.enough:
         scattered = any(2 * int((side < 0).sum()) > len(side) for side in labels.sides.values())
         advice = "raise eps or lower min_samples" if scattered else "lower eps or k1, or start from weights"

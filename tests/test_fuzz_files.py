@@ -90,7 +90,7 @@ def test_what_a_run_says(whole, tmp_path):
     rng, file = np.random.default_rng(1), tmp_path / "resume.safetensors"
     tensors, metadata, _ = read_tensors(whole / file.name)
     about, content = json.loads(metadata["run"]), (whole / file.name).read_bytes()
-    tensors = {"labels": tensors["labels"]}
+    tensors = dict(list(tensors.items())[:1])
     for _ in range(TRIED["json"]):
         text = json.dumps(mutated(about, rng)).replace('"' + "[" * 5000 + '"', "[" * 50_000)
         write_tensors(file, tensors, {"run": text})

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
-from ecul.run.scores import adjusted_rand, mutual_rate, separation
+from ecul.run.scores import adjusted_rand, separation
 
 
 def unit(rng, n, d=5):
@@ -25,16 +25,6 @@ def test_adjusted_rand_is_scikit_learns_without_outliers(n, seed):
         assert np.isnan(value)
     else:
         assert value == pytest.approx(adjusted_rand_score(reference[kept], labels[kept]), abs=1e-9)
-
-
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 10**6))
-def test_mutual_rate_counts_mutual_pairs(a, b, seed):
-    rng = np.random.default_rng(seed)
-    visible, infrared = unit(rng, a), unit(rng, b)
-    similarity = (visible @ infrared.T).numpy()
-    pairs = sum(similarity[:, similarity[i].argmax()].argmax() == i for i in range(a))
-    assert mutual_rate(visible, infrared) == pytest.approx(2 * pairs / (a + b))
-    assert mutual_rate(visible, visible) == 1 and mutual_rate(visible, infrared[:0]) == 0
 
 
 @given(st.integers(4, 30), st.integers(0, 10**6))

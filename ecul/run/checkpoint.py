@@ -77,8 +77,8 @@ def holds_run(directory: Path) -> bool:
 def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Mapping) -> None:
     """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
 
-    state: `model`, `optimizer`, `history` (a dict an epoch) and `labels` (N,) int64. data: the data set's
-    fingerprint. source: where it lies and how it was opened, for `ecul report`.
+    state: `model`, `optimizer` and `history` (a dict an epoch). data: the data set's fingerprint. source:
+    where it lies and how it was opened, for `ecul report`.
     """
     model, history = state.model, state.history
     metadata = {"method": config.method, "dataset": data["dataset"], "epoch": len(history)}
@@ -88,7 +88,7 @@ def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Ma
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
         write_json(output / "config.json", config.to_dict())
-    tensors = {"labels": state.labels, **_tensors(model, state.optimizer.state_dict()["state"])}
+    tensors = _tensors(model, state.optimizer.state_dict()["state"])
     about = {"config": config.to_dict(), "dataset": {**data, **source}, "model": _settings(model)}
     write_tensors(output / FILE, tensors, {"run": json.dumps({**about, "history": history})})
 
@@ -121,13 +121,11 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
         for i, p in enumerate(state.optimizer.param_groups[0]["params"])
         if f"optimizer.{i}.step" in tensors
     }
-    count = data["visible_images"] + data["infrared_images"] if epoch else 0
-    labels = torch.empty(count, dtype=torch.int64)
-    mine = {"labels": labels, **_tensors(state.model, moments)}
+    mine = _tensors(state.model, moments)
     require_fit(mine, tensors, file, "this network; give model= the one of the run")
     for name, value in tensors.items():
         mine[name].copy_(value)
-    state.labels, state.history = labels, run.history
+    state.history = run.history
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
 
 

@@ -1,4 +1,4 @@
-"""The row of an epoch in the log: label-free scores, monitors, warnings, and one line of text."""
+"""The row of an epoch in the log: label-free score, monitors, warnings, and one line of text."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch
 
 from ecul import MODALITIES
 from ecul.labels import Labels
-from ecul.run.scores import adjusted_rand, mutual_rate, separation
+from ecul.run.scores import adjusted_rand, separation
 
 log = logging.getLogger("ecul")
 LEGEND = (
@@ -17,23 +17,14 @@ LEGEND = (
 PARTS = ("extract", "labels", "train")  # of an epoch's seconds
 
 
-def label_scores(features: torch.Tensor, labels: Labels, previous: torch.Tensor | None) -> dict[str, float]:
-    """Scores of the weights at the start of an epoch, without identities; higher is better.
+def label_score(features: torch.Tensor, labels: Labels) -> float:
+    """The separation of the clusters by the weights at the start of an epoch, the mean of both modalities.
 
-    stability: adjusted Rand index with the previous epoch's own labels (N,); separation: simplified
-    silhouette; both the mean of the modalities; mutual: share of mutual nearest neighbours across modalities.
-    `score` is the separation. It compares epochs of one stage, and does not see what stage 2 adds.
+    It needs no identities; higher is better. It compares epochs of one stage, and does not see what stage 2
+    adds.
     """
-    border = labels.num_visible
-    sides = features.tensor_split([border]), labels.sides.values(), labels.centers
-    found = np.mean([separation(x, y, centers) for x, y, centers in zip(*sides, strict=True)])
-    row = {"score_separation": float(found), "score_mutual": mutual_rate(*features.tensor_split([border]))}
-    row["score"] = row["score_separation"]
-    if previous is None:
-        return row
-    pairs = zip(labels.own.cpu().tensor_split([border]), previous.cpu().tensor_split([border]), strict=True)
-    stability = float(np.mean([adjusted_rand(now, before) for now, before in pairs]))
-    return row if np.isnan(stability) else {"score_stability": stability, **row}
+    sides = features.tensor_split([labels.num_visible]), labels.sides.values(), labels.centers
+    return float(np.mean([separation(x, y, centers) for x, y, centers in zip(*sides, strict=True)]))
 
 
 def fell_apart(row: dict, history: list[dict], images: int) -> dict[str, int]:

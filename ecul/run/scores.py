@@ -1,10 +1,9 @@
-"""Scores of a clustering: its agreement with identities (a monitor), and scores without identities."""
+"""Scores of a clustering: its agreement with identities (a monitor), and its separation without them."""
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from ecul.kernels import topk_similarity
 from ecul.memory import cluster_means
 
 
@@ -57,16 +56,3 @@ def silhouettes(
         value = (other - own) / torch.maximum(own, other).clamp(min=1e-12)
         found.append(torch.where(y >= 0, value, 0).double())
     return torch.cat(found)
-
-
-def mutual_rate(visible: torch.Tensor, infrared: torch.Tensor) -> float:
-    """Share of images in pairs that are each other's nearest neighbour across modalities.
-
-    visible: (A, D), infrared: (B, D) unit rows. 2 * (mutual pairs) / (A + B), in [0, 1]; needs no labels.
-    """
-    if len(visible) == 0 or len(infrared) == 0:
-        return 0.0
-    forth = topk_similarity(visible, infrared, 1)[1][:, 0]
-    back = topk_similarity(infrared, visible, 1)[1][:, 0]
-    pairs = (back[forth] == torch.arange(len(visible), device=visible.device)).sum()
-    return 2 * int(pairs) / (len(visible) + len(infrared))

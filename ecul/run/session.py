@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from ecul.evaluation.protocols import check_validation, validation_figures
 from ecul.features import out_of_memory
 from ecul.optim import build_model, build_optimizer, trainable, warn_about_start
 from ecul.run.checkpoint import holds_run, load_run, run_directory, save_run
-from ecul.run.hooks import Hook, as_hook, call_hook
+from ecul.run.hooks import Hook, call_hook, check_hook
 from ecul.run.log import LEGEND, describe, remaining
 from ecul.trainset import TrainImages, dataset_fingerprint, load_images
 
@@ -33,8 +33,6 @@ class State:
     forward: torch.nn.Module  # the model as the batches see it: compiled, or one of several processes
     optimizer: torch.optim.Optimizer
     history: list = field(default_factory=list)  # a row of the log for each epoch
-    # of the last epoch, (N,) int64, for the stability score
-    labels: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Session:
     data: dict  # the fingerprint of the data set
     config: Config
     directory: Path | None
-    hook: Hook
+    hook: Hook | None
     validate: int
     state: State
     images: TrainImages
@@ -94,7 +92,7 @@ class Session:
                 self._add(row, validation_figures(self.state.model, self.dataset))
             epochs = self.config.epochs
             log.info(describe(row, epochs, remaining(history, epochs)))
-            figures, stop = call_hook(self.hook, row, self.state.model)
+            figures, stop = call_hook(self.hook, row)
             self._add(row, figures)
         self.stopped = distributed.first_says(stop, self.images.device)
 
@@ -127,12 +125,13 @@ def open_run(
     output: str | Path | None,
     resume: bool,
     device: str | torch.device | None,
-    on_epoch: Callable[..., object] | None,
+    on_epoch: Hook | None,
     model: torch.nn.Module | None,
     validate: int,
 ) -> Iterator[Session]:
     """A run that is checked, locked and ready for its epochs; arguments and errors are those of `train`."""
-    hook, place = as_hook(on_epoch), distributed.start(device)
+    check_hook(on_epoch)
+    place = distributed.start(device)
     _check(dataset, config)
     check_validation(dataset, validate)
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
@@ -155,7 +154,7 @@ def open_run(
             log.info("going on after epoch %d of %d", len(state.history), config.epochs)
         distributed.wait()
         images = load_images(dataset, config.size, place)
-        run = Session(dataset, data, config, directory, hook, validate, state, images)
+        run = Session(dataset, data, config, directory, on_epoch, validate, state, images)
         lost = directory is not None and not (directory / "model.safetensors").exists()
         if lost and len(state.history) >= config.epochs:
             run.save()

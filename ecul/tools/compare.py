@@ -60,7 +60,7 @@ class Comparison:
     groups: list[Group]
 
     def table(self, form: str = "text") -> str:
-        """As "text", "markdown" or "latex": mean ± deviation; as "csv" or "json" every figure, unrounded."""
+        """As "text" or "latex": mean ± deviation; as "json" every figure, unrounded."""
         settings = list(dict.fromkeys(name for group in self.groups for name in group.settings))
         headings = list(dict.fromkeys(name for group in self.groups for name in group.figures))
         lines = [["run", *settings, *headings]]
