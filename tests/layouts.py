@@ -3,7 +3,6 @@
 Every maker returns its root and is deterministic. Images are small noise, so that no two are alike.
 """
 
-import json
 from itertools import product
 from pathlib import Path
 
@@ -46,19 +45,6 @@ def sysu(root, train=(1, 2, 3, 5), val=(4,), test=(6, 7, 8), images=3, skip=(), 
     for split, pids in (("train", train), ("val", val), ("test", test)):
         text(root / "exp" / f"{split}_id.txt", ",".join(map(str, pids)) + "\n")
     return root
-
-
-def describe(root, dataset):
-    """synthetic.json with the counts that the data set has, so that a check expects them."""
-
-    def split(prefix):
-        visible, infrared = (getattr(dataset, prefix + name) for name in ("visible", "infrared"))
-        camids = [*visible.camids, *infrared.camids]
-        cameras = {str(camid): camids.count(camid) for camid in SYSU_CAMERAS}
-        return {"visible": len(visible), "infrared": len(infrared), "cameras": cameras}
-
-    counts = {"train": split(""), "test": split("test_")}
-    return text(Path(root) / "synthetic.json", json.dumps({"counts": counts}))
 
 
 def regdb(root, identities=6, images=2, trials=(1, 2), size=(12, 6)):

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from ecul.common import logs
-from ecul.common.files import read_json, reading
 from ecul.common.names import printable, shorten
 from ecul.data.decode import find_unreadable
 from ecul.data.images import Images
-from ecul.data.layouts import LAYOUTS, SYSU_CAMERAS, whole_number
+from ecul.data.layouts import LAYOUTS
 from ecul.data.pack import Files
 
 ON_PURPOSE = "if it is a subset or a set of one's own, give subset=True (--option subset=true)"
@@ -60,47 +59,40 @@ class CheckResult:
     def __str__(self) -> str:
         lines = []
         for split, count in self.counts.items():
-            wanted = self.expected.get(split, {})
-            figures = ", ".join(_figure(kind, count, wanted) for kind in ("identities", "images"))
             cameras = ", ".join(f"{camera}: {images:,}" for camera, images in count["cameras"].items())
             told = f"by camera {cameras}" if cameras else "cameras unknown"
-            lines.append(f"{split.replace('_', ' '):14} {figures}; {told}")
+            wanted = dict(_differences(count, self.expected.get(split, {})))
+            figures = [
+                _figure(count, kind) + (f" (expected {wanted[kind]:,})" if kind in wanted else "")
+                for kind in ("identities", "images")
+            ]
+            lines.append(f"{split.replace('_', ' '):14} {', '.join(figures)}; {told}")
         lines += [f"error: {text}" for text in self.errors]
         lines += [f"warning: {text}" for text in self.warnings]
         return printable("\n".join([*lines, self.verdict]), "\n")
 
 
-def _figure(kind: str, count: dict, wanted: dict) -> str:
-    if count[kind] is None:
-        return f"no {kind}"
-    told = f"{count[kind]:,} {kind}"
-    return told if wanted.get(kind, count[kind]) == count[kind] else f"{told} (expected {wanted[kind]:,})"
-
-
 def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> CheckResult:
     """Compare a `Dataset` with the published one, without raising.
 
-    The expected counts are those in the root's `synthetic.json`, else the published ones of the data set,
-    else of the data set whose protocol it borrows. Other counts are errors, unless the data set was opened
-    with subset=True. Errors too: missing and empty files, an image listed twice in a split, a file in two
-    splits (by its name or by links). An unexpected file is a warning. decode=True also decodes every image to
-    its end, which takes minutes.
+    The expected counts are those of its protocol's published data set. Other counts are errors, unless the
+    data set was opened with subset=True. A synthetic world, arrays and one's own folders may have any. Errors
+    too: missing and empty files, an image listed twice in a split, a file in two splits (by its name or by
+    links). An unexpected file is a warning. decode=True also decodes every image to its end, which takes
+    minutes.
     """
     result = CheckResult(dataset.name, "no published counts to compare with", extra=list(dataset.extra))
-    owners = [LAYOUTS[name] for name in (dataset.name, dataset.protocol) if name in LAYOUTS]
-    published = next((layout.counts for layout in owners if layout.counts), {})
-    if published:
-        result.expected, result.source = published, "as published"
-        if dataset.root and (described := Path(dataset.root) / "synthetic.json").is_file():
-            _read_counts(described, result)
-    if dataset.subset:
-        result.source = "counts of its own, as asked for"
+    rendered = dataset.root is not None and (Path(dataset.root) / "synthetic.json").is_file()
+    if dataset.name in LAYOUTS and dataset.protocol and not rendered:
+        result.expected = LAYOUTS[dataset.protocol].counts
+        result.source = "counts of its own, as asked for" if dataset.subset else "as published"
     files: dict[str, dict[tuple[int, int], str]] = {}
     for split, images in dataset.splits().items():
         count, files[split] = count_images(images), {}
         result.counts[split] = count
         differs = [] if dataset.subset else list(_differences(count, result.expected.get(split, {})))
-        found = [*differs, *_look_at_files(images, result, files[split], progress)]
+        found = [f"{_figure(count, kind)}, expected {number:,}" for kind, number in differs]
+        found += [*_look_at_files(images, result, files[split], decode, progress)]
         found += [] if len(images) else ["no images"]
         result.errors += [f"{split.replace('_', ' ')}: {text}" for text in found]
         result.hint = ON_PURPOSE if differs and len(images) else result.hint
@@ -108,31 +100,9 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
         if both := sorted(of_a[file] for file in of_a.keys() & of_b.keys()):
             told = f"{a} and {b}".replace("_", " ")
             result.errors.append(f"{told}: {len(both)} images are in both: {shorten(both)}")
-    if decode:
-        sources = {images.source: None for images in dataset.splits().values()}
-        paths = [path for source in sources if isinstance(source, Files) for path in source.paths()]
-        known = {*result.missing, *result.unreadable}
-        problems = find_unreadable([path for path in paths if str(path) not in known], progress)
-        result.unreadable += problems
-        result.errors += map(str, problems.values())
     if result.extra:
         result.warnings.append(f"{len(result.extra)} unexpected, left out: {shorten(result.extra)}")
     return result
-
-
-def _read_counts(path: Path, result: CheckResult) -> None:
-    """Take the expected counts from `synthetic.json`."""
-    result.expected, result.source = {}, "as synthetic.json says"
-    try:
-        with reading(path):
-            counts = read_json(path)["counts"]
-            for split, prefix in (("train", ""), ("test", "test_")):
-                for modality, camids in SYSU_CAMERAS.items():
-                    images = whole_number(counts[split][modality], modality)
-                    cameras = {str(c): whole_number(counts[split]["cameras"][str(c)], str(c)) for c in camids}
-                    result.expected[prefix + modality] = {"images": images, "cameras": cameras}
-    except (OSError, ValueError) as error:
-        result.errors.append(str(error))
 
 
 def count_images(images: Images) -> dict[str, Any]:
@@ -145,25 +115,24 @@ def count_images(images: Images) -> dict[str, Any]:
     }
 
 
-def _differences(count: dict, wanted: dict) -> Iterator[str]:
-    compared = [(kind, count[kind], wanted[kind]) for kind in ("identities", "images") if kind in wanted]
-    for camera in sorted({*count["cameras"], *wanted["cameras"]}) if "cameras" in wanted else ():
-        held = count["cameras"].get(camera, 0), wanted["cameras"].get(camera, 0)
-        compared.append((f"images of camera {camera}", *held))
-    for kind, found, number in compared:
-        if found != number:
-            yield f"{found:,} {kind}, expected {number:,}"
+def _figure(count: dict, kind: str) -> str:
+    return f"no {kind}" if count[kind] is None else f"{count[kind]:,} {kind}"
+
+
+def _differences(count: dict, wanted: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Each kind of count that is not as wanted, and the number that is."""
+    return ((kind, number) for kind, number in wanted.items() if count[kind] != number)
 
 
 def _look_at_files(
-    images: Images, result: CheckResult, found: dict[tuple[int, int], str], progress: bool
+    images: Images, result: CheckResult, found: dict[tuple[int, int], str], decode: bool, progress: bool
 ) -> Iterator[str]:
     """The problems of a split's files; `found` gets the name of each, by its device and number."""
     if twice := [path for path, times in Counter(images.names).items() if times > 1]:
         yield f"{len(twice)} images are listed twice: {shorten(twice)}"
     if not isinstance(images.source, Files):
         return
-    missing, empty = [], []
+    missing, empty, filled = [], [], []
     named = zip(images.names, images.source.paths(images.rows), strict=True)
     for name, path in logs.progress(len(images), "looking at files", "image", progress, named):
         try:
@@ -172,11 +141,12 @@ def _look_at_files(
             missing.append(str(path))
             continue
         found[entry.st_dev, entry.st_ino] = name
-        if not entry.st_size:
-            empty.append(str(path))
+        (filled if entry.st_size else empty).append(str(path))
     if missing:
         yield f"{len(missing)} images are missing: {shorten(missing)}"
     if empty:
         yield f"{len(empty)} images are empty files{images.source.advice}: {shorten(empty)}"
+    problems = find_unreadable(filled, progress) if decode else {}
+    yield from map(str, problems.values())
     result.missing += missing
-    result.unreadable += empty
+    result.unreadable += [*empty, *problems]

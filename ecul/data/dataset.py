@@ -16,7 +16,7 @@ from ecul.data.checks import CheckResult, check_dataset
 from ecul.data.decode import SKIP
 from ecul.data.folders import find_images
 from ecul.data.images import Column, Images, Pixels
-from ecul.data.layouts import LAYOUTS, SPLITS, Folder, Layout
+from ecul.data.layouts import LAYOUTS, SPLITS, Folder
 from ecul.data.pack import Files
 
 
@@ -118,7 +118,7 @@ class Dataset:
             extra += [str(folder / other) for other in others]
         root = places["visible"].parent
         given = {m: str(f.relative_to(root) if f.is_relative_to(root) else f) for m, f in places.items()}
-        options = {**given, "cameras": cameras, "skip_unreadable": skip_unreadable, **_packing(pack)}
+        options = {**given, "cameras": cameras, "skip_unreadable": skip_unreadable, "pack": _absolute(pack)}
         return cls("folders", str(root), **splits, extra=tuple(extra), options=options)
 
 
@@ -131,8 +131,8 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
     """A data set in the folder `root`: "sysu", "regdb", "llcm" or "market" as downloaded, or "folders".
 
     Options, and the data sets that have them; None is the default:
-    pack (all): decode each image once into `.ecul-pack` in the root, or in each of the two folders (or into
-    the user's cache where that is read-only), or into the folder given here; False reads directly.
+    pack (all): decode each image once into `.ecul-pack` in the root, or in each of the two folders, or into
+    the folder given here. False reads directly, and so does a folder that is read-only, with a warning.
     subset (all but "folders"): allow other numbers of images and people than published; evaluation then
     reports that these are not the published test images.
     validation (all but "folders"): hold out a share of the training people, such as 0.2. The network is not
@@ -158,43 +158,32 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
         raise ValueError(f"root: {str(root)!r} is not a folder")
     options = known | {option: value for option, value in options.items() if value is not None}
     if name in LAYOUTS:
-        return _open_layout(name, LAYOUTS[name], root, **options)
+        return _open_layout(name, root, **options)
     places = {m: str(options[m]) for m in MODALITIES}
     held = "visible/ and infrared/, or the folders that these two options name"
     Folder(root, held).require(*places.values())
     return Dataset.from_folders(**{**options, **{m: root / place for m, place in places.items()}})
 
 
-def _open_layout(
-    name: str, layout: Layout, root: Path, subset: bool, validation: Any, pack: Any, **options: Any
-) -> Dataset:
+def _open_layout(name: str, root: Path, subset: bool, validation: Any, pack: Any, **options: Any) -> Dataset:
+    layout, splits = LAYOUTS[name], {}
     folder = Folder(root, layout.holds)
-    found = layout.reader(folder, **options)
-    trial = options.get("trial")
-    label = name if layout.shared or trial is None else f"{name}{trial}"
-    sources: dict[str, Files] = {}
-    splits: dict[str, Any] = {}
-    for split, entries in found.items():
+    for split, entries in layout.reader(folder, **options).items():
         if not entries:
             folder.fail(f"no image for {split.replace('_', ' ')} in {str(root)!r}")
-        modality = split.removeprefix("test_")
         names, pids, camids = (list(column) for column in zip(*entries, strict=True))
-        home = modality if layout.shared else split.replace("_", "-")
-        if home not in sources:
-            held = sorted({*names, *(e.name for e in found[f"test_{modality}"])}) if layout.shared else names
-            sources[home] = Files(root, held, f"{label}-{home}", pack)
-        row = {path: place for place, path in enumerate(sources[home].names)}
-        splits[split] = Images(modality, names, sources[home], camids, pids, [row[path] for path in names])
-    given = {"subset": subset or None, **options}
+        source = Files(root, names, f"{name}-{split.replace('_', '-')}", pack)
+        splits[split] = Images(split.removeprefix("test_"), names, source, camids, pids)
+    given = {"subset": subset or None, "pack": _absolute(pack), **options}
     whole = Dataset(
         name,
         str(root),
         **splits,
         protocol=layout.protocol or options.get("protocol"),
-        trial=trial,
+        trial=options.get("trial"),
         subset=subset,
         extra=tuple(folder.extra),
-        options={option: value for option, value in given.items() if value is not None} | _packing(pack),
+        options={option: value for option, value in given.items() if value is not None},
     )
     return whole if validation is None else _hold_out(whole, validation)
 
@@ -216,6 +205,6 @@ def _hold_out(dataset: Dataset, share: Any) -> Dataset:
     return replace(dataset, **splits, subset=True, options=options)
 
 
-def _packing(pack: Any) -> dict[str, Any]:
-    """The option `pack` where it is not the default, for `Dataset.options`."""
-    return {} if pack is True else {"pack": os.path.abspath(pack) if pack else False}
+def _absolute(pack: Any) -> bool | str:
+    """The option `pack` for `Dataset.options`."""
+    return bool(pack) if pack in (True, False, None) else os.path.abspath(pack)

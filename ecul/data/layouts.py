@@ -210,7 +210,7 @@ class Layout:
     """A data set: the content of its root, its reader, its published counts.
 
     options: the reader's, with their defaults. protocol: how it is evaluated. counts: published identities
-    and images of each split. shared: its trials share one pack for each modality.
+    and images of each split.
     """
 
     holds: str
@@ -218,7 +218,6 @@ class Layout:
     options: dict[str, Any] = field(default_factory=dict)
     protocol: str | None = None
     counts: Counts = field(default_factory=dict)
-    shared: bool = False
 
 
 LAYOUTS = {
@@ -238,7 +237,6 @@ LAYOUTS = {
         options={"trial": 1},
         protocol="regdb",
         counts=_published(*[(206, 2_060)] * 4),
-        shared=True,
     ),
     # Zhang and Wang, CVPR 2023
     "llcm": Layout(

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -52,25 +51,17 @@ class Arrays:
 
 
 class Files:
-    """Image files under one root, and the folders where their pack may lie.
+    """Image files under one root, and the folder of their pack.
 
-    label: the beginning of the pack's name. pack: False reads the files directly; True packs into
-    `<root>/.ecul-pack`, or into the user's cache where the root cannot be written; a path is the only folder.
-    advice: the end of the error about images that cannot be read.
+    label: the beginning of the pack's name. pack: True packs into `<root>/.ecul-pack`, a path into that
+    folder, False not at all. advice: the end of the error about images that cannot be read.
     """
 
     def __init__(
         self, root: Place, names: Sequence[str], label: str = "", pack: bool | Place = False, advice: str = ""
     ):
         self.root, self.names, self.label, self.advice = Path(root), list(names), label, advice
-        key = hashlib.blake2b(os.fsencode(self.root.resolve()), digest_size=8).hexdigest()
-        self.folders: list[Path] = []
-        if pack is True:
-            cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-            caches = [] if cache.startswith("~") else [Path(cache) / "ecul" / key]  # the user has no home
-            self.folders = [self.root / ".ecul-pack", *caches]
-        elif pack:  # data sets may share the folder
-            self.folders, self.label = [Path(pack)], f"{label}-{key}"
+        self.folder = self.root / ".ecul-pack" if pack is True else Path(pack) if pack else None
 
     def paths(self, rows: np.ndarray | None = None) -> list[Path]:
         """Where the images at `rows` lie, or all of them."""
@@ -78,54 +69,35 @@ class Files:
 
     def load(self, rows: np.ndarray, size: Size, progress: bool = True) -> torch.Tensor:
         """The pixels of these rows as a (n, 3, H, W) uint8 tensor, from a pack or directly."""
-        pixels = self._packed(size, progress) if self.folders else None
+        pixels = self._packed(self.folder, size, progress) if self.folder else None
         if pixels is None:
             return _stack(self._read(rows, size, progress, "reading"), len(rows), size)
         return _taken(pixels, rows).permute(0, 3, 1, 2)
 
-    def _packed(self, size: Size, progress: bool) -> np.ndarray | None:
+    def _packed(self, folder: Path, size: Size, progress: bool) -> np.ndarray | None:
         """The (N, H, W, 3) memory map of all images, packed where no pack matches; None: read directly.
 
         It is private to this process: writing to it changes no file.
         """
-        shape = (len(self.names), *size, 3)
-        name = f"{self.label}-{size[0]}x{size[1]}-{self._stamp(size)}.npy"
-        for folder in self.folders:
-            if (pixels := _mapped(folder / name, shape)) is not None:
-                return pixels
-        for folder in self.folders:
-            if _can_write(folder):
+        shape, kind = (len(self.names), *size, 3), f"{self.label}-{size[0]}x{size[1]}-"
+        path = folder / f"{kind}{self._stamp(size)}.npy"
+        if (pixels := _mapped(path, shape)) is not None:
+            return pixels
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with draft(path) as file:  # not written through a map: a full disk would kill the process
                 text = "packing %d images, %.1f MB, into %s (once; pack=False, --option pack=false: none)"
                 log.info(text, len(self.names), np.prod(shape) / 1e6, folder)
-                self._write(folder / name, size, progress)
-                self._remove_others(folder / name, size)
-                return _mapped(folder / name, shape)  # None where another process removed it
-        warnings.warn(
-            f"no pack: none of {[str(f) for f in self.folders]} can be written; reading images directly "
-            "(pass pack=<folder> to pack elsewhere, pack=False to silence this)",
-            stacklevel=2,
-        )
-        return None
-
-    def _write(self, path: Path, size: Size, progress: bool) -> None:
-        """Write the pack, not through a map: a full disk would kill the process."""
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(self.names), *size, 3)}
-        try:
-            with draft(path) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for image in self._read(np.arange(len(self.names)), size, progress, "packing"):
                     file.write(image.data)
         except OSError as error:
-            raise OSError(f"cannot pack into {str(path)!r}: {error}; pack=False reads directly") from error
-
-    def _remove_others(self, path: Path, size: Size) -> None:
-        """Remove packs of this label and size that no longer match, and abandoned drafts."""
-        folder, old = path.parent, time.time() - ABANDONED
-        packs = folder.glob(f"{escape(self.label)}-{size[0]}x{size[1]}-*")
-        for other in (*packs, *folder.glob(f".*{'[0-9a-f]' * 16}.tmp")):
-            with suppress(OSError):  # another process may have it open, or have removed it
-                if other != path and (other.suffix != ".tmp" or other.stat().st_mtime < old):
-                    other.unlink()
+            told = "reading images directly; pack=<folder> packs elsewhere, pack=False silences this"
+            warnings.warn(f"cannot pack into {str(folder)!r}: {error}; {told}", stacklevel=2)
+            return None
+        _remove_others(path, kind)
+        return _mapped(path, shape)  # None where another process removed it
 
     def _read(self, rows: np.ndarray, size: Size, progress: bool, what: str) -> Iterator:
         """The images in order. If some cannot be read, one error at the end names all of them."""
@@ -158,13 +130,13 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return None
 
 
-def _can_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False
+def _remove_others(path: Path, kind: str) -> None:
+    """Remove the packs of this kind that no longer match, and abandoned drafts."""
+    folder, old = path.parent, time.time() - ABANDONED
+    for other in (*folder.glob(f"{escape(kind)}*"), *folder.glob(f".{'[0-9a-f]' * 16}.tmp")):
+        with suppress(OSError):  # another process may have it open, or have removed it
+            if other != path and (other.suffix != ".tmp" or other.stat().st_mtime < old):
+                other.unlink()
 
 
 def _taken(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
