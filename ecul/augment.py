@@ -5,8 +5,6 @@ exchange, channel adapt, linear transform), exact in distribution. All functions
 images, float32 but for `crop` and `flip`. The generator lives on the images' device; None is the default one.
 """
 
-import functools
-
 import torch
 
 from ecul.common.pretrained import MEAN, STD
@@ -124,17 +122,9 @@ def _standardize(x: torch.Tensor) -> torch.Tensor:
     return (x - _channels(MEAN, x.device)) / _channels(STD, x.device)
 
 
-def _numbers(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(3, 1, 1) numbers on this device."""
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-
-
-_sent = functools.lru_cache(_numbers)
-
-
 def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """`_numbers`, kept for a GPU, which would wait for each copy."""
-    return (_sent if device.type == "cuda" else _numbers)(values, device)
+    """(3, 1, 1) numbers on this device, filled there: a GPU would wait for a copy."""
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 def _chosen(images: torch.Tensor, probability: float, generator: Random) -> torch.Tensor:

@@ -11,6 +11,7 @@ ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673,
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -124,30 +125,26 @@ class Clusters:
         return np.concatenate([rows[anchor : anchor + 1], rest])
 
 
-class _Deck:
-    """Draws without replacement from a shuffled list; it is shuffled anew when too few are left."""
+def _deal(cards: Iterable[int], count: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """`count` cards at a time, no two the same; all of them where there are fewer.
 
-    def __init__(self, cards: Iterable[int], rng: np.random.Generator):
-        self.cards, self.rng = list(cards), rng
-        self.left: list[int] = []
-
-    def draw(self, count: int) -> list[int]:
-        """The next `count` cards, no two the same; all there are where there are fewer."""
-        count = min(count, len(self.cards))
-        if len(self.left) < count:
-            self.left = self.rng.permutation(self.cards).tolist()
-        taken, self.left = self.left[:count], self.left[count:]
-        return taken
+    They come without replacement from a shuffled list, which is shuffled anew when too few are left.
+    """
+    cards, left = list(cards), list[int]()
+    count = min(count, len(cards))
+    while True:
+        if len(left) < count:
+            left = rng.permutation(cards).tolist()
+        yield left[:count]
+        left = left[count:]
 
 
 def independent_clusters(
     visible: list[int], infrared: list[int], identities: int, rng: np.random.Generator
 ) -> Iterator[list[int]]:
     """P visible clusters, then P infrared ones, and so on: each modality draws for itself."""
-    decks = _Deck(visible, rng), _Deck(infrared, rng)
-    while True:
-        for deck in decks:
-            yield deck.draw(identities)
+    for deck in cycle([_deal(side, identities, rng) for side in (visible, infrared)]):
+        yield next(deck)
 
 
 def matched_clusters(match: np.ndarray, identities: int, rng: np.random.Generator) -> Iterator[list[int]]:
@@ -156,10 +153,9 @@ def matched_clusters(match: np.ndarray, identities: int, rng: np.random.Generato
     match: bool (B infrared, A visible). Half of the pairs start from infrared clusters with a random match
     each, half from visible ones. Source: MBCCM's published sampler.
     """
-    deck_r, deck_v = (_Deck(range(count), rng) for count in match.shape)
-    while True:
-        from_r = deck_r.draw(identities // 2)
-        from_v = deck_v.draw(identities - identities // 2)
+    infrared, visible = map(range, match.shape)
+    decks = _deal(infrared, identities // 2, rng), _deal(visible, identities - identities // 2, rng)
+    for from_r, from_v in zip(*decks, strict=True):
         to_v = [int(rng.choice(np.flatnonzero(match[c]))) for c in from_r]
         to_r = [int(rng.choice(np.flatnonzero(match[:, c]))) for c in from_v]
         yield to_v + from_v
@@ -170,9 +166,7 @@ def joint_clusters(
     visible: list[int], infrared: list[int], identities: int, rng: np.random.Generator
 ) -> Iterator[list[int]]:
     """P joint clusters for both modalities, and so on; clusters that hold both modalities come first [R]."""
-    both, rest = (_Deck(sorted(part), rng) for part in ({*visible} & {*infrared}, {*visible} ^ {*infrared}))
-    while True:
-        clusters = both.draw(identities)
-        clusters += rest.draw(identities - len(clusters))
-        yield clusters
-        yield clusters
+    both, rest = (sorted(part) for part in ({*visible} & {*infrared}, {*visible} ^ {*infrared}))
+    decks = _deal(both, identities, rng), _deal(rest, max(0, identities - len(both)), rng)
+    for first, others in zip(*decks, strict=True):
+        yield from [first + others] * 2

@@ -10,15 +10,14 @@ updating, runs if `update_rule` is "tsmem". Of the methods only "ecul" sets this
 """
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ecul import MODALITIES
+from ecul.common.files import read_json
 from ecul.common.names import did_you_mean
 
 # Stage 2 of the three methods: ECUL has joint clusters and no matched pairs, MBCCM pairs and consistency.
@@ -257,12 +256,9 @@ class Config:
 def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     """The fields of Config in a JSON file, for example the `config.json` of a run.
 
-    Errors: OSError; ValueError for a file that is no JSON object.
+    Errors: those of `reading`; ValueError for a file that is no JSON object.
     """
-    try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} cannot be read as JSON: {e}") from e
+    fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path} should hold fields of Config by name, not {type(fields).__name__}")
     return {name: value for name, value in fields.items() if name != "model"}

@@ -169,7 +169,11 @@ def embed_pixels(
             part = pixels[done : done + batch_size]
             try:
                 with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    rows[done : done + len(part)] = _embed(model, part.to(device), modality, flip)
+                    x = normalize(part.to(device)).contiguous(memory_format=torch.channels_last)
+                    features = model.embed(x, modality).float()
+                    if flip:
+                        features = F.normalize(features + model.embed(x.flip(3), modality), dim=1)
+                rows[done : done + len(part)] = features
             except (RuntimeError, MemoryError) as error:
                 if len(part) == 1 or not out_of_memory(error):
                     raise
@@ -181,9 +185,3 @@ def embed_pixels(
         told = f"NaN or infinite features of {wild} of {len(rows)} {modality} images"
         raise ValueError(f"model: {told}; its weights are not finite, or too large for its precision")
     return rows
-
-
-def _embed(model: Any, pixels: torch.Tensor, modality: str, flip: bool) -> torch.Tensor:
-    x = normalize(pixels).contiguous(memory_format=torch.channels_last)
-    features = model.embed(x, modality).float()
-    return F.normalize(features + model.embed(x.flip(3), modality), dim=1) if flip else features

@@ -70,7 +70,7 @@ def import_checkpoint(
     settings["gem"] = _uses_gem(pooling, settings["non_local"], state, path)
     with torch.device("meta"):
         places = sorted(TwoStreamResNet(**settings).non_local)
-    placed = {_place(name, value, places, path): value for name, value in renamed.items()}
+    placed = {_place(name, places): value for name, value in renamed.items()}
     return TwoStreamResNet._build(Saved(path, placed, {}, settings)), unused
 
 
@@ -80,15 +80,14 @@ def _rename(
     """The weights that are used, under our names, and the names of the others by the reason."""
     renamed: dict[str, torch.Tensor] = {}
     unused: dict[str, list[str]] = {}
-    unknown = []
     for name, value in state.items():
-        if match := next(filter(None, (re.fullmatch(pattern, name) for pattern in USED)), None):
+        matches = (re.fullmatch(pattern, name) for pattern in USED)
+        reasons = (reason for reason, pattern in UNUSED.items() if re.fullmatch(pattern, name))
+        if match := next(filter(None, matches), None):
             renamed[match.expand(USED[match.re.pattern])] = value
-        elif reason := next((r for r, pattern in UNUSED.items() if re.fullmatch(pattern, name)), None):
-            unused.setdefault(reason, []).append(name)
         else:
-            unknown.append(name)
-    if unknown:
+            unused.setdefault(next(reasons, "unknown"), []).append(name)
+    if unknown := unused.get("unknown"):
         raise ValueError(
             f"{path}: {len(unknown)} of {len(state)} names belong to no known layout, "
             f"so nothing was imported: {shorten(unknown)}. Known are visible_module.visible.*, "
@@ -127,16 +126,10 @@ def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     return {"depth": depths[0], "width": len(stem), "non_local": non_local}
 
 
-def _place(name: str, value: torch.Tensor, places: list[str], path: Path) -> str:
-    """`NL_2.1.g.0.weight` -> `non_local.2_3.g.weight`: the layer's n-th block."""
+def _place(name: str, places: list[str]) -> str:
+    """`NL_2.1.g.0.weight` -> `non_local.2_3.g.weight`: the layer's n-th block, where there are so many."""
     match = NON_LOCAL.fullmatch(name)
-    if match is None:
+    here = [place for place in places if match and place.startswith(f"{match[1]}_")]
+    if match is None or int(match[2]) >= len(here):
         return name
-    stage, number, rest = match[1], int(match[2]), match[3].replace("g.0.", "g.")
-    here = [place for place in places if place.startswith(f"{stage}_")]
-    if number >= len(here):
-        raise ValueError(f"{path}: {name} is one non-local block too many; layer{stage} has {len(here)}")
-    inner = value.shape[0] if value.ndim else 0
-    if rest == "theta.weight" and inner != 1:
-        raise ValueError(f"{path}: {name} has {inner} inner channels; only blocks with one are known")
-    return f"non_local.{here[number]}.{rest}"
+    return f"non_local.{here[int(match[2])]}.{match[3].replace('g.0.', 'g.')}"

@@ -37,17 +37,16 @@ def match_clusters(visible: Any, infrared: Any, rule: str = "bilateral") -> Any:
     """
     if rule not in ("bilateral", "mutual"):
         raise ValueError(f"rule must be bilateral or mutual, got {rule!r}")
-    given, infrared = as_tensor("visible", visible), _unit_rows("infrared", infrared)
-    views = given if rule == "mutual" and given.ndim == 3 else given[None]
-    if not len(views):
-        raise ValueError("visible must be at least one view of the clusters, got none")
-    sides = [infrared, *(_unit_rows("visible", view) for view in views)]
-    if sides[0].shape[1] != sides[1].shape[1]:
-        sizes = f"{sides[1].shape[1]} and {sides[0].shape[1]}"
+    given = as_tensor("visible", visible)
+    several = rule == "mutual" and given.ndim == 3 and len(given) > 0
+    views = [_unit_rows("visible", view) for view in (given if several else given[None])]
+    infrared = _unit_rows("infrared", infrared)
+    if views[0].shape[1] != infrared.shape[1]:
+        sizes = f"{views[0].shape[1]} and {infrared.shape[1]}"
         raise ValueError(f"visible and infrared must have as many features as each other, got {sizes}")
     if rule == "mutual":
-        sides = [_without_mean(side) for side in sides]
-    distance = np.minimum.reduce([2 - 2 * sides[0] @ view.T for view in sides[1:]])
+        infrared, *views = map(_without_mean, [infrared, *views])
+    distance = np.minimum.reduce([2 - 2 * infrared @ view.T for view in views])
     matched = _bilateral(distance) if rule == "bilateral" else _mutual(distance)
     return torch.from_numpy(matched).to(given.device) if given is visible else matched
 

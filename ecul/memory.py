@@ -6,8 +6,6 @@ called after the optimiser's step, moves them.
 ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,38 +15,10 @@ from torch import nn
 
 from ecul.common.arrays import as_tensor
 from ecul.kernels import memory_contrast, momentum_update_
+from ecul.kernels.contrast import check_temperature
+from ecul.kernels.momentum import check_rule
 
-RULES = ("sequential", "instance", "mean", "hard")
 Whole = torch.Tensor | ArrayLike  # whole numbers of any kind: a tensor, an array, a list
-
-
-def contrastive_loss(
-    x: torch.Tensor,
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    labels: torch.Tensor,
-    temp: float = 0.05,
-    weights: torch.Tensor | ArrayLike | None = None,
-) -> torch.Tensor:
-    """Mean over the labelled samples of the memory-bank contrastive loss with summed positives.
-
-        s = x @ bank.T / temp
-        for i with labels[i] >= 0:
-            loss_i = weights[i] * (logsumexp(s[i]) - logsumexp(s[i, bank_labels == labels[i]]))
-
-    With `bank_labels = arange(C)` this is `F.cross_entropy(s, labels, ignore_index=-1)`: the cluster-level
-    loss. With a row per image it is the instance-level loss. The bank gets no gradient.
-    x: (B, D) unit rows; bank: (C, D) unit rows; bank_labels: (C,) int64; labels: (B,) int64, -1 (any
-    negative) = no loss; weights: (B,), None for 1. Returns a scalar float32; 0 when no sample is labelled.
-    Source: ECUL, cluster-level and instance-level contrast.
-    """
-    loss = memory_contrast(x, bank, bank_labels, labels, temp)
-    if weights is not None:
-        weights = as_tensor("weights", weights, loss.device).to(loss.dtype)
-        if weights.shape != loss.shape:
-            raise ValueError(f"weights must be ({len(loss)},), one a sample, got {tuple(weights.shape)}")
-        loss = loss * weights
-    return loss.sum() / (labels >= 0).sum().clamp(min=1)
 
 
 def consistency_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -62,27 +32,11 @@ def consistency_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 0.5 * ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(dim=1).mean()
 
 
-def _also(**published: str) -> Callable[[Callable], Callable]:
-    """Let keyword arguments have the names that published memories give them: `inputs="x"`."""
-
-    def decorate(function: Callable) -> Callable:
-        @functools.wraps(function)
-        def wrapper(*args: Any, **options: Any) -> Any:
-            for old in published.keys() & options.keys():
-                name = published[old]
-                if name in options:
-                    raise TypeError(f"{old} is called {name} here: give one of the two")
-                options[name] = options.pop(old)
-            return function(*args, **options)
-
-        return wrapper
-
-    return decorate
-
-
-def _whole(name: str, values: Whole, device: torch.device) -> torch.Tensor:
-    """int64 on this device, from whole numbers of any kind. Errors: TypeError for other numbers."""
+def _whole(name: str, values: Whole, device: torch.device, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 on this device, from whole numbers of any kind; one for each of these rows, if given."""
     numbers = as_tensor(name, values, device)
+    if rows is not None and numbers.shape != rows.shape[:1]:
+        raise ValueError(f"{name}: expected {len(rows)}, one a row, got {tuple(numbers.shape)}")
     if numbers.numel() and (numbers.is_floating_point() or numbers.dtype == torch.bool):
         raise TypeError(f"{name} must be whole numbers, got {numbers.dtype}")
     return numbers.long()
@@ -98,27 +52,22 @@ class _Memory(nn.Module):
 
     _saves_labels = False  # labels that count from 0 need no place in a state dict
 
-    @_also(use_hard="rule")
     def __init__(
         self,
         num_features: int,
         num_samples: int,
         temp: float = 0.05,
         momentum: float = 0.1,
-        rule: str | bool = "sequential",
+        rule: str = "sequential",
+        use_hard: bool = False,
     ):
         super().__init__()
-        if isinstance(rule, bool):  # the published use_hard
-            rule = "hard" if rule else "sequential"
+        rule = "hard" if use_hard else rule
+        check_temperature(temp)
+        check_rule(momentum, rule)
         if num_features < 1 or num_samples < 1:
             sizes = f"{num_features} and {num_samples}"
             raise ValueError(f"num_features and num_samples must be at least 1, got {sizes}")
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        if not temp > 0:
-            raise ValueError(f"temp must be above 0, got {temp}")
         self.num_features, self.num_samples = num_features, num_samples
         self.temp, self.momentum, self.rule = temp, momentum, rule
         self.features: torch.Tensor
@@ -126,7 +75,6 @@ class _Memory(nn.Module):
         self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
         self.register_buffer("labels", torch.arange(num_samples), persistent=self._saves_labels)
 
-    @_also(inputs="x", targets="labels")
     def forward(
         self, x: torch.Tensor, labels: Whole, weights: torch.Tensor | ArrayLike | None = None, **others: Any
     ) -> torch.Tensor:
@@ -138,7 +86,13 @@ class _Memory(nn.Module):
             told = "a memory moves in update(x, labels, momentum=...) alone, weights= are per sample"
             raise TypeError(f"the loss takes x, labels and weights, not {', '.join(others)}: {told}")
         labels = _whole("labels", labels, x.device)
-        return contrastive_loss(_unit(x), self.features, self.labels, labels, self.temp, weights)
+        loss = memory_contrast(_unit(x), self.features, self.labels, labels, self.temp)
+        if weights is not None:
+            weights = as_tensor("weights", weights, loss.device).to(loss.dtype)
+            if weights.shape != loss.shape:
+                raise ValueError(f"weights must be ({len(loss)},), one a sample, got {tuple(weights.shape)}")
+            loss = loss * weights
+        return loss.sum() / (labels >= 0).sum().clamp(min=1)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """`normalize(x) @ features.T / temp`: (B, num_samples), differentiable in x alone.
@@ -149,7 +103,6 @@ class _Memory(nn.Module):
             x = _unit(x)
             return x @ self.features.to(x.dtype).T / self.temp
 
-    @_also(inputs="x", targets="labels", indexes="labels")
     @torch.no_grad()
     def update(
         self,
@@ -177,10 +130,9 @@ class ClusterMemory(_Memory):
     "instance", "mean" or "hard"; momentum is the part kept of the old row. Set `.features` (C, D) to the
     starting rows, or use `from_clusters`. Published memories move in `backward`; this one moves in
     `update(x, labels)` alone, so call that after every step of the optimiser.
-    labels are whole numbers of any kind: a tensor, an array, a list. Published names are understood:
-    `memory(inputs=x, targets=labels)`, and `use_hard=True` for rule="hard".
-    Errors: ValueError for sizes, momentum, temp or rule out of range; TypeError for labels that are no whole
-    numbers. Source: ECUL and MBCCM, cluster memories.
+    labels are whole numbers of any kind: a tensor, an array, a list. `use_hard=True` is the published name of
+    rule="hard". Errors: ValueError for sizes, momentum, temp or rule out of range; TypeError for labels that
+    are no whole numbers. Source: ECUL and MBCCM, cluster memories.
     """
 
     @classmethod
@@ -202,8 +154,7 @@ class InstanceMemory(_Memory):
     All rows of a sample's cluster are positives, summed inside the logarithm. x: (B, num_features), labels:
     (B,) int64, -1 = no loss; num_samples: images N. `from_features` sets `.features` (N, num_features) and
     `.labels` (N,), and a state dict holds both. `update(x, index)` moves the rows of these images (not of
-    their clusters). Names, kinds of labels: as in `ClusterMemory`. Errors: as there.
-    Source: ECUL, instance-level contrast.
+    their clusters). Kinds of labels and errors: as in `ClusterMemory`. Source: ECUL, instance-level contrast.
     """
 
     _saves_labels = True
@@ -214,12 +165,9 @@ class InstanceMemory(_Memory):
     ) -> "InstanceMemory":
         """A memory that starts from features (N, D), normalised here, and their labels (N,).
 
-        An outlier (-1) gets a label of its own: nobody's positive. Errors: ValueError unless each row has a
-        label.
+        An outlier (-1) gets a label of its own: nobody's positive. Errors: as in `ClusterMemory`.
         """
-        labels = _whole("labels", labels, features.device)
-        if labels.shape != features.shape[:1]:
-            raise ValueError(f"labels: expected {len(features)}, one a row, got {tuple(labels.shape)}")
+        labels = _whole("labels", labels, features.device, features)
         memory = cls(features.shape[1], features.shape[0], temp, momentum).to(features.device)
         memory.features.copy_(_unit(features))
         memory.labels.copy_(torch.where(labels < 0, -2 - memory.labels, labels))
@@ -246,7 +194,7 @@ def cluster_means(features: torch.Tensor, labels: Whole, groups: Whole | None = 
     """
     labels, count = _numbered(labels, features)
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    groups = torch.zeros_like(labels) if groups is None else _whole("groups", groups, features.device)
+    groups = _whole("groups", 0 * labels if groups is None else groups, features.device, features)
     means, present = features.new_zeros(count, features.shape[1]), features.new_zeros(count, 1)
     for group in groups[labels >= 0].unique():
         rows = ((groups == group) & (labels >= 0)).nonzero().flatten()
@@ -275,9 +223,7 @@ def random_members(
 
 def _numbered(labels: Whole, features: torch.Tensor) -> tuple[torch.Tensor, int]:
     """int64 labels, and the number of clusters. Errors: ValueError where a number from 0 on is absent."""
-    labels = _whole("labels", labels, features.device)
-    if labels.shape != features.shape[:1]:
-        raise ValueError(f"labels: expected {len(features)}, one a row, got {tuple(labels.shape)}")
+    labels = _whole("labels", labels, features.device, features)
     present = labels[labels >= 0].unique()
     count = int(present[-1]) + 1 if len(present) else 0
     if len(present) < count:

@@ -82,7 +82,14 @@ class Backbone(Pretrained):
 
     def _wrap(self, network: nn.Module, input_size: tuple[int, int], name: str) -> None:
         super().__init__()
-        self.num_features = output_size(network, input_size)
+        kind = type(network).__name__
+        if any(isinstance(module, PerModality) for module in network.modules()):
+            raise ValueError(f"model: {kind} has a stem for each modality already; give the plain network")
+        size, learning = (row_size(network, input_size, mode) for mode in ("evaluation", "training"))
+        if size != learning:
+            told = f"gives rows of {size} features in evaluation and of {learning} in training"
+            raise ValueError(f"model: {kind} {told}; both must be the features, without the classifier")
+        self.num_features = size
         self.network, self.input_size = network, tuple(input_size)
         self.settings = {"network": name, "input_size": [*input_size]}
 
@@ -180,21 +187,6 @@ class TwoStream(Backbone):
         resample = getattr(sys.modules[type(plain).__module__], "checkpoint_filter_fn", None)
         fit = dict if resample is None else lambda state: resample(state, plain)
         load_foreign(self, path, homes, self.classifier, fit)
-
-
-def output_size(network: nn.Module, size: tuple[int, int]) -> int:
-    """The D of the rows (N, D) that a network gives of images of this size, the same in both modes.
-
-    Errors: those of `row_size`; ValueError for a network with two streams, or with other rows in training.
-    """
-    name = type(network).__name__
-    if any(isinstance(module, PerModality) for module in network.modules()):
-        raise ValueError(f"model: {name} has a stem for each modality already; give the plain network")
-    sizes = [row_size(network, size, mode) for mode in ("evaluation", "training")]
-    if sizes[0] != sizes[1]:
-        told = f"gives rows of {sizes[0]} features in evaluation and of {sizes[1]} in training"
-        raise ValueError(f"model: {name} {told}; both must be the features, without the classifier")
-    return sizes[0]
 
 
 def row_size(network: nn.Module, size: tuple[int, int], mode: str, streams: int = 1) -> int:

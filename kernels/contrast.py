@@ -45,9 +45,7 @@ def memory_contrast(
     check_device(x.device, bank=bank, bank_labels=bank_labels, labels=labels)
     if bank.shape[0] == 0:
         raise ValueError("bank has no rows: there is nothing to contrast with")
-    check_number("temperature", temperature)
-    if not 0 < temperature <= HOTTEST:
-        raise ValueError(f"temperature must be above 0 and at most {HOTTEST}; got {temperature}")
+    check_temperature(temperature)
     temperature = float(temperature)
     if use_triton(x):
         with_gradient = x.requires_grad and torch.is_grad_enabled()
@@ -59,6 +57,13 @@ def memory_contrast(
     if not loss.is_cuda and not torch.compiler.is_compiling():
         _require_finite(loss, labels)
     return loss
+
+
+def check_temperature(temperature: float) -> None:
+    """Require a number above 0, at most `HOTTEST`."""
+    check_number("temperature", temperature)
+    if not 0 < temperature <= HOTTEST:
+        raise ValueError(f"temperature must be above 0 and at most {HOTTEST}; got {temperature}")
 
 
 def memory_contrast_reference(

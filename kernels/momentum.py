@@ -49,11 +49,7 @@ def momentum_update_(
     check_matrix("x", x, columns=bank.shape[1])
     check_vector("labels", labels, length=x.shape[0])
     check_device(bank.device, x=x, labels=labels)
-    check_number("momentum", momentum)
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
+    check_rule(momentum, rule)
     priority = None
     if rule == "instance":  # the sample with the smallest number of its label is a uniform draw
         device = labels.device if generator is None else generator.device
@@ -61,6 +57,15 @@ def momentum_update_(
         priority = priority.to(labels.device, non_blocking=True)
     _momentum_update_(bank, x.detach(), labels, float(momentum), rule, priority)
     return bank
+
+
+def check_rule(momentum: float, rule: str) -> None:
+    """Require a momentum from 0 to 1, and one of the rules."""
+    check_number("momentum", momentum)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}")
 
 
 @torch.no_grad()
