@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ecul import MODALITIES
 from ecul.batches import Batch, make_batches
 from ecul.common import distributed, logs
 from ecul.common.logs import logging_to_stderr
@@ -130,8 +129,9 @@ def _now(device: torch.device) -> float:
 
 def extract_all(model: torch.nn.Module, images: TrainImages, config: Config) -> torch.Tensor:
     """Unit features (N, D) of every image on every process, each process embedding its share."""
-    sides = zip(images.pixels, MODALITIES, strict=True)
-    return torch.cat([_extract(model, *side, images, config) for side in sides])
+    visible, infrared = images.pixels
+    found = [_extract(model, visible, "visible", config), _extract(model, infrared, "infrared", config)]
+    return torch.cat(found)
 
 
 def extract_exchanged(
@@ -144,21 +144,16 @@ def extract_exchanged(
     """
     if not (config.exchanged_crosses(stage) and config.matching == "mutual" and config.reads_matches):
         return None
-    channels = images.pixels[0].split(1, dim=1)
-    views = [channel.expand(-1, 3, -1, -1) for channel in channels]
-    return torch.stack([_extract(model, view, "infrared", images, config, flip=False) for view in views])
+    views = [channel.expand(-1, 3, -1, -1) for channel in images.pixels[0].split(1, dim=1)]
+    return torch.stack([_extract(model, view, "infrared", config, flip=False) for view in views])
 
 
 def _extract(
-    model: torch.nn.Module,
-    pixels: torch.Tensor,
-    modality: str,
-    images: TrainImages,
-    config: Config,
-    flip: bool = True,
+    model: torch.nn.Module, pixels: torch.Tensor, modality: str, config: Config, flip: bool = True
 ) -> torch.Tensor:
-    own, autocast = pixels[distributed.share(len(pixels))], uses_bf16(config, images.device)
-    found = embed_pixels(model, own, modality, config.batch_extract, flip, not distributed.rank(), autocast)
+    own, shown = pixels[distributed.share(len(pixels))], not distributed.rank()
+    autocast = uses_bf16(config, next(model.parameters()).device)
+    found = embed_pixels(model, own, modality, config.batch_extract, flip, shown, autocast)
     return distributed.gather(found, len(pixels))
 
 
