@@ -263,27 +263,22 @@ def test_a_backbone_by_name_is_trained_and_used_from_the_shell(world, tmp_path, 
     assert torch.allclose(torch.export.load(f"{run}/i.pt2").module()(pixels.float()), expected, atol=1e-5)
 
 
-def test_what_does_not_fit_is_said_before_any_work(dataset, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="backbone must be timm:NAME or torchvision:NAME, got 'resnet18'"):
-        TwoStream("resnet18", SIZE)
-    with pytest.raises(ValueError, match="backbone must be timm:NAME or torchvision:NAME"):
-        Config(backbone="resnet18")
-    with pytest.raises(ValueError, match="'torchvision:nothing' cannot be built: Unknown model nothing"):
-        TwoStream("torchvision:nothing", SIZE)
-    with pytest.raises(ValueError, match="ViT takes no images of .* Wrong image width!"):
-        TwoStream("torchvision:vit_tiny", (32, 48))
+def test_what_does_not_fit_is_said_before_any_work(dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match="'timm:vit' needs timm: pip install timm"):
-        TwoStream("timm:vit", SIZE)
-    config = tiny(size=SIZE, backbone="torchvision:resnet18", checkpointing=True)
-    with pytest.raises(ValueError, match="checkpointing is for TwoStreamResNet, not for torchvision:res"):
-        train(dataset, config)
-    network = ResNet()
+    network, by_name = ResNet(), {"backbone": "torchvision:resnet18", "checkpointing": True}
     network.num_features = 64
-    with pytest.raises(ValueError, match="its rows have 10 features where num_features says 64"):
-        train(dataset, tiny(size=SIZE), model=network)
-    with pytest.raises(ValueError, match=r"rows \(2, num_features\) of 2 images, got \(2, 8, 16, 16\)"):
-        TwoStream(nn.Sequential(network.conv1), SIZE)
+    for make, message in (
+        (lambda: TwoStream("resnet18", SIZE), "must be timm:NAME or torchvision:NAME, got 'resnet18'"),
+        (lambda: Config(backbone="resnet18"), "backbone must be timm:NAME or torchvision:NAME"),
+        (lambda: TwoStream("torchvision:x", SIZE), "'torchvision:x' cannot be built: Unknown model x"),
+        (lambda: TwoStream("torchvision:vit_tiny", (32, 48)), "ViT takes no images of .* Wrong image width!"),
+        (lambda: TwoStream("timm:vit", SIZE), "'timm:vit' needs timm: pip install timm"),
+        (lambda: train(dataset, tiny(size=SIZE, **by_name)), "for TwoStreamResNet, not for torchvision:res"),
+        (lambda: train(dataset, tiny(size=SIZE), model=network), "rows have 10 features where num_features"),
+        (lambda: TwoStream(nn.Sequential(network.conv1), SIZE), r"rows \(2, num_features\) of 2 images, got"),
+    ):
+        with pytest.raises((ValueError, ImportError), match=message):
+            make()
 
 
 def test_ones_own_network_is_saved_and_needs_its_owner(tmp_path):

@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import layouts
@@ -94,16 +94,10 @@ def test_losses_are_weighted_and_summed_over_views(dataset):
 def test_the_seed_alone_decides_whatever_the_threads_and_the_precision_around(dataset, runs):
     """Another seed, 8 threads that build networks at once, an autocast around it all."""
     torch.manual_seed(7)
-    before, built = torch.get_rng_state(), []
-    threads = [
-        threading.Thread(target=lambda: built.append(build_model(tiny(seed=3), torch.device("cpu"))))
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 8 and all(same(built[0], other) for other in built)
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(8) as pool:
+        built = list(pool.map(lambda _: build_model(tiny(seed=3), torch.device("cpu")), range(8)))
+    assert all(same(built[0], other) for other in built)
     run, _ = runs["united"]
     with torch.autocast("cpu", torch.bfloat16):
         again = train(dataset, tiny())
@@ -322,14 +316,14 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
     wide.stem = torch.nn.Conv2d(3, 9, 5, 4)
     with pytest.raises(ValueError, match="9 features where num_features says 8"):
         Backbone.from_pretrained(tmp_path / "own", wide)
-    with pytest.raises(TypeError, match="model must have embed"):
-        extract("runs/own", dataset.test_visible, "visible")
-    with pytest.raises(TypeError, match="got the one path 'photos'"):
-        extract(loaded, "photos", "visible")
-    with pytest.raises(TypeError, match="images must be .*, got Dataset"):
-        extract(loaded, dataset, "visible")
-    with pytest.raises(ValueError, match="got one image of .*give images.None"):
-        extract(loaded, np.zeros((64, 32, 3), np.uint8), "visible")
+    for model, given, message in (
+        ("runs/own", dataset.test_visible, "model must have embed"),
+        (loaded, "photos", "got the one path 'photos'"),
+        (loaded, dataset, "images must be .*, got Dataset"),
+        (loaded, np.zeros((64, 32, 3), np.uint8), "got one image of .*give images.None"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            extract(model, given, "visible")
 
 
 def test_layers_that_draw_follow_the_seed_of_the_run(dataset):
@@ -349,24 +343,25 @@ def test_layers_that_draw_follow_the_seed_of_the_run(dataset):
     assert same(runs[0].model, runs[1].model) and not same(runs[0].model.network, start)
 
 
-def test_settings_that_would_not_reach_ones_own_model_are_refused(dataset):
-    with pytest.raises(ValueError, match=r"input_size is \(64, 32\), config.size is \(32, 16\)"):
-        train(dataset, tiny(), model=TwoStreamResNet(10, 8, False, (64, 32)))
-    with pytest.raises(ValueError, match="load your own model's before"):
-        train(dataset, tiny(weights="resnet.pth"), model=Pooled())
-    with pytest.raises(ValueError, match="checkpointing is for TwoStreamResNet, not for Backbone"):
-        train(dataset, tiny(checkpointing=True), model=Pooled())
-    with pytest.raises(TypeError, match="on_epoch must be a function"):
-        train(dataset, tiny(), on_epoch="log")
-    odd = type("Odd", (Pooled,), {"get_extra_state": lambda self: {"a": 1}})
-    with pytest.raises(ValueError, match="_extra_state, which is no tensor and cannot be saved"):
-        train(dataset, tiny(), model=odd())
-    pooled = Pooled()
-    pooled.embed = pooled.forward
-    with pytest.raises(TypeError, match="without input_size"):
-        train(dataset, tiny(), model=pooled)
-    with pytest.raises(TypeError, match="num_features"):
-        train(dataset, tiny(), model=torch.nn.Identity())
+def with_embed(network):
+    network.embed = network.forward
+    return network
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [
+        (lambda: TwoStreamResNet(10, 8, False, (64, 32)), {}, r"is \(64, 32\), config.size is \(32, 16\)"),
+        (Pooled, {"weights": "resnet.pth"}, "load your own model's before"),
+        (Pooled, {"checkpointing": True}, "checkpointing is for TwoStreamResNet, not for Backbone"),
+        (type("Odd", (Pooled,), {"get_extra_state": lambda _: {}}), {}, "_extra_state, which is no tensor"),
+        (lambda: with_embed(Pooled()), {}, "without input_size"),
+        (torch.nn.Identity, {}, "num_features"),
+    ],
+)
+def test_settings_that_would_not_reach_ones_own_model_are_refused(model, fields, message, dataset):
+    with pytest.raises((ValueError, TypeError), match=message):
+        train(dataset, tiny(**fields), model=model())
 
 
 def test_unreadable_images_of_both_modalities_are_named_at_once(tmp_path):
