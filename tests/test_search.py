@@ -7,7 +7,7 @@ import torch
 
 import ecul.features
 from ecul import Dataset, extract
-from ecul.data.decode import read_image
+from ecul.data.decode import load_pixels
 from ecul.evaluation.rerank import reranked
 from ecul.features import extract_files, warn_if_other
 from ecul.tools.search import extract_folder, search
@@ -45,7 +45,7 @@ def test_a_list_is_read_in_chunks_as_it_is_given(photos):
     model = Colours()
     found = extract(model, given, "visible", flip=False, progress=False)
     assert model.seen == [2, 2, 1]
-    pixels = np.stack([read_image(path, model.input_size) for path in given])
+    pixels = np.stack([load_pixels(path, model.input_size) for path in given])
     assert torch.allclose(found, extract(model, pixels, "visible", flip=False, progress=False))
     assert extract(model, [], "visible", progress=False).shape == (0, 3)
     assert extract(model, iter(given), "visible", progress=False).shape == (5, 3)

@@ -132,7 +132,7 @@ def _look_at_files(
         yield f"{len(twice)} images are listed twice: {shorten(twice)}"
     if not isinstance(images.source, Files):
         return
-    missing, empty, filled = [], [], []
+    missing, empty, filled = (list[str]() for _ in range(3))
     named = zip(images.names, images.source.paths(images.rows), strict=True)
     for name, path in logs.progress(len(images), "looking at files", "image", progress, named):
         try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ecul import MODALITIES
 from ecul.common.names import did_you_mean
-from ecul.data.checks import CheckResult, check_dataset
+from ecul.data.checks import check_dataset
 from ecul.data.decode import SKIP
 from ecul.data.folders import find_images
 from ecul.data.images import Column, Images, Pixels
@@ -54,9 +54,7 @@ class Dataset:
         """The existing splits, by name."""
         return {name: images for name in SPLITS if (images := getattr(self, name)) is not None}
 
-    def check(self, decode: bool = False, progress: bool = True) -> CheckResult:
-        """Compare it with the published one, without raising; see `ecul.data.checks.check_dataset`."""
-        return check_dataset(self, decode, progress)
+    check = check_dataset  # (decode=False, progress=True) -> CheckResult
 
     @classmethod
     def from_arrays(

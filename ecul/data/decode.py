@@ -70,9 +70,6 @@ def load_pixels(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"unreadable image {os.fspath(path)!r}: {reason}{hint}") from error
 
 
-read_image = load_pixels
-
-
 def resize(image: Any, size: tuple[int, int]) -> np.ndarray:
     """A Pillow image as (H, W, 3) uint8, LANCZOS where the size differs."""
     height, width = size
@@ -154,7 +151,7 @@ def read_images(
 
     def read(path: str | os.PathLike) -> np.ndarray | ValueError:
         try:
-            return read_image(path, size)
+            return load_pixels(path, size)
         except ValueError as error:
             return error
 

@@ -71,10 +71,7 @@ class Folder:
         if len(lines) != 1:
             raise ValueError(f"{path} should hold one line of comma-separated identities, not {len(lines)}")
         entries = lines[0][1].split(",")
-        ids = [whole_number(text, f"{path}: entry {n} (an identity)") for n, text in enumerate(entries, 1)]
-        if twice := sorted({i for i in ids if ids.count(i) > 1}):
-            raise ValueError(f"{path} names an identity twice: {twice}")
-        return ids
+        return [whole_number(text, f"{path}: entry {n} (an identity)") for n, text in enumerate(entries, 1)]
 
     def entries(self, file: str, camid: int | None = None) -> list[Entry]:
         """The images of a file with lines `relative/path label`; the camera is given, or in the path.
@@ -101,24 +98,26 @@ class Folder:
         in the folders are unexpected; an identity without an image is an error.
         """
         known = {f"{pid:04d}" for pids in ids.values() for pid in pids}
-        for camera in (camera for folders in cameras.values() for camera in folders):
-            images, others, inner = list_folder(self.root / camera, self.root)
-            self.extra += images + others + [path for path in inner if path.rsplit("/", 1)[1] not in known]
+        found: Splits = {}
+        for modality, folders in cameras.items():
+            found[modality] = []
+            for folder, camid in folders.items():
+                images, others, inner = list_folder(self.root / folder, self.root)
+                self.extra += images + others
+                for path in inner:
+                    pid = path.rsplit("/", 1)[1]
+                    if pid in known:
+                        found[modality] += [Entry(name, int(pid), camid) for name in self.images(path)]
+                    else:
+                        self.extra.append(path)
+            found[modality].sort(key=lambda entry: f"{entry.pid:04d}")
         splits: Splits = {}
         for prefix, pids in ids.items():
-            for modality, folders in cameras.items():
-                splits[prefix + modality] = [
-                    Entry(name, int(pid), camid)
-                    for pid in sorted(f"{pid:04d}" for pid in pids)
-                    for folder, camid in folders.items()
-                    if (self.root / folder / pid).is_dir()
-                    for name in self.images(f"{folder}/{pid}")
-                ]
-            found = {entry.pid for modality in cameras for entry in splits[prefix + modality]}
-            if empty := sorted(pids - found):
-                names = ", ".join(f"{pid:04d}" for pid in empty[:10])
-                whose = "test" if prefix else "train"
+            own = {prefix + m: [entry for entry in found[m] if entry.pid in pids] for m in cameras}
+            if empty := sorted(pids - {entry.pid for entries in own.values() for entry in entries}):
+                names, whose = ", ".join(f"{pid:04d}" for pid in empty[:10]), "test" if prefix else "train"
                 self.fail(f"{file} names {len(empty)} {whose} identities without an image: {names}")
+            splits |= own
         return splits
 
 

@@ -25,29 +25,27 @@ from ecul.data.layouts import LAYOUTS
 from ecul.evaluation.galleries import draw_random, group_rows, read_draw
 from ecul.evaluation.metrics import score_queries, summarise
 from ecul.evaluation.rerank import RERANKINGS, reranked
-from ecul.features import extract, require_model
+from ecul.features import extract
 
 log = logging.getLogger("ecul")
 MEASURES = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 _NAMES = ("protocol", "caution", "mode", "shots", "direction", "draw", "reranking", "trials")
+_ALL = {"shots": "all images", "draw": "nothing drawn"}
 _I2V, _V2I = "infrared-to-visible", "visible-to-infrared"
 
 
 class _Mode(NamedTuple):
-    """A mode of a protocol: its names in the results, the query modality, and the side that is drawn."""
+    """A mode of a protocol: its names, who queries, the side that is drawn, the cameras of the gallery."""
 
     name: str
     direction: str
     query: str = "infrared"
     drawn: str | None = "gallery"  # `shots` images of each identity and camera; None: all images
-    cameras: dict[str, tuple[int, ...]] = {}  # of query and gallery; a side that is missing has all
+    cameras: tuple[int, ...] = ()  # (): all
 
 
 _PROTOCOLS = {  # the name in the results, and the modes
-    "sysu": ("SYSU-MM01", {
-        "all": _Mode("all", _I2V, cameras={"query": (3, 6), "gallery": (1, 2, 4, 5)}),
-        "indoor": _Mode("indoor", _I2V, cameras={"query": (3, 6), "gallery": (1, 2)}),
-    }),
+    "sysu": ("SYSU-MM01", {"all": _Mode("all", _I2V), "indoor": _Mode("indoor", _I2V, cameras=(1, 2))}),
     "regdb": ("RegDB", {
         _V2I: _Mode("all", _V2I, "visible", drawn=None),
         _I2V: _Mode("all", _I2V, drawn=None),
@@ -193,14 +191,12 @@ def average(results: Iterable[Results]) -> Results:
     A row's `trials` is then the number of results, and its deviation that of their means.
     """
     tables = [result.rows for result in results]
-    if not tables or any(len(table) != len(tables[0]) for table in tables):
-        raise ValueError("results: expected one or more, each with the same rows")
+    same = [name for name in _NAMES if name not in ("protocol", "caution", "trials")]
+    kinds = {tuple(tuple(row[name] for name in same) for row in table) for table in tables}
+    if len(kinds) != 1:
+        raise ValueError(f"results: expected one or more that measure the same, not {sorted(kinds, key=str)}")
     rows = []
     for group in zip(*tables, strict=True):
-        same = [name for name in _NAMES if name not in ("protocol", "caution", "trials")]
-        keys = {tuple(row[name] for name in same) for row in group}
-        if len(keys) > 1:
-            raise ValueError(f"results: the rows differ in what they measure: {sorted(keys, key=str)}")
         protocols = sorted({row["protocol"].split(" trial")[0] for row in group})
         cautions = "; ".join(sorted({row["caution"] for row in group} - {""}))
         names = {**group[0], "protocol": " / ".join(protocols), "caution": cautions, "trials": len(group)}
@@ -241,11 +237,10 @@ def _plan(dataset: Dataset, modes: Any, shots: Any, trials: Any, draw: str | os.
     source = "random.seed(t)" if str(draw) == "random" else "rand_perm_cam.mat"
     plan = []
     for count in counts:
+        told = {1: "single-shot", 10: "multi-shot"}.get(count, f"{count} shots")
         for mode in map(known.__getitem__, modes):
             names = {"protocol": title, "mode": mode.name, "direction": mode.direction}
-            told = {1: "single-shot", 10: "multi-shot"}.get(count, f"{count} shots")
-            drawn = (told, source) if mode.drawn else ("all images", "nothing drawn")
-            names |= dict(zip(("shots", "draw"), drawn, strict=True))
+            names |= {"shots": told, "draw": source} if mode.drawn else _ALL
             images = (infrared, visible) if mode.query == "infrared" else (visible, infrared)
             plan.append(_Row(names, *images, _draw(mode, *images, count, trials, draw)))
     return plan
@@ -263,15 +258,14 @@ def _draw(
     mode: _Mode, query: Images, gallery: Images, shots: int, trials: int, draw: str | os.PathLike
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The rows of the query and gallery images in each trial; distractors are in every gallery."""
-    sides, rows = {"query": query, "gallery": gallery}, {}
-    for side, images in sides.items():
-        seen = np.isin(images.camids, mode.cameras.get(side, images.camids))
-        rows[side] = np.flatnonzero(seen & (images.identities() >= 0))
-        distractors = np.flatnonzero(seen & (images.identities() < 0))
+    seen = np.isin(gallery.camids, mode.cameras or gallery.camids)
+    people = {"query": query.identities() >= 0, "gallery": seen & (gallery.identities() >= 0)}
+    rows = {side: np.flatnonzero(chosen) for side, chosen in people.items()}
+    distractors = np.flatnonzero(seen & (gallery.identities() < 0))
     picked = [rows]
     if mode.drawn:
-        groups = group_rows(sides[mode.drawn], rows[mode.drawn])
-        drawn = sides[mode.drawn]
+        drawn = query if mode.drawn == "query" else gallery
+        groups = group_rows(drawn, rows[mode.drawn])
         pick = partial(draw_random, groups) if str(draw) == "random" else read_draw(draw, drawn, groups)
         picked = [{**rows, mode.drawn: pick(trial, shots)} for trial in range(trials)]
     return [(trial["query"], np.concatenate([trial["gallery"], distractors])) for trial in picked]
@@ -283,18 +277,17 @@ def _unit_rows(
     """Unit rows of the test images by modality, from the model or from the given features."""
     if (model is None) == (features is None):
         raise ValueError("give either a model or features={'visible': ..., 'infrared': ...}")
-    if features is not None and sorted(features) != ["infrared", "visible"]:
+    if features is None:
+        options: dict[str, Any] = {"batch_size": batch_size, "flip": flip, "progress": progress}
+        return {m: extract(model, getattr(dataset, f"test_{m}"), m, **options) for m in MODALITIES}
+    if sorted(features) != ["infrared", "visible"]:
         raise ValueError(f"features: expected the keys 'visible' and 'infrared', not {sorted(features)}")
     vectors = {}
     for m in MODALITIES:
-        images = getattr(dataset, f"test_{m}")
-        if features is None:
-            require_model(model)
-            vectors[m] = extract(model, images, m, batch_size=batch_size, flip=flip, progress=progress)
-            continue
+        count = len(getattr(dataset, f"test_{m}"))
         given = torch.from_numpy(np.array(as_numpy(f"features[{m!r}]", features[m]), np.float32))
-        if given.ndim != 2 or len(given) != len(images) or not torch.isfinite(given).all():
-            raise ValueError(f"features[{m!r}]: expected {len(images)} finite rows, not {tuple(given.shape)}")
+        if given.ndim != 2 or len(given) != count or not torch.isfinite(given).all():
+            raise ValueError(f"features[{m!r}]: expected {count} finite rows, not {tuple(given.shape)}")
         vectors[m] = torch.nn.functional.normalize(given, dim=1)
     sizes = [rows.shape[1] for rows in vectors.values()]
     if sizes[0] != sizes[1]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ecul.common.files import prepare_output, write_file
-from ecul.data.decode import read_image
+from ecul.data.decode import load_pixels
 from ecul.tools.search import Ranking
 
 log = logging.getLogger("ecul")
@@ -143,12 +143,12 @@ def draw_ranking(
     for i in np.linspace(0, count - 1, min(queries, count)).round().astype(int).tolist():
         query, scores = ranking.query.paths[i], ranking.scores[i, :answers].tolist()
         nobody = ranking.threshold is not None and not any(map(ranking.is_same, scores))
-        cells = [Cell(read_image(query, size), "query\nnobody" if nobody else "query", INK)]
+        cells = [Cell(load_pixels(query, size), "query\nnobody" if nobody else "query", INK)]
         for rank, (row, score) in enumerate(zip(ranking.rows[i].tolist(), scores, strict=False), 1):
             name = ranking.gallery.paths[row]
             mark, color = (" =", RIGHT) if ranking.is_same(score) else ("", NEUTRAL)
             cells.append(
-                Cell(read_image(name, size), f"{rank}{mark}\n{score:.3f}\n{short_name(name)}", color)
+                Cell(load_pixels(name, size), f"{rank}{mark}\n{score:.3f}\n{short_name(name)}", color)
             )
         rows.append(Row(short_path(query), cells))
     title = (
