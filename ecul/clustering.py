@@ -3,7 +3,7 @@
 ECUL, arXiv 2412.19134. `emcc` normalises the features (`unit_rows`) and calls the five steps below it in
 their order. Sparse matrices are CSR arrays: `indptr` (N + 1,) and `indices` (nnz,) int64, columns ascending
 in a row, and `values`. Every function takes tensors on any device and returns tensors, or takes NumPy arrays
-and lists and returns NumPy. With `together`, the processes of torch.distributed share the rows of a step; all
+and lists and returns NumPy. With `together`, the processes of torch.distributed share the work of a step; all
 call it with equal arguments, and all get the whole result.
 
 Labels are the same on every device and in any number of threads or processes, because all sums are exact
@@ -24,9 +24,10 @@ from ecul.common.arrays import check_codes, check_points, check_ranks, check_siz
 from ecul.common.duplicates import distinct_encodings, equal_rows, nearest_members
 from ecul.common.exact import exp, on_grid, unit_rows
 from ecul.common.sparse import CSR, STRIP_ROWS, coalesced, entries, lengths, product, stacked, times
-from ecul.kernels import jaccard_neighbors, pair_similarity, topk_similarity
+from ecul.kernels import jaccard_neighbors, pair_similarity
 from ecul.kernels._checks import check_csr
 from ecul.kernels.jaccard import graph_of, jaccard_pairs
+from ecul.kernels.neighbors import topk_together
 
 SMALL = 2**35  # N * N * D of features that take a second or two in one thread
 
@@ -95,7 +96,7 @@ def emcc(
         del points
         encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2, k3, together)
         bar.update()
-        encodings, first = distinct_encodings(encodings, eps)
+        encodings, first = distinct_encodings(encodings, eps, together)
         graph = neighbor_graph(*encodings, eps, together)
         bar.update()
         labels = dbscan(*graph, min_samples, first.bincount(minlength=len(first)))[first]
@@ -120,11 +121,10 @@ def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torc
     rows, group = first.unique(return_inverse=True)
     if len(rows) < len(points):
         points = points[rows]
-    own = points[distributed.share(len(points))] if together else points
-    values, near = topk_similarity(own, points, min(k, len(points)))
+    values, near = topk_together(points, min(k, len(points)), distributed.team(together))
     if len(rows) < len(first):
         near = nearest_members(values, near, group, k)
-    near = (distributed.join(near) if together else near)[group]
+    near = near[group]
     others = near.gather(1, (near == itself[:, None]).int().sort(dim=1, stable=True).indices)[:, : k - 1]
     return torch.cat([itself[:, None], others], 1)
 
@@ -150,13 +150,16 @@ def reciprocal_encodings(
     check_sizes(k1=k1)
     check_points(points)
     check_ranks(ranks, len(points), k1)
-    near, mutual = _reciprocal(ranks, k1)
-    near_half, mutual_half = _reciprocal(ranks, round(k1 / 2) + 1)
-    half = stacked([(mutual_half.sum(1), near_half[mutual_half], mutual_half[mutual_half].double())])
-    parts = []
-    for rows in _strips(points, together):
-        own = coalesced(*entries(near[rows], mutual[rows].double()), (len(rows), len(points)))
-        inside = (times(near[rows], mutual[rows], half) * own).coalesce()  # |H(j) & R(i)| for j in R(i)
+    near, near_half = (ranks[:, :k].sort(dim=1).values for k in (k1, round(k1 / 2) + 1))
+    parts, strips = [], _strips(points, together)
+    for rows in strips:
+        mutual = _mutual(near_half, rows)
+        parts.append((mutual.sum(1), near_half[rows][mutual], mutual[mutual].double()))
+    half, parts = stacked(parts, together), []
+    for rows in strips:
+        mutual = _mutual(near, rows)
+        own = coalesced(*entries(near[rows], mutual.double()), (len(rows), len(points)))
+        inside = (times(near[rows], mutual, half) * own).coalesce()  # |H(j) & R(i)| for j in R(i)
         i, j = inside.indices()
         grow = 3 * inside.values() > 2 * half[0].diff()[j]
         expanded = (own + product(i[grow], j[grow], grow[grow].double(), len(rows), half)).coalesce()
@@ -167,11 +170,9 @@ def reciprocal_encodings(
     return stacked(parts, together)
 
 
-def _reciprocal(ranks: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k nearest of each point, in ascending order, and which of them are mutual: they make R(i, k)."""
-    near = ranks[:, :k].sort(dim=1).values
-    itself = torch.arange(len(near), device=near.device)
-    return near, torch.cat([(near[near[i]] == i[:, None, None]).any(2) for i in itself.split(STRIP_ROWS)])
+def _mutual(near: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Which of the k nearest of these rows have the row among their own: they make R(i, k)."""
+    return (near[near[rows]] == rows[:, None, None]).any(2)
 
 
 @same_kind

@@ -16,9 +16,14 @@ Rows and columns are shuffled, in every run alike. In the caller's order, neighb
 they would share one maximum, and a part would not represent the whole.
 If more columns reach the bound than the list of a row holds (many equal rows), the reference ranks this row.
 If y is x, the product is symmetric: a tile above the diagonal also serves the rows of its columns.
+Processes can share the symmetric product: each makes its part of the tiles, and lists what it finds there for
+all rows. `Team` says what they tell each other: bounds, and the best products and values of each row.
 From compute capability 9.0 on, TMA loads the tiles. After ordinary loads an asynchronous product needs a
 fence, and Triton 3.6 omits it.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,18 +70,19 @@ def _similarities(
 
 @jit
 def _maxima_kernel(
-    x, y, maxima, m_tiles, n_tiles, first, M, N, x_order, y_order,
+    x, y, maxima, m_tiles, n_tiles, first, M, N, x_order, y_order, turn, turns,
     D: tl.constexpr, EXCLUDE: tl.constexpr, TMA: tl.constexpr, W: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     m, n = _place(m_tiles, n_tiles, TALL)
-    row = _original(x_order, m * BLOCK + tl.arange(0, BLOCK), M)
-    column = _original(y_order, (first + n) * BLOCK + tl.arange(0, BLOCK), N)
-    s = _similarities(x, y, m, first + n, row, column, M, N, D, EXCLUDE, TMA, BLOCK, BLOCK_D)
-    top = tl.max(tl.reshape(s, (BLOCK, BLOCK // W, W)), 2)
-    group = n * (BLOCK // W) + tl.arange(0, BLOCK // W)
-    place = row.to(tl.int64)[:, None] * (n_tiles * (BLOCK // W)) + group[None, :]
-    tl.store(maxima + place, top, mask=(row < M)[:, None])
+    if m % turns == turn:
+        row = _original(x_order, m * BLOCK + tl.arange(0, BLOCK), M)
+        column = _original(y_order, (first + n) * BLOCK + tl.arange(0, BLOCK), N)
+        s = _similarities(x, y, m, first + n, row, column, M, N, D, EXCLUDE, TMA, BLOCK, BLOCK_D)
+        top = tl.max(tl.reshape(s, (BLOCK, BLOCK // W, W)), 2)
+        group = n * (BLOCK // W) + tl.arange(0, BLOCK // W)
+        place = row.to(tl.int64)[:, None] * (n_tiles * (BLOCK // W)) + group[None, :]
+        tl.store(maxima + place, top, mask=(row < M)[:, None])
 
 
 @jit
@@ -104,13 +110,13 @@ def _append(
 
 @jit
 def _candidates_kernel(
-    x, y, bounds, lists, scores, counts, m_tiles, n_tiles, M, N, x_order, y_order,
+    x, y, bounds, lists, scores, counts, m_tiles, n_tiles, M, N, x_order, y_order, turn, turns,
     ROOM: tl.constexpr, SYMMETRIC: tl.constexpr,
     D: tl.constexpr, EXCLUDE: tl.constexpr, TMA: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
     m, n = _place(m_tiles, n_tiles, TALL)
-    if not SYMMETRIC or n >= m:
+    if (m + n) % turns == turn and (not SYMMETRIC or n >= m):
         row = _original(x_order, m * BLOCK + tl.arange(0, BLOCK), M)
         column = _original(y_order, n * BLOCK + tl.arange(0, BLOCK), N)
         s = _similarities(x, y, m, n, row, column, M, N, D, EXCLUDE, TMA, BLOCK, BLOCK_D)
@@ -123,9 +129,31 @@ OPTIONS = {"BLOCK": 128, "BLOCK_D": 64, "TALL": 8, "num_warps": 8}
 PART = {"cpu": 4, "cuda": 8}  # the first bound comes from one column in so many
 MAXIMA = 8  # and from so many times k maxima a row at a time
 ROOM = 256  # columns that a list holds at least; 16 * k if that is more
+ROUNDED = {"cpu": 512, "cuda": 8192}  # rows that are rounded at a time; few stay in the cache of a processor
 CLOSEST = {"cpu": 512, "cuda": 65536}  # lists that are shortened at a time
 LOWEST = torch.finfo(torch.float32).min  # a bound below all products, and above minus infinity
 Shortlist = tuple[Tensor, Tensor]  # (M, few) int32 columns, -1 for none; (M,) whether a list was too short
+
+
+class Team(NamedTuple):
+    """The processes that share a search.
+
+    turn, turns: the number of this process, and how many there are.
+    join: `join(rows)` gives the rows of all processes, in the order of the processes.
+    """
+
+    turn: int = 0
+    turns: int = 1
+    join: Callable[[Tensor], Tensor] = lambda rows: rows
+
+    def largest(self, best: Tensor) -> Tensor:
+        """The largest values of each row among those of all processes, as many as each gives: (rows, k)."""
+        if self.turns == 1:
+            return best
+        return self.join(best[None]).movedim(0, 1).flatten(1).topk(best.shape[1]).values
+
+
+ALONE = Team()
 
 
 def random_order(count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -152,12 +180,11 @@ def round_rows(
     rounded = torch.zeros(shape, dtype=dtype, device=matrix.device)
     sizes, errors = torch.empty(2, count, dtype=torch.float32, device=matrix.device)
     scale = power_of_two(matrix)
-    for start in range(0, count, 8192):
-        index = order[start : start + 8192]
+    portion = ROUNDED[matrix.device.type]
+    for index, part in zip(order.split(portion), rounded.split(portion), strict=False):
         rows = matrix[index].float().mul_(scale)
         sizes[index] = rows.norm(dim=1)
-        part = rounded[start : start + len(rows), :D].copy_(rows)
-        errors[index] = rows.sub_(part).norm(dim=1)
+        errors[index] = rows.sub_(part[: len(rows), :D].copy_(rows)).norm(dim=1)
     return rounded, sizes, errors
 
 
@@ -186,23 +213,28 @@ def bounds(best: Tensor, k: int, margin: Tensor, coarse: float = 0.0) -> Tensor:
 
 
 def closest(
-    lists: Tensor, scores: Tensor, counts: Tensor, k: int, margin: Tensor, coarse: float = 0.0
+    lists: Tensor, scores: Tensor, counts: Tensor, k: int, margin: Tensor, team: Team, coarse: float = 0.0
 ) -> Shortlist:
-    """The columns of each list, (M, room) with `counts` entries, that reach the bound of its own scores."""
+    """The columns of each list, (M, room) with `counts` entries, that reach the bound of the row's scores."""
     room, portion, found = scores.shape[1], CLOSEST[scores.device.type], []
     for start in range(0, len(scores), portion):
         rows = slice(start, start + portion)
         empty = torch.arange(room, device=scores.device) >= counts[rows, None]
         best, order = scores[rows].float().masked_fill_(empty, -torch.inf).topk(min(room, max(128, 4 * k)))
-        within = best >= bounds(best, k, margin[rows], coarse)[:, None]
+        within = best >= bounds(team.largest(best[:, :k]), k, margin[rows], coarse)[:, None]
         overflowed = (counts[rows] > room) | (within[:, -1] & (counts[rows] > best.shape[1]))
         found.append((torch.where(within, lists[rows].gather(1, order), -1), overflowed))
-    columns, overflows = zip(*found, strict=True)
-    return torch.cat(columns), torch.cat(overflows)
+    columns, overflows = map(torch.cat, zip(*found, strict=True))
+    return columns, team.largest(overflows.int()[:, None])[:, 0] > 0
 
 
-def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> Shortlist:
-    """The short lists of the rows of x. The host does not wait for the device."""
+def shortlist(
+    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team = ALONE
+) -> Shortlist:
+    """The short lists of the rows of x; those of a team hold what this process found.
+
+    Without a team the host does not wait for the device.
+    """
     (M, D), N = x.shape, y.shape[0]
     width = next((w for w in (128, 32) if 2 * k * w <= N // PART[x.device.type]), 4)
     x_order, y_order = random_order(M, x.device), random_order(N, x.device)
@@ -211,7 +243,7 @@ def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool)
     x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, x_order, torch.float16, *tile)
     margin = largest_error(x_norms, y_norms, D, 2.0**-22)
     tiles = x_rounded.shape[0] // block, y_rounded.shape[0] // block
-    shapes = (M, N, x_order, y_order)
+    shapes = (M, N, x_order, y_order, team.turn, team.turns)
     rows, tma = [x_rounded, y_rounded], has_tma()
     if tma:
         rows = [TensorDescriptor.from_tensor(matrix, [block, block_d]) for matrix in rows]
@@ -223,16 +255,16 @@ def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool)
     step = triton.cdiv(MAXIMA * k * width, block)
     for first in range(0, part, step):
         some = min(step, part - first)
-        maxima = margin.new_empty((M, some * block // width))
+        maxima = margin.new_full((M, some * block // width), -torch.inf)
         sizes = tiles[0], some, first
         _maxima_kernel[(tiles[0] * some,)](*rows, maxima, *sizes, *shapes, W=width, **options)
         best = torch.cat([best, maxima], 1)
         best = best.topk(min(k, best.shape[1])).values
 
-    room = triton.next_power_of_2(max(ROOM, 16 * k))
+    room = triton.next_power_of_2(max(ROOM, 4 * k + 12 * k // team.turns))
     lists, scores = x.new_empty((M, room), dtype=torch.int32), margin.new_empty((M, room))
     counts = x.new_zeros(M, dtype=torch.int32)
-    kept = (bounds(best, k, margin), lists, scores, counts)
+    kept = (team.largest(bounds(best, k, margin)[:, None])[:, 0], lists, scores, counts)
     options |= {"ROOM": room, "SYMMETRIC": symmetric}
     _candidates_kernel[(tiles[0] * tiles[1],)](*rows, *kept, *tiles, *shapes, **options)
-    return closest(lists, scores, counts, k, margin)
+    return closest(lists, scores, counts, k, margin, team)

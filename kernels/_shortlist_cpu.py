@@ -13,10 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._shortlist import MAXIMA, PART, ROOM, bounds, closest, largest_error, random_order, round_rows
+from ._shortlist import (
+    ALONE,
+    LOWEST,
+    MAXIMA,
+    PART,
+    ROOM,
+    Shortlist,
+    Team,
+    bounds,
+    closest,
+    largest_error,
+    random_order,
+    round_rows,
+)
 
 PRODUCTS = 2**22  # computed at a time
 HEIGHT, EVEN = 1024, 128  # rows of a strip: at most HEIGHT, and a multiple of EVEN if columns are many
+STRIPS = 8  # of each process, or more: so that all have almost equally many products
 HALVINGS = 4  # a group has 2**4 products
 GROUP = 2**HALVINGS
 LEFT = 1 / 32  # if bfloat16 leaves a larger share of the rows to the reference, float32 takes all rows
@@ -34,17 +48,22 @@ def _has_float32() -> bool:
     return torch.get_float32_matmul_precision() == "highest"
 
 
-def shortlist(x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """The short lists of the rows of x."""
-    lists, overflowed = _search(x, y, k, exclude_self, symmetric, product_dtype())
-    if product_dtype() == torch.bfloat16 and _has_float32() and overflowed.sum() > LEFT * len(x):
-        return _search(x, y, k, exclude_self, symmetric, torch.float32)
+def shortlist(
+    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team = ALONE
+) -> Shortlist:
+    """The short lists of the rows of x; those of a team hold what this process found."""
+    coarse = product_dtype() == torch.bfloat16
+    coarse = bool(team.join(torch.tensor([int(coarse)])).amax())  # one dtype on processors of any kind
+    arguments = x, y, k, exclude_self, symmetric, team
+    lists, overflowed = _search(*arguments, torch.bfloat16 if coarse else torch.float32)
+    if coarse and _has_float32() and overflowed.sum() > LEFT * len(x):
+        return _search(*arguments, torch.float32)
     return lists, overflowed
 
 
 def _search(
-    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team, dtype: torch.dtype
+) -> Shortlist:
     M, N, D = len(x), *y.shape
     x_order, y_order = random_order(M).long(), random_order(N)
     y_rounded, *y_norms = round_rows(y, y_order, dtype, GROUP)
@@ -52,33 +71,45 @@ def _search(
     rows, columns = len(x_rounded), len(y_rounded)
     margin = F.pad(largest_error(x_norms, y_norms, D, 2.0**-23)[x_order], (0, rows - M))
     part = min(columns, _whole(max(N // PART["cpu"], 2 * k), GROUP))
-    height = min(HEIGHT, part, _whole(PRODUCTS // part, EVEN))
+    height = min(HEIGHT, part, _whole(PRODUCTS // part, EVEN), _whole(M // (STRIPS * team.turns), EVEN))
     part = min(columns, _whole(part, height))
     width = _whole(PRODUCTS // height, GROUP)
-    lists = _Lists(rows, min(N, max(ROOM, 16 * k)), dtype)
+    lists = _Lists(rows, min(N, max(ROOM, 4 * k + 12 * k // team.turns)), dtype)
     buffer = x_rounded.new_empty(max(part, width) * height)  # fresh memory is slower than products
-    for start in range(0, rows, height):
+
+    def multiply(start: int, first: int, last: int) -> Tensor:
         strip = x_rounded[start : start + height].T
-        stop = start + strip.shape[1]
-        end = max(part, stop) if symmetric else columns
-        for first in (0, *range(part, end, width)):
-            last = min(first + width, end) if first else part
-            products = buffer[: (last - first) * (stop - start)].view(last - first, stop - start)
-            torch.mm(y_rounded[first:last], strip, out=products)
-            products[max(0, N - first) :] = -torch.inf  # the padding
-            products[:, M - start :] = -torch.inf
-            if exclude_self:
-                products.diagonal(first - start).fill_(-torch.inf)
-            if first == 0:
-                fold = max(1, part // (MAXIMA * k))
-                maxima = products[: part // fold * fold].unflatten(0, (fold, -1)).amax(0).T.contiguous()
-                best = maxima.topk(min(k, maxima.shape[1])).values.float()  # of different columns
-                lists.bounds[start:stop] = bounds(best, k, margin[start:stop], COARSE[dtype])
+        products = buffer[: (last - first) * strip.shape[1]].view(last - first, -1)
+        torch.mm(y_rounded[first:last], strip, out=products)
+        products[max(0, N - first) :] = -torch.inf  # the padding
+        products[:, max(0, M - start) :] = -torch.inf
+        if exclude_self:
+            products.diagonal(first - start).fill_(-torch.inf)
+        return products
+
+    turns = team.turn, 2 * team.turns - 1 - team.turn  # later strips have more products: go to and fro
+    own = [start for n, start in enumerate(range(0, rows, height)) if n % (2 * team.turns) in turns]
+    early = [start for start in own if start < part]
+    for strips in (early, own[len(early) :]):
+        for start in strips:
+            products, within = multiply(start, 0, part), slice(start, start + height)
+            fold = max(1, part // (MAXIMA * k))
+            maxima = products[: part // fold * fold].unflatten(0, (fold, -1)).amax(0).T.contiguous()
+            best = maxima.topk(min(k, maxima.shape[1])).values.float()  # of different columns
+            lists.bounds[within] = bounds(best, k, margin[within], COARSE[dtype])
+            lists.add(products, start, 0)
+            if symmetric and start >= part:
+                lists.add(products.T, 0, start)
+        lists.bounds = team.largest(lists.bounds.float()[:, None])[:, 0].to(dtype)
+    for start in own:
+        end = min(start + height, rows) if symmetric else columns
+        for first in range(part, end, width):
+            products = multiply(start, first, min(first + width, end))
             lists.add(products, start, first)
-            if symmetric and first < start >= part:
+            if symmetric and first < start:
                 lists.add(products[: start - first].T, first, start)
     kept = lists.columns, lists.scores, lists.counts
-    found, overflowed = closest(*kept, k, margin, COARSE[dtype])
+    found, overflowed = closest(*kept, k, margin, team, COARSE[dtype])
     longest = max(k, int((found[:M] >= 0).sum(1).max()))
     found = torch.where(found < 0, -1, y_order[found])[:, :longest]
     place = x_order.argsort()
@@ -89,7 +120,7 @@ class _Lists:
     """For each row a bound, and a list of the columns that reach it. A list that is full takes no more."""
 
     def __init__(self, rows: int, room: int, dtype: torch.dtype):
-        self.bounds = torch.empty(rows, dtype=dtype)
+        self.bounds = torch.full((rows,), LOWEST).to(dtype)
         self.columns = torch.empty((rows, room), dtype=torch.int32)
         self.scores = torch.empty((rows, room), dtype=dtype)
         self.counts = torch.zeros(rows, dtype=torch.int64)

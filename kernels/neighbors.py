@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_matrix, check_number
-from ._shortlist import shortlist
+from ._shortlist import ALONE, Team, shortlist
 from ._shortlist_cpu import shortlist as shortlist_on_cpu
 from ._triton import REFERENCE, rows_contiguous, same_rows, use_triton
 from .pairs import pair_similarity
@@ -47,32 +47,41 @@ def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) ->
 
 
 @torch.no_grad()
+def topk_together(x: Tensor, k: int, team: Team) -> tuple[Tensor, Tensor]:
+    """`topk_similarity(x, x, k)` by a team: all give equal rows and get the whole result, for equal work."""
+    return _by_team(x, x, k, False, team)
+
+
+@torch.no_grad()
 def topk_similarity_reference(
     x: Tensor, y: Tensor, k: int, exclude_self: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`topk_similarity` in plain torch: the specification."""
-    return _by_strips(x, y, k, torch.arange(len(x), device=x.device) if exclude_self else None)
+    return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device))
 
 
-def _by_strips(x: Tensor, y: Tensor, k: int, itself: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The k best for every row of `x`. itself: for each row of `x`, the row of `y` to leave out."""
-    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    for start in range(0, x.shape[0], 512):
+def _by_strips(
+    x: Tensor, y: Tensor, k: int, exclude_self: bool, rows: Tensor, team: Team = ALONE
+) -> tuple[Tensor, Tensor]:
+    """The k best for these rows of `x`."""
+    rows = rows.tensor_split(team.turns)[team.turn]
+    values = torch.empty(len(rows), k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(len(rows), k, dtype=torch.int64, device=x.device)
+    for start in range(0, len(rows), 512):
         strip = slice(start, start + 512)
-        wide = x[strip].double()
+        wide = x[rows[strip]].double()
         best = values[strip, :0], indices[strip, :0]
         for first in range(0, y.shape[0], 8192):
             part = y[first : first + 8192].double()
             with torch.autocast(x.device.type, enabled=False):
                 scores = (wide @ part.T).float()
             columns = torch.arange(first, first + len(part), device=x.device).expand(scores.shape)
-            if itself is not None:
-                scores.masked_fill_(columns == itself[strip, None], -torch.inf)
+            if exclude_self:
+                scores.masked_fill_(columns == rows[strip, None], -torch.inf)
             scores, columns = torch.cat([best[0], scores], 1), torch.cat([best[1], columns], 1)
             best = _best(scores, columns, min(k, scores.shape[1]))
         values[strip], indices[strip] = best
-    return values, indices
+    return team.join(values), team.join(indices)
 
 
 def _finite(x: Tensor, y: Tensor) -> Tensor:
@@ -91,55 +100,69 @@ def _require_finite(finite: Tensor | list[bool]) -> None:
 LISTED = 2**21  # entries of short lists whose exact products are held at a time
 
 
-def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
+def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tuple[Tensor, Tensor]:
     """The k best of short lists. One GPU sync checks that inputs are finite and which lists overflowed."""
-    values = torch.empty(x.shape[0], k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
+    keys = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
     finite = _finite(x, y)
     if not x.is_cuda:
         _require_finite(finite)
     if x.shape[0] == 0:
-        return values, indices
+        return _ranked(keys)
     symmetric = same_rows(x, y)
     x, y = rows_contiguous(x), rows_contiguous(y)
     find = shortlist if use_triton(x) else shortlist_on_cpu
-    lists, overflowed = find(x, y, k, exclude_self, symmetric)
+    lists, overflowed = find(x, y, k, exclude_self, symmetric, team)
     rows = max(1, LISTED // lists.shape[1])
     for start in range(0, len(lists), rows):
         listed = lists[start : start + rows].long()
         owners = torch.arange(start, start + len(listed), device=x.device).repeat_interleave(listed.shape[1])
         products = pair_similarity(x, y, owners, listed.flatten()).view(listed.shape)
-        values[start : start + rows], indices[start : start + rows] = _best(products.float(), listed, k)
+        keys[start : start + rows] = _keys(products.float(), listed).topk(k).values
+    for part in keys.split(LISTED // k + 1):
+        part.copy_(team.largest(part))
+    values, indices = _ranked(keys)
     last = values[:, -1].abs()  # float32 cannot rank products that are tiny or infinite
     overflowed |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
     *known, repeated = torch.cat([finite, overflowed.any()[None]]).tolist()
     _require_finite(known)
     if repeated:
         again = overflowed.nonzero()[:, 0]
-        values[again], indices[again] = _by_strips(x[again], y, k, again if exclude_self else None)
+        values[again], indices[again] = _by_strips(x, y, k, exclude_self, again, team)
     return values, indices
 
 
 def _best(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row, (M, few) float32, and their columns, the lower first among equals.
+    """The k largest values of each row, (M, few) float32, and their columns, the lower first among equals."""
+    return _ranked(_keys(values, columns).topk(k).values)
 
-    Each pair becomes one int64 key. Its upper half is the value, in bits that sort as integers; its lower
-    half is the complement of the column.
+
+def _keys(values: Tensor, columns: Tensor) -> Tensor:
+    """An int64 key for each pair, larger for better ones; columns below 0 have the smallest.
+
+    The upper half is the value, in bits that sort as integers; the lower half the complement of the column.
     """
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0 a 0
     keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (0xFFFFFFFF - columns)
-    best = torch.where(columns < 0, torch.iinfo(torch.int64).min, keys).topk(k).values
-    ordered = (best >> 32).int()
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (best & 0xFFFFFFFF)
+    return torch.where(columns < 0, torch.iinfo(torch.int64).min, keys)
+
+
+def _ranked(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The values and the columns of keys."""
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+def _by_team(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tuple[Tensor, Tensor]:
+    if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
+        with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+            return _search(x, y, k, exclude_self, team)
+    _require_finite(_finite(x, y))
+    return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device), team)
 
 
 @torch.library.custom_op("ecul::topk_similarity", mutates_args=())
 def _topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
-        with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-            return _search(x, y, k, exclude_self)
-    _require_finite(_finite(x, y))
-    return topk_similarity_reference(x, y, k, exclude_self)
+    return _by_team(x, y, k, exclude_self, ALONE)
 
 
 @_topk_similarity.register_fake

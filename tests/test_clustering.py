@@ -422,7 +422,7 @@ def in_processes(count, tmp_path, worlds, *more):
     return done, tmp_path / "labels.npz"
 
 
-@pytest.mark.parametrize("count, sizes", [(2, (301,)), (3, (100, 2))])
+@pytest.mark.parametrize("count, sizes", [(2, (301,)), (3, (100, 2)), (4, (203, 5))])
 def test_labels_are_the_same_in_several_processes(tmp_path, count, sizes):
     """Uneven shares, and processes without a row."""
     worlds = [world(0, size, 12, 4, 2, noise=0.4) for size in sizes]

@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
+from ecul.kernels.neighbors import ALONE, Team
+
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
     """This device, by default the GPU if there is one. Errors: ValueError for a GPU that is absent."""
@@ -79,6 +81,11 @@ def join(rows: torch.Tensor) -> torch.Tensor:
         return rows
     counts = _collect(torch.tensor([len(rows)], device=rows.device), [1] * size())
     return torch.cat(_collect(rows, torch.cat(counts).tolist()))
+
+
+def team(together: bool = True) -> Team:
+    """The processes that share a search of neighbours; this one alone if not together."""
+    return Team(rank(), size(), join) if together else ALONE
 
 
 def _collect(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ecul.common.distributed import join, share
 from ecul.common.exact import FEATURE_ROWS
 from ecul.common.sparse import CSR, STRIP_ROWS, spans
 from ecul.kernels._overlaps import in_units, least_overlap
@@ -36,24 +37,25 @@ def nearest_members(values: Tensor, groups: Tensor, group: Tensor, k: int) -> Te
     return torch.cat(found)
 
 
-def distinct_encodings(encodings: CSR, eps: float) -> tuple[CSR, Tensor]:
+def distinct_encodings(encodings: CSR, eps: float, together: bool = False) -> tuple[CSR, Tensor]:
     """The encodings with equal rows kept once, the others empty; and (N,) the row that stands for each row.
 
     No pair within eps < 1 is lost. Entries in a column that no other row has overlap with nothing: they are
     removed first. Rows that are then equal have equal neighbours, and are neighbours of each other. A row
     whose sum is too small for any neighbour stands for itself and becomes empty.
+    together: all processes call with equal arguments and share the work.
     """
     indptr, indices, values = encodings
     size, itself = len(indptr) - 1, torch.arange(len(indptr) - 1, device=indptr.device)
     kept, weights = (indices.bincount(minlength=size) > 1)[indices], _random(2**62, size, indices.device)
-    sizes, sums, codes = (torch.zeros_like(itself) for _ in range(3))
-    for rows in itself.split(STRIP_ROWS):
+    totals = itself.new_zeros(size, 3)
+    for rows in itself[share(size) if together else slice(None)].split(STRIP_ROWS):
         place, owner = spans(indptr[rows], indptr.diff()[rows])
         place, owner = place[kept[place]], rows[owner[kept[place]]]
         units = in_units(values[place]).long()
-        codes.index_add_(0, owner, units * weights[indices[place]])  # modulo 2**64
-        sums.index_add_(0, owner, units)
-        sizes.index_add_(0, owner, torch.ones_like(units))
+        parts = units * weights[indices[place]], units, torch.ones_like(units)  # codes are modulo 2**64
+        totals.index_add_(0, owner, torch.stack(parts, 1))
+    codes, sums, sizes = (join(totals[share(size)]) if together else totals).unbind(1)
     indices, values = indices[kept], values[kept]
     starts = sizes.cumsum(0) - sizes
 

@@ -1,5 +1,8 @@
 """`topk_similarity` against sorting every pair in float64."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from ecul.kernels import _shortlist, _shortlist_cpu, neighbors, pairs
-from ecul.kernels.neighbors import topk_similarity, topk_similarity_reference
+from ecul.kernels.neighbors import Team, topk_similarity, topk_similarity_reference, topk_together
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -286,6 +289,79 @@ def test_hardly_a_product_is_made_twice(monkeypatch, symmetric):
         _shortlist_cpu.shortlist(x, y, 5, symmetric, symmetric)
     share = counter.get_total_flops() / (2 * 24 * len(x) * len(y))
     assert 0.5 <= share <= 0.56 if symmetric else share == 1
+
+
+def by_team(turns, work):
+    """What `work(team)` returns in each member of a team. Members are threads, and one works at a time."""
+    lock, met, given = threading.Lock(), threading.Barrier(turns, timeout=60), [None] * turns
+
+    def meet():
+        lock.release()
+        met.wait()
+        lock.acquire()
+
+    def member(turn):
+        def join(rows):
+            given[turn] = rows
+            meet()
+            whole = torch.cat(given)
+            meet()
+            return whole
+
+        with lock:
+            return work(Team(turn, turns, join))
+
+    with ThreadPoolExecutor(turns) as pool:
+        return list(pool.map(member, range(turns)))
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4])
+@pytest.mark.parametrize("size, k", [(3, 2), (300, 5)])
+def test_a_team_finds_what_one_finds(device, few, turns, size, k):
+    """Also members without a row, and rows that are repeated more often than a list holds."""
+    x = on_grid(unit(min(size, few(150, size)), 24, 31, device=device))
+    x[len(x) // 2 :: 2] = x[0]
+    want = topk_similarity_reference(x, x, k)
+    for got in by_team(turns, lambda team: topk_together(x, k, team)):
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.host
+def test_a_team_with_too_short_lists_or_of_references_finds_the_same(monkeypatch):
+    x = on_grid(unit(300, 24, 31))
+    want = topk_similarity_reference(x, x, 5)
+    for module, name, value in ((_shortlist_cpu, "ROOM", 1), (neighbors, "REFERENCE", True)):
+        monkeypatch.setattr(module, name, value)
+        for got in by_team(3, lambda team: topk_together(x, 5, team)):
+            assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.host
+def test_a_team_of_unequal_processors_multiplies_in_one_dtype(monkeypatch):
+    turns, used, search = 2, [], _shortlist_cpu._search
+    kinds = iter([torch.float32, torch.bfloat16, torch.bfloat16, torch.float32])
+    monkeypatch.setattr(_shortlist_cpu, "product_dtype", lambda: next(kinds))
+    monkeypatch.setattr(_shortlist_cpu, "_search", lambda *a: used.append(a[-1]) or search(*a))
+    x = on_grid(unit(300, 24, 31))
+    for got in by_team(turns, lambda team: topk_together(x, 5, team)):
+        assert all(map(torch.equal, got, topk_similarity_reference(x, x, 5)))
+    assert used == [torch.bfloat16] * 2
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("turns", [2, 3, 4])
+def test_a_team_shares_the_products_equally(turns):
+    """Each makes its part of those that one makes, and half of all pairs are enough."""
+    x = unit(6000, 8, 20)
+
+    def products(team):
+        with FlopCounterMode(display=False) as counter:
+            _shortlist_cpu.shortlist(x, x, 5, True, True, team)
+        return counter.get_total_flops() / (2 * 8 * len(x) ** 2)
+
+    (alone,), shares = by_team(1, products), by_team(turns, products)
+    assert 0.5 <= sum(shares) <= alone <= 0.6
+    assert max(shares) <= 1.1 * alone / turns
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
