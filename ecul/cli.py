@@ -50,7 +50,6 @@ RERANK = arg(
     help="(after the other arguments) re-rank by the neighbourhoods of queries and gallery together: "
     "k-reciprocal (default), or modality, which counts both modalities alike",
 )  # fmt: skip
-UNKNOWN = arg("--unknown", type=float, default=0.1, help="false-accept rate for strangers (default: 0.1)")
 READING = (
     arg("--skip-unreadable", **FLAG, help=f"{SKIP}; the default for a run that was trained so"),
     arg("--batch-size", type=int, default=256, help="images at a time (default: 256), halved when too many"),
@@ -60,7 +59,7 @@ READING = (
 @command(
     "Train without identity labels; the run directory holds model, log and configuration.",
     *DATASET, DEVICE, METHOD, OUTPUT, PRESET,
-    arg("--resume", **FLAG, help="continue the run, with its own settings except those given here"),
+    arg("--resume", **FLAG, help="continue the run with its own settings; --preset or --config replace all of them"),
     arg("--config", metavar="FILE", help="settings to start from, such as a run's config.json"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
     arg("--trials", type=numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),
@@ -162,7 +161,7 @@ def compare(args: argparse.Namespace) -> None:
 @command(
     "Draw a run: curves, ranked lists, clusters and matches as PNGs and in one HTML page.",
     arg("run_directory", metavar="RUN", help="the directory that train wrote"),
-    ROOT, OPTION, DEVICE,
+    ROOT, DEVICE,
     arg("--queries", type=int, default=6, help="ranked lists to draw (default: 6)"),
     arg("--top", type=int, default=10, help="answers in each (default: 10)"),
 )  # fmt: skip
@@ -170,7 +169,7 @@ def report(args: argparse.Namespace) -> None:
     from ecul.common.distributed import choose_device
     from ecul.report.page import report
 
-    options = {"root": args.root, "options": args.option, "queries": args.queries, "top": args.top}
+    options = {"root": args.root, "queries": args.queries, "top": args.top}
     print(report(args.run_directory, **options, device=choose_device(args.device)))
 
 
@@ -202,7 +201,7 @@ def extract(args: argparse.Namespace) -> None:
     arg("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery"),
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
     arg("-o", "--output", help="a .png to draw a sample of five queries and ten answers in"),
-    UNKNOWN, RERANK, *READING, DEVICE, JSON,
+    RERANK, *READING, DEVICE, JSON,
 )  # fmt: skip
 def search(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_ranking, prepare_picture
@@ -210,7 +209,7 @@ def search(args: argparse.Namespace) -> None:
     from ecul.tools.threshold import Threshold
 
     prepare_picture(args.output)
-    options = {"top": args.top, "rerank": args.rerank, "unknown": args.unknown, **_reading(args)}
+    options = {"top": args.top, "rerank": args.rerank, **_reading(args)}
     model = _model(args)
     options["threshold"] = Threshold.load(args.model, model.sha256)
     ranking = search(model, args.query, args.gallery, args.query_modality, args.gallery_modality, **options)
@@ -256,29 +255,24 @@ def export(args: argparse.Namespace) -> None:
 
 @command(
     "Try k1 and eps on a model's features of the training images: clusters, outliers, label-free score.",
-    *DATASET, *MODEL, PRESET, PICTURE, DEVICE, JSON,
+    *DATASET, *MODEL, PRESET, DEVICE, JSON,
 )  # fmt: skip
 def tune(args: argparse.Namespace) -> None:
-    from ecul.report.pictures import draw_tuning, prepare_picture
     from ecul.tools.tuning import tune_config
 
-    prepare_picture(args.output)
     found = tune_config(*_trained(args))
-    if args.output:
-        draw_tuning(args.output, found.rows, found.chosen)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
 
 
 @command(
     "Learn which similarity means the same person, and save it beside the model, where search reads it.",
-    *DATASET, *MODEL, PRESET, DEVICE, UNKNOWN,
+    *DATASET, *MODEL, PRESET, DEVICE,
 )  # fmt: skip
 def threshold(args: argparse.Namespace) -> None:
-    from ecul.tools.threshold import check_share, measure_threshold
+    from ecul.tools.threshold import measure_threshold
 
-    check_share(args.unknown)
     found = measure_threshold(*_trained(args))
-    print(f"{found.table(args.unknown)}\nkept in {found.save(args.model)}")
+    print(f"{found.table()}\nkept in {found.save(args.model)}")
 
 
 @command(

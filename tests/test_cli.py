@@ -235,7 +235,7 @@ def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog)
     assert "12 features of size" in capsys.readouterr().out and "skipped, cannot be read" in caplog.text
     found = ["search", run, "--query", visible, "--gallery", str(tmp_path / "own" / "infrared")]
     found += ["--query-modality", "visible", "--gallery-modality", "infrared", "--top", "2", "--rerank"]
-    assert main(found) == 0 and len(capsys.readouterr().out.splitlines()) == 36
+    assert main(found) == 0 and len(capsys.readouterr().out.splitlines()) == 37
     for work in ("tune", "threshold"):
         assert main([work, "folders", root, "--model", run]) == 0
     caplog.clear()

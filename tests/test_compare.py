@@ -52,20 +52,8 @@ def test_what_follows_from_the_method_is_not_told_again():
     assert _differing([settings("mbccm"), settings("mbccm", weight_joint=0.1)]) == ["weight_joint"]
 
 
-def test_accuracy_is_kept_until_the_weights_change(runs, tmp_path, monkeypatch):
-    alone = compare([runs / "c"], device="cpu")
-    assert "accuracy in percent; a run a row\n" in alone.table() and "±" not in alone.table()
-    before = alone.groups[0].row()
-    kept = json.loads((runs / "c" / "accuracy.json").read_text())
-    kept["rows"][0]["mAP"] = 12.0
-    (runs / "c" / "accuracy.json").write_text(json.dumps(kept))
-    assert compare([runs / "c"], device="cpu").groups[0].row()["all mAP"] == 12
-    (runs / "c" / "accuracy.json").write_text(json.dumps({**kept, "model_sha256": "of other weights"}))
-    assert compare([runs / "c"], device="cpu").groups[0].row() == before
-
-
 def test_without_images_there_are_score_and_time(runs, tmp_path, caplog):
-    copy = shutil.copytree(runs / "a", tmp_path / "copy", ignore=shutil.ignore_patterns("accuracy.json"))
+    copy = shutil.copytree(runs / "a", tmp_path / "copy")
     rewrite(copy / "resume.safetensors", lambda about, _: about["dataset"].update(root="/moved"))
     found = compare([copy, runs / "b"], device="cpu")
     (row,) = (group.row() for group in found.groups)
@@ -86,6 +74,8 @@ def test_the_command_prints_every_form_and_draws(runs, world, capsys, tmp_path):
     assert cell in told["text"] and cell.replace("±", r"$\pm$") in told["latex"]
     assert r"epochs\_cross" in told["latex"] and told["latex"].count(r"\\") == 3
     assert f"{rows[1]['all mAP']:.2f}  " in told["text"]  # one run has no deviation
+    alone = compare([runs / "c"], device="cpu").table()
+    assert "accuracy in percent; a run a row\n" in alone and "±" not in alone
     assert main([*command, "-o", str(tmp_path / "curves.png")]) == 0
     assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 5
     evaluated = ["evaluate", "sysu", world, "--model", str(runs / "a"), "--device", "cpu"]
@@ -95,17 +85,27 @@ def test_the_command_prints_every_form_and_draws(runs, world, capsys, tmp_path):
 
 def test_the_curves_are_means_over_runs_with_their_deviation(runs, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr("ecul.tools.compare.draw_overlaid", lambda path, panels: drawn.append(dict(panels)))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     compare([runs / name for name in "abc"], device="cpu").draw(tmp_path / "x.png")
-    assert [title.split()[0] for title in drawn[0]] == ["label-free", "sum", "adjusted"]
-    (_, values), (name, short) = drawn[0]["sum of the losses"]
-    assert (values.shape, short.shape, name) == ((2, 2), (1, 1), "epochs_cross 0, lr 0.002, epochs done 1")
-    last = read_run(runs / "b").history[1]
-    assert values[1, 1] == pytest.approx(sum(v for k, v in last.items() if k.startswith("loss_")))
-    pictures.draw_overlaid(
-        tmp_path / "y.png", [("t", [("a", np.full((1, 3), np.nan)), ("b", np.ones((2, 3)))])]
+    axes = {panel.get_title(loc="left").split()[0]: panel for panel in drawn[0].axes}
+    assert set(axes) == {"label-free", "sum", "adjusted"}
+    named = {line.get_label(): line.get_ydata() for line in axes["sum"].lines}
+    both, short = named
+    assert both.startswith(f"{runs / 'a'} and 1 more (n = 2), epochs_cross 1, ")
+    assert short == f"{runs / 'c'}, epochs_cross 0, lr 0.002, epochs done 1" and len(named[short]) == 1
+    last = [read_run(runs / name).history[1] for name in "ab"]
+    sums = [sum(v for k, v in row.items() if k.startswith("loss_")) for row in last]
+    assert named[both][1] == pytest.approx(np.mean(sums))
+    (band,) = axes["sum"].collections
+    assert band.get_paths()[0].vertices[:, 1].max() >= np.mean(sums) + np.std(sums) - 1e-6
+    pictures.draw_curves(
+        tmp_path / "y.png",
+        [
+            pictures.Panel(
+                "t", "", [pictures.Curve("a", np.full((1, 3), np.nan)), pictures.Curve("b", np.ones((2, 3)))]
+            )
+        ],
     )
-    assert (tmp_path / "y.png").is_file()
 
 
 def test_tables_escape_what_a_form_means():

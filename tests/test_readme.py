@@ -159,7 +159,7 @@ from ecul.tools import export, search
 from ecul.report import page, pictures
 print(ecul.emcc(torch.eye(5)).tolist())
 try:
-    pictures.draw_curves("x.png", [{"epoch": 0, "stage": 1, "loss_a": 1.0}])
+    pictures.prepare_picture("x.png")
 except ImportError as e:
     print(e)
 """

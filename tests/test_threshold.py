@@ -82,9 +82,8 @@ def test_a_threshold_grows_with_the_gallery_and_with_caution():
     assert found.at(*sides, 1, 0.1) == pytest.approx(0.1 + 0.2 * norm.isf(0.1))
     assert found.at(*sides, 1000, 0.1) == pytest.approx(0.1 + 0.2 * norm.isf(1 - 0.9 ** (1 / 1000)))
     assert found.at(*sides, 1000, 0.01) > found.at(*sides, 1000, 0.1) > found.at(*sides, 10, 0.1)
-    assert found.missed(*sides, 0.5) is None
-    missed = normal(own=tuple(np.linspace(0, 1, 21))).missed
-    assert missed(*sides, 0.25) == pytest.approx(0.25) and missed(*sides, 2.0) == 1
+    missed = Pairs(0.1, 0.2, tuple(np.linspace(0, 1, 21))).missed
+    assert missed(0.25) == pytest.approx(0.25) and missed(2.0) == 1 and Pairs(0.1, 0.2).missed(0.5) is None
     with pytest.raises(ValueError, match="unknown must be a share between 0 and 1, got 1.5"):
         found.at(*sides, 10, 1.5)
     with pytest.raises(ValueError, match="modality"):
@@ -119,7 +118,8 @@ def test_pairs_of_one_camera_are_too_much_alike_to_learn_from(source):
     wrong = (rows @ rows.T)[(codes[:, None] != codes) & (people[:, None] != people)]
     assert 0.01 < float((wrong >= found.at(*sides, 1, 0.03)).float().mean()) < 0.06
     assert found.at(*sides, 100) < 0.5 < 0.8 < blind.at(*sides, 100)
-    assert found.missed(*sides, 0.5) > 0.9 > 0.1 > blind.missed(*sides, 0.5)
+    missed = [known.pairs["visible-visible"].missed(0.5) for known in (found, blind)]
+    assert missed[0] > 0.9 > 0.1 > missed[1]
     assert "of one camera" in blind.table() and "of one camera" not in found.table()
     one = estimate_threshold(features, labels, source, dict.fromkeys(MODALITIES, 0 * codes))
     assert one == blind  # a single camera is none that is known
@@ -192,12 +192,12 @@ def test_a_ranking_marks_the_same_person_and_nobody(tmp_path):
 def test_from_the_shell(world, tmp_path, capsys):
     torch.manual_seed(0)
     TwoStreamResNet(10, 4, False, SIZE).save_pretrained(tmp_path)
+    command = ["search", str(tmp_path), "--query", f"{world}/cam3", "--gallery", f"{world}/cam1"]
+    command += ["--query-modality", "infrared", "--gallery-modality", "visible", "--top", "1"]
+    assert main(command) == 0 and " =  " not in (out := capsys.readouterr().out) and "nobody" not in out
     assert main(["threshold", "sysu", world, "--model", str(tmp_path), "--preset", "demo"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("similarity that 10% of unknown people reach, by identities") and "kept in" in out
-    command = ["search", str(tmp_path), "--query", f"{world}/cam3", "--gallery", f"{world}/cam1"]
-    command += ["--query-modality", "infrared", "--gallery-modality", "visible", "--top", "1"]
-    assert main([*command, "--unknown", "0.999999"]) == 0
-    all_known = capsys.readouterr().out
-    assert main([*command, "--unknown", "1e-9"]) == 0
-    assert all_known.count(" =  ") > capsys.readouterr().out.count(" =  ")
+    assert main(command) == 0
+    answers = capsys.readouterr().out
+    assert answers.count(" =  ") + answers.count(": nobody (none reaches ") == len(answers.splitlines()) / 2

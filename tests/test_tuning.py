@@ -3,11 +3,8 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
-from PIL import Image
 
 from ecul import TwoStreamResNet, emcc
 from ecul.cli import main
@@ -63,22 +60,15 @@ def test_one_setting_serves_both_modalities():
     assert [row["eps"] for row in found.chosen.values()] == [0.5, 0.5, 0.6]
 
 
-def test_from_the_shell_with_a_picture_that_marks_what_the_text_does(world, tmp_path, capsys, monkeypatch):
-    marked, drawn = [], []
-    monkeypatch.setattr(Axes, "axvline", lambda axes, x, **_: marked.append(x))
-    monkeypatch.setattr(Axes, "legend", lambda axes, title, **_: drawn.append(title))
+def test_from_the_shell(world, tmp_path, capsys):
     torch.manual_seed(0)
     TwoStreamResNet(10, 4, False, (32, 16)).save_pretrained(tmp_path)
     command = ["tune", "sysu", world, "--model", str(tmp_path), "--preset", "demo"]
-    assert main([*command, "-o", str(tmp_path / "tune.png")]) == 0
+    assert main(command) == 0
     text = capsys.readouterr().out
     rows = re.findall(r"^ +(\d+) +(\d\S+) .*<- recommended$", text, re.M)
-    assert marked == [float(eps) for _, eps in rows for _ in range(3)] and len(rows) == 3
-    assert [re.findall(r"[\d.]+", title.replace("k1", "")) for title in drawn] == [
-        [k1, f"{float(eps):g}"] for k1, eps in rows
-    ]
+    assert len(rows) == 3
     assert f"recommended: --set k1={rows[0][0]} --set eps={float(rows[0][1]):g} --set k1_joint=" in text
-    assert np.asarray(Image.open(tmp_path / "tune.png")).std() > 5
     assert main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert set(told["rows"]) == {"visible", "infrared", "joint"} and len(told["rows"]["joint"]) == 39

@@ -1,5 +1,6 @@
-"""The figures of a report: features, clusters and how certain they are, and what answers a query."""
+"""What a report shows: features, clusters and how certain they are, and the rows of images for its sheets."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,25 @@ from ecul.data.pack import Files
 from ecul.evaluation.metrics import SCORING
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
-from ecul.report.pictures import HEIGHT, MODALITY, Cell, Row
+from ecul.matching import match_clusters
+from ecul.report.pictures import (
+    HEIGHT,
+    INK,
+    MODALITY,
+    NEUTRAL,
+    RIGHT,
+    WRONG,
+    Cell,
+    Row,
+    short_name,
+    short_path,
+)
 from ecul.run.saved import SavedRun
 from ecul.run.scores import silhouettes
 from ecul.training import extract_exchanged
 from ecul.trainset import TrainImages
 
 MIXED = 0.1  # a cluster with a smaller mean silhouette looks mixed
-STRUCTURE = ((0.7, "far apart"), (0.5, "apart"), (0.25, "partly apart"), (-1, "hardly apart"))
-# Words for silhouettes: Kaufman and Rousseeuw, Finding Groups in Data (1990)
 
 
 @dataclass(frozen=True)
@@ -80,14 +91,12 @@ class Clusters:
 
     def told(self) -> str:
         """A judgement without identities: how far apart, how many look mixed, how many outliers."""
-        mixed, outliers = int((self.margins < MIXED).sum()), float((self.labels < 0).float().mean())
-        words = next(word for least, word in STRUCTURE if self.separation >= least)
-        bad = "bad: " * (self.separation < 0.25 or 5 * mixed > len(self.margins) or outliers > 0.5)
-        found = f"{bad}{counted(len(self.margins), f'{self.modality} cluster')} {words}"
+        count, mixed = len(self.margins), int((self.margins < MIXED).sum())
+        outliers = float((self.labels < 0).float().mean())
+        bad = "bad: " * (self.separation < 0.25 or 5 * mixed > count or outliers > 0.5)
         looks = f"{mixed or 'none'} look{'s' * (mixed == 1)} mixed"
-        return (
-            f"{found} (separation {self.separation:.2f}), {looks}, {outliers:.0%} of the images are outliers"
-        )
+        told = f"{bad}{counted(count, f'{self.modality} cluster')}, separation {self.separation:.2f}"
+        return f"{told}, {looks}, {outliers:.0%} of the images are outliers"
 
 
 def measure_clusters(features: torch.Tensor, labels: Labels) -> list[Clusters]:
@@ -114,38 +123,34 @@ def next_labels(table: Embedded, saved: SavedRun, model: Any) -> Labels:
     )
 
 
-def commonest(labels: np.ndarray, pids: np.ndarray) -> np.ndarray:
-    """(C,): the identity that most members of each cluster have, the smallest among equals."""
-    groups = [np.unique(pids[labels == c], return_counts=True) for c in range(labels.max() + 1)]
-    return np.array([people[counts.argmax()] for people, counts in groups])
-
-
-def match_rows(
-    table: Embedded, labels: Labels, similarity: np.ndarray, match: np.ndarray, same: np.ndarray | None,
-    most: int = 6, images: int = 4,
-) -> tuple[list[Row], int]:  # fmt: skip
-    """Rows of a sheet, and its lead: the number of images of each modality.
-
-    similarity: (B, A) cosines of the centres; match: bool (B, A); same: bool (B, A), one person, or None.
-    """
-    pairs = np.argwhere(match)
-    pairs = pairs[np.argsort(-similarity[tuple(pairs.T)], kind="stable")]
-    places = np.linspace(0, len(pairs) - 1, min(most, len(pairs))).round().astype(int)
-    members = [
-        [torch.nonzero(side == c)[:, 0] for c in range(int(side.max()) + 1)] for side in labels.sides.values()
-    ]
-    lead = min(images, *(min(len(members[0][a]), len(members[1][b])) for b, a in pairs[places]))
+def ranked_rows(
+    table: Embedded, protocol: str | None, queries: int, top: int, kind: str
+) -> tuple[str, list[Row]]:
+    """Infrared queries and visible answers; what the protocol ignores is left out, as in evaluation."""
+    (gallery, query), pids = table.images, table.pids()
     rows = []
-    for place, (b, a) in zip(places, pairs[places], strict=True):
-        cells, offset = [], 0
-        for side, cluster, centers in zip(members, (a, b), labels.centers, strict=True):
-            own = side[cluster] + offset
-            nearest = (table.features[own] @ centers[cluster]).argsort(descending=True, stable=True)
-            cells += [table.cell(row) for row in own[nearest[:lead]].tolist()]
-            offset = labels.num_visible
-        told = "" if same is None else "\nsame person" if same[b, a] else "\nanother person"
-        rows.append(Row(f"match {place + 1} of {len(pairs)}\ncosine {similarity[b, a]:.3f}{told}", cells))
-    return rows, lead
+    for index in choose_queries(query, queries):
+        row = len(gallery) + index
+        scores = table.sides[0] @ table.features[row]
+        scores[torch.from_numpy(ignored(protocol, query, index, gallery))] = -torch.inf
+        cells = [table.cell(row, INK)]
+        for rank, found in enumerate(scores.topk(min(top, len(gallery))).indices.tolist(), 1):
+            if scores[found] == -torch.inf:
+                break
+            color, mark = NEUTRAL, ""
+            if pids is not None and pids[found] >= 0:
+                color, mark = (RIGHT, " ✓") if pids[found] == pids[row] else (WRONG, " ✗")
+            told = f"{rank}{mark}  {scores[found]:.3f}"
+            cells.append(table.cell(found, color, told, short_name(gallery.names[found])))
+        who = "" if pids is None else f"person {pids[row]}\n"
+        rows.append(Row(who + short_path(query.names[index]), cells))
+    colors = "Green ✓: the same person; red ✗: another; gray: a distractor."
+    text = (
+        f"{len(rows)} random infrared queries and their best answers among {len(gallery)} visible {kind} "
+        f"images, best first. {'Identities are not known.' if pids is None else colors} Below each: rank, "
+        f"cosine similarity{', camera' if gallery.camids.any() else ''}, file."
+    )
+    return text, rows
 
 
 def choose_queries(images: Images, count: int) -> list[int]:
@@ -165,20 +170,78 @@ def ignored(protocol: str | None, query: Images, row: int, gallery: Images) -> n
     return rule(query.pids[[row]], gallery.pids, query.camids[[row]], gallery.camids)[0]
 
 
-def flattened(rows: np.ndarray) -> tuple[np.ndarray, str]:
-    """Points (n, 2) of features (n, D), and how: t-SNE if scikit-learn is installed, else two components."""
-    centred = rows - rows.mean(0)
-    points = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
-    points = np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        return points, "principal components"
-    if len(rows) < 8:  # too few for neighbourhoods
-        return points, "principal components"
-    start = (points / max(points[:, 0].std(), 1e-9) * 1e-4).astype(np.float32)
-    tsne = TSNE(perplexity=min(30.0, (len(rows) - 1) / 3), init=start, random_state=0)
-    return tsne.fit_transform(rows), "t-SNE"
+def cluster_rows(
+    table: Embedded, clusters: Sequence[Clusters], each: int = 3, most: int = 10
+) -> tuple[str, list[Row]]:
+    """The largest, the smallest and the least certain clusters, each once."""
+    visible, infrared = (side.labels for side in clusters)
+    border = len(clusters[0].margins)
+    labels = torch.cat([visible, torch.where(infrared < 0, -1, infrared + border)])
+    sizes, margins = torch.bincount(labels[labels >= 0]), torch.cat([side.margins for side in clusters])
+    chosen: dict[int, list[str]] = {}
+    for name, order in (("largest", -sizes), ("smallest", sizes), ("least certain", margins)):
+        for cluster in order.argsort(stable=True)[:each].tolist():
+            chosen.setdefault(cluster, []).append(name)
+    rows = []
+    for cluster, names in chosen.items():
+        members = torch.nonzero(labels == cluster)[:, 0]
+        mixed = bool(margins[cluster] < MIXED)
+        label = [", ".join(names), f"{len(members)} {MODALITIES[cluster >= border]} images"]
+        label.append(f"silhouette {margins[cluster]:.3f}{': looks mixed' * mixed}")
+        rows.append(Row("\n".join(label), [table.cell(row) for row in spread(members.tolist(), most)], mixed))
+    text = (
+        f"{len(sizes)} clusters of the training images, each of one modality, by the features of the final "
+        "weights. Blue frame: visible, orange: infrared. Silhouette: how much nearer the members are to "
+        "their own centre than to the nearest other centre of their modality, from -1 to 1, on average. A "
+        f"cluster looks mixed (red) if it is below {MIXED}. Other clusters can still hold several people."
+    )
+    return text, rows
+
+
+def match_rows(
+    table: Embedded, labels: Labels, rule: str, most: int = 6, images: int = 4
+) -> tuple[str, list[Row], int]:
+    """Matches from the best to the worst, and how many images of each modality a row has, visible first."""
+    visible, infrared = labels.centers
+    match = match_clusters(visible, infrared, rule).numpy() if labels.match is None else labels.match
+    similarity = (infrared @ visible.T).numpy()
+    pairs = np.argwhere(match)
+    pairs = pairs[np.argsort(-similarity[match], kind="stable")]
+    shown = spread(list(enumerate(pairs.tolist(), 1)), most)
+    sizes = [torch.bincount(own[own >= 0]) for own in labels.sides.values()]
+    lead = min(images, *(int(min(sizes[0][a], sizes[1][b])) for _, (b, a) in shown))
+    rows = []
+    for place, (b, a) in shown:
+        cells, offset = [], 0
+        for own, cluster, centers in zip(labels.sides.values(), (a, b), labels.centers, strict=True):
+            members = torch.nonzero(own == cluster)[:, 0] + offset
+            nearest = (table.features[members] @ centers[cluster]).argsort(descending=True, stable=True)
+            cells += [table.cell(row) for row in members[nearest[:lead]].tolist()]
+            offset = labels.num_visible
+        rows.append(Row(f"match {place} of {len(pairs)}\ncosine {similarity[b, a]:.3f}", cells))
+    kind = "one to one" if max(match.sum(0).max(), match.sum(1).max()) == 1 else "many to many"
+    text = (
+        f"{len(pairs)} matches between the clusters of the two modalities, {kind}, from the best to the "
+        "worst by the cosine of their centres, with the images nearest to each centre."
+    )
+    if table.pids() is not None:
+        of = [commonest(own, side) for own, side in zip(labels.sides.values(), table.images, strict=True)]
+        right = np.mean([of[0][a] == of[1][b] for b, a in pairs])
+        text += f" The commonest person is the same in {right:.0%} of them."
+    return text, rows, lead
+
+
+def commonest(own: torch.Tensor, images: Images) -> np.ndarray:
+    """(C,): the identity that most members of each cluster have, the smallest among equals."""
+    labels, pids = own.numpy(), images.identities()
+    groups = [np.unique(pids[labels == c], return_counts=True) for c in range(labels.max() + 1)]
+    return np.array([people[counts.argmax()] for people, counts in groups])
+
+
+def spread(values: list, most: int) -> list:
+    """At most so many of these, from the first to the last."""
+    places = np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int)
+    return [values[place] for place in places]
 
 
 def counted(number: int, noun: str, of: int | None = None) -> str:

@@ -18,7 +18,6 @@ log = logging.getLogger("ecul")
 RIGHT, WRONG, NEUTRAL, INK = "#1a9641", "#d7191c", "#9a9a9a", "#2b2b2b"
 MODALITY = {"visible": "#2c7fb8", "infrared": "#d95f0e", "joint": "#756bb1"}
 LOSSES = {"cluster": "-", "instance": "--", "agnostic": ":"}
-OTHER = ("#444444", "#1b9e77", "#e7298a", "#a6761d")
 HEIGHT, GAP, LINE, LABEL = 112, 12, 11, 190  # of a sheet, in hundredths of an inch
 MOST_IMAGES = 600  # of a sheet
 DPI, MOST_PIXELS = 200, 60_000  # a side of a picture has fewer than 2^16 pixels
@@ -27,10 +26,26 @@ PANELS = (  # of the curves: title, beginning of the names in the log, unit
     ("losses", "loss_", "mean of the epoch"),
     ("clusters", "clusters_", "number"),
     ("outliers", "outliers_", "images"),
-    ("label-free scores", "score_", "higher is better"),
+    ("label-free score", "score", "separation of the clusters"),
     ("monitors (read identities)", "monitor_", "adjusted Rand index"),
     ("time", "seconds", "seconds"),
 )
+
+
+class Curve(NamedTuple):
+    """A line of a panel: its name, values (runs, epochs) with NaN for none, and how matplotlib draws it."""
+
+    name: str
+    values: np.ndarray
+    look: dict[str, Any] = {}
+
+
+class Panel(NamedTuple):
+    """Curves in the same axes, below a title, with what they count."""
+
+    title: str
+    unit: str
+    curves: list[Curve]
 
 
 class Cell(NamedTuple):
@@ -97,6 +112,7 @@ def draw_sheet(path: str | Path, rows: Sequence[Row], lead: int = 0, title: str 
     lines = max(len(cell.caption.splitlines()) for cell in everything)
     step = HEIGHT + LINE * lines + 2 * GAP
     right = LABEL + max(len(row.cells) for row in rows) * (width + GAP) + 2 * GAP * bool(lead) + GAP
+    right = max(right, 8 * len(title))
     head_room = 26 * bool(title)
     bottom = head_room + len(rows) * step + GAP
     rectangle = _matplotlib().patches.Rectangle
@@ -175,116 +191,57 @@ def _end(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[1 - width :]
 
 
-def _dress(axes: Any, title: str, epochs: bool = False) -> None:
-    """The title and the look that all panels share; epochs: x counts them."""
-    if epochs:
-        axes.set(xlabel="epoch")
-        axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
-    axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+def panels_of(history: Sequence[dict]) -> list[Panel]:
+    """The panels of a run's log, a row an epoch; those without a value are left out."""
+    keys = dict.fromkeys(key for row in history for key in row)
+    panels = []
+    for title, prefix, unit in PANELS:
+        curves = []
+        for key in (key for key in keys if key.startswith(prefix)):
+            words = key.removeprefix(prefix).strip("_").split("_")
+            look: dict[str, Any] = {"linestyle": next((LOSSES[w] for w in words if w in LOSSES), "-")}
+            look |= next(({"color": MODALITY[w]} for w in words if w in MODALITY), {})
+            values = np.array([[row.get(key, np.nan) for row in history]], dtype=float)
+            curves.append(Curve(" ".join(words) or key, values, look))
+        if curves:
+            panels.append(Panel(title, unit, curves))
+    return panels
 
 
-def draw_map(path: str | Path, points: np.ndarray, infrared: np.ndarray, pids: np.ndarray | None) -> None:
-    """Write a map of images at points (n, 2) as a PNG: by modality, and the ten commonest people in colours.
+def draw_curves(path: str | Path, panels: Sequence[Panel], second: int = 0, shared: bool = False) -> None:
+    """Write curves over epochs as a PNG: the mean of the runs, and a band of a deviation for several.
 
-    infrared: bool (n,); pids: (n,) identities, or None.
+    second: the number of epochs before stage 2, which is marked. shared: one legend for all panels.
     """
-    order, sides = np.arange(len(points)), np.where(infrared, MODALITY["infrared"], MODALITY["visible"])
-    panels = [("modalities", sides)]
-    if pids is not None:
-        names, counts = np.unique(pids, return_counts=True)
-        people = names[np.argsort(-counts, kind="stable")[:10]].tolist()
-        colors = np.array([f"C{people.index(p)}" if p in people else "#dddddd" for p in pids.tolist()])
-        order = np.argsort(colors != "#dddddd", kind="stable")  # gray ones below
-        panels.append((f"{len(people)} people, circles visible, triangles infrared", colors))
-    with _picture(path, 1 + 5 * len(panels), 5, layout="constrained") as figure:
-        for place, (title, colors) in enumerate(panels, 1):
-            axes = figure.add_subplot(1, len(panels), place, xticks=[], yticks=[], frame_on=False)
-            for name, side, marker in (("visible", ~infrared, "o"), ("infrared", infrared, "^")):
-                chosen, look = order[side[order]], {"marker": marker, "s": 12, "linewidths": 0}
-                axes.scatter(*points[chosen].T, c=colors[chosen], label=name, **look)
-            _dress(axes, title)
-        figure.axes[0].legend(fontsize=7, frameon=False)
-
-
-def draw_curves(path: str | Path, history: Sequence[dict]) -> None:
-    """Write the log's curves as a PNG: losses, clusters, outliers, scores, monitors, time.
-
-    history: list of dicts, a row an epoch, as `train` returns; panels without a value are left out.
-    """
-    keys = list(dict.fromkeys(key for row in history for key in row))
-    panels = [p for p in PANELS if any(key.startswith(p[1]) for key in keys)]
     columns = min(3, len(panels))
-    spare = -len(panels) % columns  # the first panel, which has the most lines, takes what would stay empty
-    height = (len(panels) + spare) // columns
-    second = next((row["epoch"] + 0.5 for row in history if row["stage"] == 2), 0)
-    with _picture(path, 4 * columns, 3.3 * height, layout="constrained") as figure:
-        for place, (title, prefix, unit) in enumerate(panels, 1):
-            axes = figure.add_subplot(height, columns, (1, 1 + spare) if place == 1 else place + spare)
-            axes.set_prop_cycle(color=OTHER)
-            shown = [0.0]
-            for name in (key for key in keys if key.startswith(prefix)):
-                words = name.removeprefix(prefix).strip("_").split("_")
-                line: dict[str, Any] = {"linestyle": next((LOSSES[w] for w in words if w in LOSSES), "-")}
-                line |= next(({"color": MODALITY[w]} for w in words if w in MODALITY), {})
-                values = [row.get(name, np.nan) for row in history]
-                line |= {"label": " ".join(words) or "whole epoch", "marker": "o", "markersize": 2.5}
-                axes.plot([row["epoch"] + 1 for row in history], values, linewidth=1.4, **line)
-                shown += values
-            _dress(axes, title, epochs=True)
-            axes.set(ylabel=unit)
-            if unit in ("number", "images"):
-                axes.locator_params(axis="y", integer=True)
-            low, high = np.nanmin(shown), np.nanmax(shown) or 1
-            axes.set_ylim(low, high + 0.13 * (high - low))  # room for the word above the lines
-            if second > 1:
-                axes.axvline(second, color=NEUTRAL, linestyle=(0, (2, 2)), linewidth=1)
-                head = axes.get_xaxis_transform()
-                axes.text(second, 0.99, " stage 2", transform=head, fontsize=7, color="#555", va="top")
-            axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-
-
-def draw_overlaid(path: str | Path, panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray]]]]) -> None:
-    """Write the curves of several runs in the same axes as a PNG: a line at the mean, a band of a deviation.
-
-    panels: (title, list of (name, values (runs, epochs), NaN where a run has none)), a colour a name.
-    """
-    with _picture(path, 4.6 * len(panels), 3.9, layout="constrained") as figure:
-        for place, (title, curves) in enumerate(panels, 1):
-            axes = figure.add_subplot(1, len(panels), place)
-            for number, (name, values) in enumerate(curves):
+    lines = -(-len(panels) // columns)
+    with _picture(path, 4.2 * columns, 3.3 * lines, layout="constrained") as figure:
+        for place, (title, unit, curves) in enumerate(panels, 1):
+            axes = figure.add_subplot(lines, columns, place, xlabel="epoch", ylabel=unit)
+            for name, values, look in curves:
                 counted = np.isfinite(values).any(0)
                 epochs, held = np.flatnonzero(counted) + 1, values[:, counted]
                 mean, deviation = np.nanmean(held, 0), np.nanstd(held, 0)
-                color = f"C{number % 10}"
-                line = {"color": color, "linewidth": 1.4, "marker": "o", "markersize": 2}
-                axes.plot(epochs, mean, linestyle=("-", "--", ":")[number // 10 % 3], label=name, **line)
-                axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
-            _dress(axes, title, epochs=True)
-        handles, names = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-
-
-def draw_tuning(path: str | Path, tables: dict[str, list[dict]], chosen: dict[str, dict]) -> None:
-    """Write the curves of `ecul.tools.tuning` as a PNG: a row a clustering, a line for each k1 over eps.
-
-    chosen: the recommended row of each clustering, which is marked.
-    """
-    kinds = ("clusters", "outliers", "score")
-    with _picture(path, 12, 2.9 * len(tables), layout="constrained") as figure:
-        axes = figure.subplots(len(tables), len(kinds), squeeze=False)
-        for line, (name, rows) in zip(axes, tables.items(), strict=True):
-            best = chosen[name]
-            for panel, kind in zip(line, kinds, strict=True):
-                panel.set_prop_cycle(color=OTHER)
-                for k1 in sorted({row["k1"] for row in rows}):
-                    of_k1 = [(row["eps"], row[kind]) for row in rows if row["k1"] == k1]
-                    panel.plot(*zip(*of_k1, strict=True), marker="o", markersize=2.5, label=f"k1 {k1}")
-                panel.axvline(best["eps"], color=NEUTRAL, linestyle=(0, (2, 2)), linewidth=1)
-                panel.plot(best["eps"], best[kind], "o", color=INK, markersize=8, fillstyle="none")
-                _dress(panel, f"{name}: {kind}")
-                panel.set(xlabel="eps")
-            told = f"recommended: k1 {best['k1']}, eps {best['eps']}"
-            beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-            line[-1].legend(title=told, fontsize=7, title_fontsize=7, frameon=False, **beside)
+                (line,) = axes.plot(
+                    epochs, mean, label=name, linewidth=1.4, marker="o", markersize=2.5, **look
+                )
+                if len(values) > 1:
+                    band = {"color": line.get_color(), "alpha": 0.18, "lw": 0}
+                    axes.fill_between(epochs, mean - deviation, mean + deviation, **band)
+            axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.25)
+            axes.margins(y=0.13)  # room for the word above the lines
+            axes.set_ylim(min(0, axes.dataLim.ymin))
+            axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
+            if 0 < second < max(values.shape[1] for _, values, _ in curves):
+                axes.axvline(second + 0.5, color=NEUTRAL, linestyle=(0, (2, 2)), linewidth=1)
+                head = axes.get_xaxis_transform()
+                axes.text(second + 0.5, 0.99, " stage 2", transform=head, fontsize=7, color="#555", va="top")
+            if not shared:
+                axes.legend(
+                    fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18)
+                )
+        if shared:
+            handles, names = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, names, loc="outside lower center", fontsize=8, frameon=False)

@@ -4,7 +4,7 @@ Runs of several trials of a data set lie together, as `trial-1`, `trial-2`, ... 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -44,8 +44,8 @@ class SavedRun:
         """`options` for the data set of this name; empty where the run was trained on another."""
         return self.options if self.dataset["dataset"] == dataset else {}
 
-    def open(self, root: str | Path | None = None, options: dict | Iterable[tuple[str, Any]] = ()) -> Dataset:
-        """The run's data set with its options and these, from where it lay or from `root`.
+    def open(self, root: str | Path | None = None) -> Dataset:
+        """The run's data set with its options, from where it lay or from `root`.
 
         Errors: ValueError where it is no longer there.
         """
@@ -55,7 +55,7 @@ class SavedRun:
         kept = self.options | ({"pack": False} if root is None else {})
         if root in (None, known) and not Path(known).is_dir():
             raise ValueError(f"the images are no longer at {known}; --root (root=) names their folder")
-        return open_dataset(self.dataset["dataset"], root or known, **{**kept, **dict(options)})
+        return open_dataset(self.dataset["dataset"], root or known, **kept)
 
     def require_same(self, dataset: Dataset) -> None:
         """A ValueError that names what differs, unless the run was trained on this data set."""

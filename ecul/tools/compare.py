@@ -12,14 +12,12 @@ import numpy as np
 import torch
 
 from ecul.common.distributed import choose_device
-from ecul.common.files import hash_file, read_json, reading, write_json
 from ecul.common.names import shorten
-from ecul.common.pretrained import weights_file
 from ecul.common.tables import render_table
 from ecul.config import METHODS
 from ecul.evaluation.protocols import Results, evaluate
 from ecul.model import load_model
-from ecul.report.pictures import draw_overlaid
+from ecul.report.pictures import Curve, Panel, draw_curves
 from ecul.run.saved import SavedRun, find_trials, read_run
 
 log = logging.getLogger("ecul")
@@ -52,6 +50,10 @@ class Group:
             row |= {heading: float(np.mean(values)), f"{heading} std": float(np.std(values))}
         return row
 
+    def __str__(self) -> str:
+        n = f" (n = {len(self.runs)})" if len(self.runs) > 1 else ""
+        return shorten([str(run.directory) for run in self.runs], 1) + n
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -65,9 +67,7 @@ class Comparison:
         headings = list(dict.fromkeys(name for group in self.groups for name in group.figures))
         lines = [["run", *settings, *headings]]
         for group in self.groups:
-            n = f" (n = {len(group.runs)})" if len(group.runs) > 1 else ""
-            names = shorten([str(run.directory) for run in group.runs], 1)
-            lines.append([names + n, *(str(group.settings[name]) for name in settings)])
+            lines.append([str(group), *(str(group.settings[name]) for name in settings)])
             lines[-1] += [_told(heading, group.figures.get(heading, [])) for heading in headings]
         cautions = sorted({group.caution for group in self.groups} - {""})
         several = any(len(group.runs) > 1 for group in self.groups)
@@ -83,13 +83,13 @@ class Comparison:
         panels = []
         for title, pattern, gather in PANELS:
             curves = []
-            for group in self.groups:
-                told = shorten([f"{name} {value}" for name, value in group.settings.items()], 4)
-                told = told or shorten([str(run.directory) for run in group.runs], 2)
-                curves.append((told, _curves(group, pattern, gather)))
-            if any(np.isfinite(values).any() for _, values in curves):
-                panels.append((title, curves))
-        draw_overlaid(path, panels)
+            for number, group in enumerate(self.groups):
+                told = shorten([str(group), *(f"{k} {v}" for k, v in group.settings.items())], 5)
+                look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
+                curves.append(Curve(told, _curves(group, pattern, gather), look))
+            if any(np.isfinite(curve.values).any() for curve in curves):
+                panels.append(Panel(title, "", curves))
+        draw_curves(path, panels, shared=True)
 
 
 def compare(
@@ -98,9 +98,8 @@ def compare(
     """Compare the runs in these directories; all trials in a directory count, each as a run.
 
     Runs that differ in seed or trial alone are one row. Accuracy follows the published protocol. It needs the
-    data set at its place in training or in `root`, and is kept in the run as `accuracy.json`. Score and time
-    come from the log. device: by default the GPU when there is one. Errors: ValueError for a directory that
-    is no run, or a run without an epoch.
+    data set at its place in training or in `root`. Score and time come from the log. device: by default the
+    GPU when there is one. Errors: ValueError for a directory that is no run, or a run without an epoch.
     """
     groups: dict[str, list[SavedRun]] = {}
     for run in (read_run(path) for given in runs for path in find_trials(given)):
@@ -152,27 +151,12 @@ def _group(runs: Sequence[SavedRun], settings: dict, root: str | Path | None, de
 
 
 def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Results | None:
-    """The protocol's figures of a run, from `accuracy.json` where they are of its present weights.
-
-    None, with a warning that says why, where there are no images, identities or protocol.
-    """
-    file = run.directory / "accuracy.json"
+    """The protocol's figures of a run; None, with a warning, without images, identities or protocol."""
     try:
-        if file.is_file():
-            with reading(file):
-                kept = read_json(file)
-                found = Results(kept["rows"])
-                found.table()  # every name and figure is there
-                if kept["model_sha256"] == hash_file(weights_file(run.directory)):
-                    return found
-        dataset = run.open(root)
-        model = load_model(run.directory).to(device)
-        found = evaluate(model, dataset)
+        return evaluate(load_model(run.directory).to(device), run.open(root))
     except (ValueError, OSError) as e:
         log.warning("%s: no accuracy: %s", run.directory, e)
         return None
-    write_json(file, {"model_sha256": model.sha256, **found.to_dict()})
-    return found
 
 
 def _told(heading: str, values: Sequence[float]) -> str:

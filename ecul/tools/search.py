@@ -18,7 +18,7 @@ from ecul.data.images import check_modality
 from ecul.evaluation.rerank import RERANKINGS, reranked
 from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
-from ecul.tools.threshold import Threshold, check_share
+from ecul.tools.threshold import Threshold
 
 __all__ = ["FolderFeatures", "Ranking", "extract_folder", "load_features", "save_features", "search"]
 
@@ -30,6 +30,7 @@ class Ranking:
     """The answers to each query, best first: gallery rows (Q, top) int64, cosine similarities float32.
 
     threshold: answers of at least this similarity count as the same person; None where it is not known.
+    rerank: the name of the re-ranking that ordered the answers; None: they are in the order of the cosines.
     """
 
     query: FolderFeatures
@@ -37,6 +38,7 @@ class Ranking:
     rows: torch.Tensor
     scores: torch.Tensor
     threshold: float | None = None
+    rerank: str | None = None
 
     def is_same(self, score: float) -> bool:
         """Whether an answer of this similarity counts as the same person."""
@@ -44,20 +46,18 @@ class Ranking:
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Query path -> list of {"score", "path"}, best first; with a threshold also "same": bool."""
-        found = {}
-        for path, rows, scores in zip(
-            self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True
-        ):
-            found[path] = [
-                {"score": s, "path": self.gallery.paths[i]} for i, s in zip(rows, scores, strict=True)
-            ]
-            for answer in found[path] if self.threshold is not None else []:
-                answer["same"] = self.is_same(answer["score"])
+        found: dict[str, list[dict[str, Any]]] = {}
+        answers = zip(self.query.paths, self.rows.tolist(), self.scores.tolist(), strict=True)
+        for path, rows, scores in answers:
+            found[path] = []
+            for row, score in zip(rows, scores, strict=True):
+                same = {} if self.threshold is None else {"same": self.is_same(score)}
+                found[path].append({"score": score, "path": self.gallery.paths[row], **same})
         return found
 
     def table(self) -> str:
         """A block of text for each query: rank, score and path of every answer, = for the same person."""
-        lines = []
+        lines = [f"in the order of {self.rerank} re-ranking, with cosines"] if self.rerank else []
         for path, answers in self.to_dict().items():
             known = self.threshold is None or any(a["same"] for a in answers)
             name = printable(path)
@@ -132,7 +132,6 @@ def search(
     top: int = 10,
     rerank: str | None = None,
     threshold: Threshold | None = None,
-    unknown: float = 0.1,
     **options: Any,
 ) -> Ranking:
     """The `top` gallery images most like each query, best first, as a `Ranking`.
@@ -143,15 +142,14 @@ def search(
     to the gallery's size. rerank: "k-reciprocal" or "modality" orders by the distances of
     `ecul.evaluation.rerank`, over all queries and the gallery together; the scores are still cosines.
     threshold: from `Threshold.load(model's directory)`; it marks answers as the same person or not, with a
-    false-accept rate of `unknown` for people who are not in the gallery. options: as in `extract_folder`.
-    Errors: as in `extract_folder`; ValueError, before any work, for another top, rerank or unknown.
+    false-accept rate of 10 % for people who are not in the gallery. options: as in `extract_folder`.
+    Errors: as in `extract_folder`; ValueError, before any work, for another top or rerank.
     """
     if rerank is not None and rerank not in RERANKINGS:
         raise ValueError(f"rerank must be one of {', '.join(RERANKINGS)}, or None, got {rerank!r}")
     if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
     check_modality(gallery_modality)
-    check_share(unknown)
     query_files, gallery_files = _find(query), _find(gallery)  # both are there before any work
     queries = extract_files(model, query_files, query_modality, **options)
     answers = extract_files(model, gallery_files, gallery_modality, **options)
@@ -167,8 +165,8 @@ def search(
         pairs = zip(queries.features, rows, strict=True)
         scores = torch.stack([answers.features[found] @ query for query, found in pairs])
     sides = (query_modality, gallery_modality, len(answers.paths))
-    least = None if threshold is None else threshold.at(*sides, unknown)
-    return Ranking(queries, answers, rows, scores, least)
+    least = None if threshold is None else threshold.at(*sides)
+    return Ranking(queries, answers, rows, scores, least, rerank)
 
 
 def _find(folder: str | os.PathLike) -> list[Path]:

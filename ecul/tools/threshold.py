@@ -48,13 +48,22 @@ class Pairs:
     own: tuple[float, ...] = ()
     apart: bool = False
 
+    def missed(self, threshold: float) -> float | None:
+        """The share of queries whose own images all stay below it; None where nothing is known.
+
+        By clusters it is a lower bound, because hard images are in no cluster.
+        """
+        if not self.own:
+            return None
+        return float(np.interp(threshold, self.own, np.linspace(0, 1, len(self.own))))
+
 
 @dataclass(frozen=True)
 class Threshold:
     """Thresholds of similarity for every pair of modalities.
 
-    source: "clusters" or "identities". model_sha256: the hash of the weights that made the features, where
-    they were read from a file.
+    pairs: by "query-gallery". source: "clusters" or "identities". model_sha256: the hash of the weights that
+    made the features, where they were read from a file.
     """
 
     pairs: dict[str, Pairs]
@@ -64,39 +73,30 @@ class Threshold:
     def at(self, query: str, gallery: str, images: int, unknown: float = 0.1) -> float:
         """The similarity that the best of so many images reaches for a share `unknown` of unknown people.
 
-        query, gallery: modalities; images: size of the gallery. Errors: those of `check_share`.
+        query, gallery: modalities; images: size of the gallery. Errors: ValueError for another modality, or a
+        share that is not between 0 and 1.
         """
-        check_share(unknown)
-        found = self._of(query, gallery)
+        check_modality(query)
+        check_modality(gallery)
+        if not 0 < unknown < 1:
+            raise ValueError(f"unknown must be a share between 0 and 1, got {unknown!r}")
+        found = self.pairs[f"{query}-{gallery}"]
         share = -np.expm1(np.log1p(-unknown) / max(1, images))  # of pairs: 1 - (1 - share)^images = unknown
         return float(found.location + found.scale * norm.isf(share))
 
-    def missed(self, query: str, gallery: str, threshold: float) -> float | None:
-        """The share of queries whose own images all stay below it; None where nothing is known.
-
-        By clusters it is a lower bound, because hard images are in no cluster.
-        """
-        own = self._of(query, gallery).own
-        return float(np.interp(threshold, own, np.linspace(0, 1, len(own)))) if own else None
-
-    def _of(self, query: str, gallery: str) -> Pairs:
-        check_modality(query)
-        check_modality(gallery)
-        return self.pairs[f"{query}-{gallery}"]
-
-    def table(self, unknown: float = 0.1) -> str:
+    def table(self) -> str:
         """Plain text: the thresholds and the people missed for galleries of several sizes, and cautions.
 
         "none" stands for a threshold above 1, which no image reaches.
         """
-        head = f"similarity that {unknown:.0%} of unknown people reach, by {self.source}; known people missed"
-        lines = [head, "query-gallery        100 images      1,000 images     10,000 images"]
+        lines = [f"similarity that 10% of unknown people reach, by {self.source}; known people missed"]
+        lines.append("query-gallery        100 images      1,000 images     10,000 images")
         least, weak = "" if self.source == "identities" else "≥ ", []
-        for name in self.pairs:
-            cells, (query, gallery) = [], name.split("-")
+        for name, pairs in self.pairs.items():
+            cells = []
             for images in GALLERIES:
-                found = self.at(query, gallery, images, unknown)
-                missed = self.missed(query, gallery, found)
+                found = self.at(*name.split("-"), images)
+                missed = pairs.missed(found)
                 told = "unknown" if missed is None else f"{least}{missed:.0%}"
                 cells.append(f"{f'{found:.3f}' if found <= 1 else 'none '} ({told})".ljust(18))
                 weak += [name] * (images == GALLERIES[1] and (found > 1 or (missed or 0) > 0.5))
@@ -137,12 +137,6 @@ class Threshold:
             log.warning("%s is of other weights than %s: nobody is marked; make it anew", FILE, model)
             return None
         return found
-
-
-def check_share(unknown: float) -> None:
-    """Errors: ValueError for a share of unknown people that is not between 0 and 1."""
-    if not isinstance(unknown, float | int | np.floating) or not 0 < unknown < 1:
-        raise ValueError(f"unknown must be a share between 0 and 1, got {unknown!r}")
 
 
 def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold:
