@@ -59,7 +59,7 @@ READING = (
 @command(
     "Train without identity labels; the run directory holds model, log and configuration.",
     *DATASET, DEVICE, METHOD, OUTPUT, PRESET,
-    arg("--resume", **FLAG, help="continue the run with its own settings; --preset or --config replace all of them"),
+    arg("--resume", **FLAG, help="continue the run, with its settings unless --preset or --config is given"),
     arg("--config", metavar="FILE", help="settings to start from, such as a run's config.json"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
     arg("--trials", type=numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),

@@ -169,7 +169,7 @@ def draw_ranking(
         rows.append(Row(short_path(query), cells))
     title = (
         f"{len(rows)} of {count} {ranking.query.modality} queries, {len(ranking.gallery.paths):,} "
-        f"{ranking.gallery.modality} images, best first"
+        f"{ranking.gallery.modality} images, best first{f' by {ranking.rerank}' if ranking.rerank else ''}"
     )
     draw_sheet(path, rows, lead=1, title=title)
     return len(rows)
