@@ -82,21 +82,16 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"eps": 1.5}, "eps"),
         ({"k3": 3}, "k3 must be at least k2, or None for plain clustering, got 3 and 6"),
         ({"momentum": 1.0}, "momentum"),
-        ({"lr": -1}, "lr must be a number above 0, got -1"),
         ({"weight_joint": -0.1}, "weight_joint"),
         ({"iterations": True}, "iterations must be a whole number"),
-        ({"stem_stride": True}, "stem_stride must be one of 1, 2, got True"),
         ({"k_select": 0}, "k_select must be a whole number of at least 1, or None, got 0"),
         ({"size": (288, 8)}, "size must be .height, width., whole numbers of at least 16 pixels, got"),
-        ({"lr": "fast"}, "lr must be a number above 0, got 'fast'"),
         ({"lr": float("inf")}, "lr must be a number above 0, got inf"),
         ({"seed": 2**63}, "seed must be a whole number from 0 to 2..63 - 1, got 9223372036854775808"),
         ({"compile": 1}, "compile must be True or False, got 1"),
+        ({"lr": 0}, "lr must be a number above 0, got 0"),
         ({"pairs": "joint", "weight_agnostic": 0.0}, "draws joint clusters, .*: set weight_joint above 0"),
-        (
-            {"pairs": "joint", "weight_joint": 0.7},
-            "no matched pairs: set .*weight_agnostic and weight",
-        ),
+        ({"pairs": "joint", "weight_joint": 0.7}, "no matched pairs: set .*weight_agnostic and weight"),
     ],
 )
 def test_errors_name_the_field(fields, message):

@@ -49,22 +49,17 @@ def published_shapes(blocks, bottleneck):
     return shapes
 
 
-@pytest.mark.parametrize(
-    ("depth", "blocks", "keys"),
-    [
-        (10, (1, 1, 1, 1), 72),
-        (18, (2, 2, 2, 2), 120),
-        (34, (3, 4, 6, 3), 216),
-        (50, (3, 4, 6, 3), 318),
-        (101, (3, 4, 23, 3), 624),
-    ],
-)
-def test_names_and_shapes_are_torchvisions(depth, blocks, keys):
+BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+KEYS = {10: 72, 18: 120, 34: 216, 50: 318, 101: 624}
+
+
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_names_and_shapes_are_torchvisions(depth):
     with torch.device("meta"):
         model = TwoStreamResNet(depth)
-    expected = published_shapes(blocks, depth >= 50)
+    expected = published_shapes(BLOCKS[depth], depth >= 50)
     found = {name: tuple(value.shape) for name, value in torchvision_names(model).items()}
-    assert found == expected and len(expected) == keys
+    assert found == expected and len(expected) == KEYS[depth]
     assert model.num_features == (2048 if depth >= 50 else 512) and model.input_size == (288, 144)
 
 
@@ -121,15 +116,9 @@ def before(prefix, state):
 
 
 def moco(plain):
-    query, key = (
-        before("module.encoder_q.", plain),
-        before("module.encoder_k.", {k: 0 * v for k, v in plain.items()}),
-    )
-    return {
-        "epoch": 3,
-        "state_dict": {**query, **key, "module.queue": torch.zeros(2, 3)},
-        "optimizer": {"state": {}},
-    }
+    key = {name: 0 * value for name, value in plain.items()}
+    both = before("module.encoder_q.", plain) | before("module.encoder_k.", key)
+    return {"epoch": 3, "state_dict": both, "optimizer": {"state": {}}}
 
 
 WRAPPED = {  # from torchvision's names to the content of a file, and what is said of it
@@ -150,9 +139,7 @@ def test_weights_come_out_of_whatever_wraps_them(name, tmp_path, caplog):
     source, model = TwoStreamResNet(18, width=8), TwoStreamResNet(18, width=8)
     plain = torchvision_names(source)
     wrap, told = WRAPPED[name]
-    torch.save(
-        wrap(plain | {"fc.weight": torch.zeros(10, 64), "fc.bias": torch.zeros(10)}), tmp_path / "w.pth"
-    )
+    torch.save(wrap(plain | {"fc.weight": torch.zeros(10, 64)}), tmp_path / "w.pth")
     model.load_backbone(tmp_path / "w.pth")
     assert all(torch.equal(value, plain[key]) for key, value in torchvision_names(model).items())
     assert torch.equal(model.infrared.conv1.weight, source.visible.conv1.weight)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny import rewrite, tiny
+from tiny import Pooled, rewrite, tiny
 
 from ecul import Dataset, TwoStreamResNet, train
 from ecul.model import Backbone
@@ -73,10 +73,7 @@ def test_damaged_tensors_of_a_run_are_named(run, name, value, message):
         (["history", 1, "epoch"], 7, "no row of numbers for epoch 1"),
         (["history", 0, "score"], float("nan"), "no row of numbers for epoch 0"),
         (["history", 0, "score"], "high", "must be real number, not str"),
-        (["history", 0, "loss_x"], 10**400, "too large"),
-        (["history", 0], 3, "not subscriptable"),
         (["history"], None, "not iterable"),
-        (["config", "depth"], {"a": 1}, "depth must be one of"),
         (["config", "deptj"], 10, "Config has no field 'deptj'"),
         (["dataset"], "sysu", ""),
         (["dataset", "dataset"], 3, "no name, root and options"),
@@ -102,24 +99,18 @@ def test_what_a_run_lacks_is_named(run, name):
         find_run(run)
 
 
-class Pooled(torch.nn.Module):
-    """A network of one's own."""
-
-    num_features = 6
-
-    def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 6, 3)
-
-    def forward(self, x):
-        return self.conv(x).mean((2, 3))
+def tied():
+    network = Pooled()
+    network.twin = torch.nn.Conv2d(3, 8, 5)
+    network.twin.weight = network.stem.weight
+    return network
 
 
 def own(**settings):
     return TwoStreamResNet(**{"depth": 10, "width": 8, "input_size": (32, 16), **settings})
 
 
-@pytest.mark.parametrize("make", [lambda: own(stem_stride=1), lambda: own(depth=18), Pooled])
+@pytest.mark.parametrize("make", [lambda: own(stem_stride=1), lambda: own(depth=18), Pooled, tied])
 def test_a_run_goes_on_with_its_own_network_alone(make, tmp_path):
     """Nothing of `Config` tells these networks from the one that `train` builds."""
     trained = train(DATASET, CONFIG, output=tmp_path, model=make()).model
@@ -133,10 +124,8 @@ def test_a_run_goes_on_with_its_own_network_alone(make, tmp_path):
 
 def test_another_backbone_of_the_same_name_is_told_by_its_weights(tmp_path):
     train(DATASET, CONFIG, output=tmp_path, model=Pooled())
-    other = Pooled()
-    other.conv = torch.nn.Conv2d(3, 6, 5)
-    with pytest.raises(ValueError, match="this network; give model= .*model.network.conv.weight is"):
-        resume(tmp_path, model=Backbone(other, (32, 16)))
+    with pytest.raises(ValueError, match="this network; give model= .*model.network.stem.weight is"):
+        resume(tmp_path, model=Backbone(Pooled(kernel=3), (32, 16)))
 
 
 def test_a_finished_run_that_lost_its_model_has_it_again(run):

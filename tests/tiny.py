@@ -17,6 +17,18 @@ def tiny(**overrides):
     return Config.preset("demo", **{**TINY, **overrides})
 
 
+class Pooled(torch.nn.Module):
+    """A network of one's own."""
+
+    def __init__(self, features=8, kernel=5, dropout=0.0):
+        super().__init__()
+        self.stem, self.num_features = torch.nn.Conv2d(3, features, kernel, 4), features
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(self.stem(x).relu().mean((2, 3)))
+
+
 def rewrite(file, change):
     """Change what a run's resume.safetensors says, and its tensors, in place: change(about, tensors)."""
     tensors, metadata, _ = read_tensors(file)
