@@ -35,6 +35,12 @@ def test_every_kind_of_table_gives_the_same_numpy_labels(points):
             assert isinstance(labels, np.ndarray) and labels.dtype == np.int64
             assert len(set(labels)) == 5  # as published trainers count clusters
             np.testing.assert_array_equal(labels, expected)
+    whole = np.eye(6, dtype=np.int64).repeat(4, 0)  # whole numbers are points too
+    assert (EMCC(k1=4, k2=2, k3=4, min_samples=3).fit_predict(whole) == np.arange(24) // 4).all()
+
+
+def labelled(model, x, y=None):
+    return (model.fit_predict(x) >= 0).sum()
 
 
 def test_settings_are_scikit_learns(points):
@@ -47,11 +53,7 @@ def test_settings_are_scikit_learns(points):
     whole = make_pipeline(Normalizer(), EMCC(**SIZES))
     np.testing.assert_array_equal(whole.fit_predict(points), emcc(points, **SIZES))
     assert "EMCC" in whole._repr_html_() and is_clusterer(whole)
-    grid, labelled = (
-        {"emcc__min_samples": [40, 3]},
-        lambda model, x, y=None: (model.fit_predict(x) >= 0).sum(),
-    )
-    search = GridSearchCV(whole, grid, scoring=labelled)
+    search = GridSearchCV(whole, {"emcc__min_samples": [40, 3]}, scoring=labelled)
     assert search.fit(points).best_params_ == {"emcc__min_samples": 3}
     with pytest.raises(ValueError, match="EMCC has no setting 'k4'; its settings are k1"):
         model.set_params(k4=1)
@@ -59,11 +61,3 @@ def test_settings_are_scikit_learns(points):
         EMCC(eps=2).fit(points)
     with pytest.raises(ValueError, match="matrix of distances; EMCC takes the features"):
         EMCC().fit(np.ones((9, 9)) - np.eye(9))
-
-
-def test_whole_numbers_are_points_too():
-    table = np.eye(6, dtype=np.int64).repeat(4, 0)
-    np.testing.assert_array_equal(
-        EMCC(**{**SIZES, "k1": 4, "k2": 2, "k3": 4}).fit_predict(table), np.arange(24) // 4
-    )
-    assert ".numpy()" in emcc.__doc__

@@ -55,7 +55,6 @@ LAYOUTS = {  # file contents by the name of who publishes them, and what trainin
     "AGW": (lambda s: {"net": s | HEAD, "cmc": np.array([0.5]), "mAP": np.float64(0.5)}, HEAD),
     "ADCA": (lambda s: {"state_dict": before("module.", s | HEAD)}, HEAD),
     "MBCCM": (lambda s: {"state_dict": before("module.", s | ADVERSARY), "epoch": 79}, ADVERSARY),
-    "compiled": (lambda s: {"model_state_dict": before("module._orig_mod.", s)}, {}),
     "bare": (lambda s: s, {}),
 }
 

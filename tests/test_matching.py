@@ -19,11 +19,8 @@ def unit(rng, n, d):
 
 def best_assignment(cost):
     """Minimum-cost one-to-one assignment by trying every one; cost has at most as many rows as columns."""
-    rows, columns = cost.shape
-    chosen = min(
-        itertools.permutations(range(columns), rows), key=lambda p: sum(cost[i, j] for i, j in enumerate(p))
-    )
-    return list(enumerate(chosen))
+    every = itertools.permutations(range(cost.shape[1]), len(cost))
+    return list(enumerate(min(every, key=lambda p: sum(cost[i, j] for i, j in enumerate(p)))))
 
 
 def oracle(visible, infrared):
@@ -103,22 +100,16 @@ def test_is_total_and_gives_the_pairs_that_its_docstring_shows(a, b, seed):
     lines = [line.strip() for line in match_clusters.__doc__.splitlines()]
     shown = "\n".join(line for line in lines if line.startswith(("near =", "r2i =", "i2r =")))
     exec(shown, names := {"np": np, "match": match, "visible": visible, "infrared": infrared})
-    for pairs, table, cosine in (
-        (names["r2i"], match.T, visible @ infrared.T),
-        (names["i2r"], match, infrared @ visible.T),
-    ):
-        assert pairs == {
-            i: max(np.flatnonzero(row), key=lambda j: cosine[i, j]) for i, row in enumerate(table)
-        }
+    cosine = infrared @ visible.T
+    for pairs, table, near in ((names["r2i"], match.T, cosine.T), (names["i2r"], match, cosine)):
+        assert pairs == {i: max(np.flatnonzero(row), key=near[i].item) for i, row in enumerate(table)}
 
 
 def test_scale_kind_and_dtype_do_not_matter():
     rng = np.random.default_rng(1)
     visible, infrared = (rng.integers(-3, 4, (n, 6)) + 0.25 for n in (7, 3))
     expected = match_clusters(visible, infrared)
-    assert expected.dtype == bool and np.array_equal(
-        match_clusters(visible.tolist(), infrared[::-1])[::-1], expected
-    )
+    assert np.array_equal(match_clusters(visible.tolist(), infrared[::-1])[::-1], expected)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         found = match_clusters(torch.tensor(2 * visible, dtype=dtype), torch.tensor(infrared, dtype=dtype))
         assert isinstance(found, torch.Tensor) and np.array_equal(found.numpy(), expected)
@@ -143,12 +134,7 @@ def test_errors_name_the_side(visible, infrared, message):
 
 def selected_oracle(visible, infrared, y_v, y_r, k):
     similarity = visible @ infrared.T
-    near_v = [
-        sorted(range(len(infrared)), key=lambda j: (-similarity[i, j], j))[:k] for i in range(len(visible))
-    ]
-    near_r = [
-        sorted(range(len(visible)), key=lambda i: (-similarity[i, j], i))[:k] for j in range(len(infrared))
-    ]
+    near_v, near_r = (np.argsort(-s, 1, kind="stable")[:, :k] for s in (similarity, similarity.T))
     keep_v, keep_r = [-1] * len(visible), [-1] * len(infrared)
     for i, j in itertools.product(range(len(visible)), range(len(infrared))):
         if j in near_v[i] and i in near_r[j] and y_v[i] == y_r[j] != -1:
