@@ -1,14 +1,12 @@
 """What joins the modalities in the united method: views across stems, matches, memories of both."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny
 
-from ecul import TwoStreamResNet, open_dataset, synthesize
+from ecul import TwoStreamResNet
 from ecul.batches import make_batches
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
@@ -18,11 +16,8 @@ from ecul.trainset import load_images
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = synthesize(
-        tmp_path_factory.mktemp("w") / "world", identities=8, images=2, size=(32, 16), progress=False
-    )
-    return load_images(open_dataset("sysu", root), (32, 16), torch.device("cpu"))
+def images(dataset):
+    return load_images(dataset, (32, 16), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +33,10 @@ def labels(images):
     """Each modality's people as clusters; visible people 0, 1, 2 matched with infrared 3, 1, 0."""
     own = torch.from_numpy(np.unique(images.identities, return_inverse=True)[1]).clone()
     own[::5] = -1
-    match = np.zeros((8, 8), dtype=bool)
+    match = np.zeros((10, 10), dtype=bool)
     match[[3, 1, 0], [0, 1, 2]] = True
     features = F.normalize(torch.randn(len(own), 16, generator=torch.Generator().manual_seed(0)), dim=1)
-    found = Labels.from_own(features, own, images.num_visible, match=match)
-    return replace(found, mutual=True), features
+    return Labels.from_own(features, own, images.num_visible, match=match, mutual=True), features
 
 
 def first_batch(labels, images, stage=2, **fields):
@@ -85,8 +79,8 @@ def test_clusters_are_matched_by_the_view_that_is_nearest(images):
     """Exchanged views equal the infrared ones of the same person; plain views are a little like another's."""
     border = images.num_visible
     people = torch.from_numpy(np.unique(images.identities, return_inverse=True)[1])
-    codes, other = torch.eye(16)[:8], torch.eye(16)[(people[:border] + 1) % 8]
-    plain = F.normalize(torch.eye(16)[8:][people[:border]] + 0.1 * other, dim=1)
+    codes, other = torch.eye(20)[:10], torch.eye(20)[(people[:border] + 1) % 10]
+    plain = F.normalize(torch.eye(20)[10:][people[:border]] + 0.1 * other, dim=1)
     features = torch.cat([plain, codes[people[border:]]])
     config = tiny(min_samples=2, k1=4)
     for exchanged, apart in ((codes[people[:border]][None], 0), (None, 1)):
@@ -96,8 +90,8 @@ def test_clusters_are_matched_by_the_view_that_is_nearest(images):
             for side, part in zip(labels.sides.values(), people.tensor_split([border]), strict=True)
         )
         pairs = np.argwhere(labels.match)
-        assert len(pairs) == 8
-        assert all(of_infrared[i] == (of_visible[j] + apart) % 8 for i, j in pairs)
+        assert len(pairs) == 10
+        assert all(of_infrared[i] == (of_visible[j] + apart) % 10 for i, j in pairs)
 
 
 def test_the_table_across_is_ones_own_cluster_or_its_match(labels):
@@ -128,6 +122,6 @@ def test_agnostic_losses_of_mutual_matches_equal_cross_entropy(images, labels):
 
 
 def test_features_of_all_images_are_in_their_order(images, model):
-    found = extract_all(model, images, tiny())
     sides = zip(images.pixels, ("visible", "infrared"), strict=True)
-    assert torch.equal(found, torch.cat([embed_pixels(model, *side, tiny().batch_extract) for side in sides]))
+    expected = torch.cat([embed_pixels(model, *side, tiny().batch_extract) for side in sides])
+    assert torch.equal(extract_all(model, images, tiny()), expected)

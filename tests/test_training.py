@@ -421,7 +421,7 @@ def test_training_raises_cross_modality_map(tmp_path):
 def test_the_iterations_never_wait_for_the_gpu(method, on_device, dataset, monkeypatch):
     def watched(batches):
         for i, batch in enumerate(batches):
-            if i == 2:  # kernels are compiled and constants sent by then
+            if i == 2:  # kernels are compiled by then
                 torch.cuda.set_sync_debug_mode("error")
             yield batch
         torch.cuda.set_sync_debug_mode("default")
