@@ -273,16 +273,14 @@ def test_what_does_not_fit_is_said_before_any_work(dataset, monkeypatch):
 
 
 def test_ones_own_network_is_saved_and_needs_its_owner(tmp_path):
-    own = ConvNeXt()
-    own.classifier[2] = nn.Identity()
+    own, fresh = ConvNeXt(), ConvNeXt()
+    own.classifier[2] = fresh.classifier[2] = nn.Identity()
     model = TwoStream(own, SIZE).eval()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds one's own ConvNeXt: TwoStream.from_pretrained\(path, net"):
         load_model(tmp_path)
     with pytest.raises(ValueError, match="in Python ecul.streams.TwoStream loads it"):
         Backbone.from_pretrained(tmp_path, own)
-    fresh = ConvNeXt()
-    fresh.classifier[2] = nn.Identity()
     again = TwoStream.from_pretrained(tmp_path, fresh)
     assert torch.equal(again.embed(images(2), "visible"), model.embed(images(2), "visible"))
 

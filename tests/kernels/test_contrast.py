@@ -138,13 +138,9 @@ def test_any_memory_layout(device):
     x, bank, bank_labels, labels = world(30, 150, 24, 7, device=device)
     want = loss_and_gradient(memory_contrast, x, bank, bank_labels, labels)
     strided = torch.stack([labels, labels], 1)[:, 0]
-    got = loss_and_gradient(memory_contrast, x, bank.T.clone().T, bank_labels, strided)
-    assert worst(got[0], want[0]) < 4e-6
-    leaf = x.T.clone().T.requires_grad_()
-    memory_contrast(leaf, bank.repeat(1, 2)[:, :24], bank_labels, strided, TEMPERATURE).sum().backward()
-    plain = x.clone().requires_grad_()
-    memory_contrast(plain, bank, bank_labels, labels, TEMPERATURE).sum().backward()
-    torch.testing.assert_close(leaf.grad, plain.grad)
+    for other in (bank.T.clone().T, bank.repeat(1, 2)[:, :24]):
+        got = loss_and_gradient(memory_contrast, x.T.clone().T, other, bank_labels, strided)
+        assert worst(got[0], want[0]) < 4e-6 and worst(got[1], want[1]) < 4e-6
 
 
 @pytest.mark.interpreted
