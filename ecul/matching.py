@@ -3,17 +3,16 @@
 MBCCM: https://arxiv.org/abs/2305.12673, ECUL: https://arxiv.org/abs/2412.19134
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from ecul.common.arrays import as_tensor
+from ecul.common.arrays import same_kind
 from ecul.kernels import topk_similarity
 
 
-def match_clusters(visible: Any, infrared: Any, rule: str = "bilateral") -> Any:
+@same_kind
+def match_clusters(visible: torch.Tensor, infrared: torch.Tensor, rule: str = "bilateral") -> torch.Tensor:
     """Which infrared cluster belongs with which visible cluster: a bool matrix (B infrared, A visible).
 
         D = 2 - 2 * infrared @ visible.T
@@ -31,24 +30,23 @@ def match_clusters(visible: Any, infrared: Any, rule: str = "bilateral") -> Any:
     other's nearest after the mean centre of each side is subtracted; a row or column has one match at most.
     With "mutual", visible may be (W, A, D): W views of the clusters, each with its own mean, and the most
     similar view counts.
-    Returns the kind given: a tensor on the device of `visible`, or an array. Not symmetric when A != B.
+    Returns a tensor on the device of `visible`, or an array where both are arrays. Not symmetric when A != B.
     Errors: ValueError for an empty side, sizes that differ, zero or non-finite rows, an unknown rule.
     Source: MBCCM section 3.2 and its published code.
     """
     if rule not in ("bilateral", "mutual"):
         raise ValueError(f"rule must be bilateral or mutual, got {rule!r}")
-    given = as_tensor("visible", visible)
-    several = rule == "mutual" and given.ndim == 3 and len(given) > 0
-    views = [_unit_rows("visible", view) for view in (given if several else given[None])]
-    infrared = _unit_rows("infrared", infrared)
-    if views[0].shape[1] != infrared.shape[1]:
-        sizes = f"{views[0].shape[1]} and {infrared.shape[1]}"
+    several = rule == "mutual" and visible.ndim == 3 and len(visible) > 0
+    views = [_unit_rows("visible", view) for view in (visible if several else visible[None])]
+    across = _unit_rows("infrared", infrared)
+    if views[0].shape[1] != across.shape[1]:
+        sizes = f"{views[0].shape[1]} and {across.shape[1]}"
         raise ValueError(f"visible and infrared must have as many features as each other, got {sizes}")
     if rule == "mutual":
-        infrared, *views = map(_without_mean, [infrared, *views])
-    distance = np.minimum.reduce([2 - 2 * infrared @ view.T for view in views])
+        across, *views = map(_without_mean, [across, *views])
+    distance = np.minimum.reduce([2 - 2 * across @ view.T for view in views])
     matched = _bilateral(distance) if rule == "bilateral" else _mutual(distance)
-    return torch.from_numpy(matched).to(given.device) if given is visible else matched
+    return torch.from_numpy(matched).to(visible.device)
 
 
 def _bilateral(distance: np.ndarray) -> np.ndarray:
@@ -84,8 +82,8 @@ def _assign(distance: np.ndarray) -> list[tuple]:
     return [linear_sum_assignment(distance), (rows % small, columns)]
 
 
-def _unit_rows(name: str, centers: Any) -> np.ndarray:
-    rows = as_tensor(name, centers).detach().cpu().double().numpy()
+def _unit_rows(name: str, centers: torch.Tensor) -> np.ndarray:
+    rows = centers.detach().cpu().double().numpy()
     if rows.ndim != 2 or rows.shape[0] == 0:
         raise ValueError(
             f"{name} must be a (clusters, features) matrix of at least one cluster, got {rows.shape}; "
