@@ -7,7 +7,7 @@ import layouts
 import numpy as np
 import pytest
 
-from ecul import MODALITIES, Config, Dataset, evaluate, open_dataset, train
+from ecul import MODALITIES, Config, evaluate, open_dataset, train
 from ecul.cli import main
 from ecul.data.layouts import LAYOUTS
 
@@ -54,12 +54,6 @@ def test_a_subset_is_refused_unless_it_is_called_one(tmp_path):
     layouts.sysu(tmp_path / "data")
     with pytest.raises(ValueError, match="22,?258"):
         train(open_dataset("sysu", tmp_path / "data"), TINY, device="cpu")
-
-
-def test_ones_own_folders(tmp_path):
-    day, night = layouts.folders(tmp_path, images=6)
-    for cameras in (True, False):
-        trained(Dataset.from_folders(visible=day, infrared=night, cameras=cameras))
 
 
 def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys):

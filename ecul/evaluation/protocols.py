@@ -120,9 +120,8 @@ def check_validation(dataset: Dataset, every: Any) -> None:
     """Errors: ValueError for no number of epochs, no images to evaluate on, or the published test images."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 0:
         raise ValueError(f"validate: expected a number of epochs, got {every!r}")
-    tested = [dataset.test_visible, dataset.test_infrared]
-    if every and (dataset.protocol is None or any(side is None or side.pids is None for side in tested)):
-        raise ValueError("validate: the data set has no images with identities and a protocol to evaluate on")
+    if every:
+        _plan(dataset, None, None, 1, "random")
     if every and dataset.root is not None and not dataset.options.get("validation"):
         raise ValueError(
             "validate: these are the published test images, which no choice may depend on; open the data set "
