@@ -10,6 +10,7 @@ import pytest
 from ecul import MODALITIES, Config, evaluate, open_dataset, train
 from ecul.cli import main
 from ecul.data.layouts import LAYOUTS
+from ecul.report.page import report
 
 TINY = Config.preset(
     "demo", epochs_intra=1, epochs_cross=1, tsmem_switch=1, iterations=2, identities=2, instances=2, width=8,
@@ -40,14 +41,14 @@ def test_from_folder_to_results(name, make, options, rows, tmp_path):
     assert all(row["reranking"] == "no re-ranking" for row in results.rows)
 
 
-def test_the_report_of_a_trial_opens_that_trial_again(tmp_path, capsys):
+def test_the_report_of_a_trial_opens_that_trial_again(tmp_path):
     layouts.regdb(tmp_path / "data")
     dataset = open_dataset("regdb", tmp_path / "data", trial=2, subset=True)
     train(dataset, TINY, device="cpu", output=tmp_path / "run")
     assert main(["report", str(tmp_path / "run"), "--queries", "1", "--top", "2"]) == 0
     assert (tmp_path / "run" / "report" / "clusters.png").is_file()
-    assert main(["report", str(tmp_path / "run"), "--option", "trial=1"]) == 2
-    assert "not the one that" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not the one that"):
+        report(tmp_path / "run", open_dataset("regdb", tmp_path / "data", trial=1, subset=True))
 
 
 def test_a_subset_is_refused_unless_it_is_called_one(tmp_path):

@@ -70,6 +70,9 @@ def load_pixels(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"unreadable image {os.fspath(path)!r}: {reason}{hint}") from error
 
 
+read_image = load_pixels  # an earlier name, which scripts of others import
+
+
 def resize(image: Any, size: tuple[int, int]) -> np.ndarray:
     """A Pillow image as (H, W, 3) uint8, LANCZOS where the size differs."""
     height, width = size
