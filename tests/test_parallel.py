@@ -5,22 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tiny import tiny
 
-from ecul import Config, open_dataset, synthesize, train
+from ecul import open_dataset, train
 from ecul.run.saved import read_run
 
-CONFIG = Config.preset(
-    "demo", epochs_intra=1, epochs_cross=2, iterations=3, identities=4, instances=2, width=8, tsmem_switch=1,
-    k1=6, k2=2, k3=4, k1_joint=8, k2_joint=2, k3_joint=6, weight_joint=0.5,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return synthesize(
-        tmp_path_factory.mktemp("w") / "world", identities=10, images=3, size=(32, 16), progress=False
-    )
+CONFIG = tiny(weight_joint=0.5, epochs_cross=2, iterations=3)
 
 
 def torchrun(world, output, *more):
