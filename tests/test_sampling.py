@@ -65,8 +65,9 @@ def test_matched_positions_hold_matched_clusters(a, b, identities, seed):
     y_v, y_r = world(rng, a, 20), world(rng, b, 20)
     match = rng.random((b, a)) < 0.3
     match[np.arange(max(a, b)) % b, np.arange(max(a, b)) % a] = True
+    pairs = min(identities // 2, b) + min(identities - identities // 2, a)
     for visible, infrared, *_ in draw(y_v, y_r, rng, 6, match=match, identities=identities, instances=3):
-        assert len(visible) == len(infrared) > 0 and match[infrared, visible].all()
+        assert len(visible) == len(infrared) == 3 * pairs and match[infrared, visible].all()
 
 
 def test_half_of_the_matched_pairs_start_from_each_modality():

@@ -156,6 +156,7 @@ def test_any_memory_layout_dtype_and_a_batch_that_wants_a_gradient(rule, device)
         ({"labels": torch.zeros(7)}, TypeError, "labels must be int64; got float32"),
         ({"labels": torch.full((7,), 5)}, ValueError, "labels must be below the 5 rows of bank; got 5"),
         ({"momentum": 1.5}, ValueError, "momentum must be from 0 to 1; got 1.5"),
+        ({"momentum": -0.1}, ValueError, "momentum must be from 0 to 1; got -0.1"),
         ({"momentum": torch.full((2,), 0.1)}, TypeError, "momentum must be a number; got Tensor"),
         ({"x": torch.zeros(7, 4).to_sparse()}, ValueError, "x must be a dense tensor with data; got torch"),
         ({"rule": "median"}, ValueError, "rule must be one of sequential, instance, mean, hard"),
