@@ -168,7 +168,7 @@ def embed_pixels(
         while done < len(pixels):
             part = pixels[done : done + batch_size]
             try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=False):
                     x = normalize(part.to(device)).contiguous(memory_format=torch.channels_last)
                     features = model.embed(x, modality).float()
                     if flip:

@@ -457,6 +457,30 @@ def test_the_losses_run_in_the_precision_of_the_network(precision, dataset, monk
     assert len(found) >= 8 and set(found) == {precision == "bf16"}
 
 
+def test_every_step_and_extraction_in_half_precision_takes_the_weights_of_the_step_before(dataset):
+    """Autocast caches half copies of the weights, within another autocast for longer than a step."""
+
+    class Watched(torch.nn.Module):
+        num_features = 8
+
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = torch.nn.Linear(3, 8), []
+
+        def forward(self, x):
+            pixels = x.mean((2, 3))
+            found = self.layer(pixels)
+            if found.dtype == torch.bfloat16:
+                half = (values.bfloat16() for values in (pixels, self.layer.weight, self.layer.bias))
+                now = torch.nn.functional.linear(*half)
+                self.seen.append(torch.equal(found, now))
+            return found
+
+    model = Watched()
+    train(dataset, tiny(precision="bf16", iterations=3, lr=0.1), model=model, device="cpu")
+    assert len(model.seen) >= 10 and all(model.seen)
+
+
 def test_a_newcomer_is_warned_of_random_weights_and_of_a_large_network_on_a_cpu(dataset, caplog):
     train(dataset, Config.preset("sysu", epochs_intra=0, epochs_cross=0, width=4, size=(32, 16)))
     assert "weights is None" in caplog.text and "ResNet-50 takes hours an epoch on a CPU" in caplog.text
