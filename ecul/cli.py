@@ -244,24 +244,23 @@ def import_(args: argparse.Namespace) -> None:
     "Write one modality of a model as ONNX (.onnx) or as a torch.export program (.pt2).",
     *MODEL, OUTPUT,
     arg("--modality", required=True, choices=MODALITIES, help="of the images that the program takes"),
-    arg("--no-flip", **FLAG, help="without the mirror image: half the work"), DEVICE,
+    DEVICE,
 )  # fmt: skip
 def export(args: argparse.Namespace) -> None:
     from ecul.tools.export import export
 
-    export(_model(args), args.output, args.modality, flip=not args.no_flip)
+    export(_model(args), args.output, args.modality)
     print(f"pixels (N, 3, H, W) from 0 to 255 in, unit features out: {args.output}")
 
 
 @command(
     "Try k1 and eps on a model's features of the training images: clusters, outliers, label-free score.",
-    *DATASET, *MODEL, PRESET, DEVICE, JSON,
+    *DATASET, *MODEL, PRESET, DEVICE,
 )  # fmt: skip
 def tune(args: argparse.Namespace) -> None:
     from ecul.tools.tuning import tune_config
 
-    found = tune_config(*_trained(args))
-    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    print(tune_config(*_trained(args)))
 
 
 @command(

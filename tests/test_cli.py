@@ -208,7 +208,7 @@ def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, cap
     assert (tmp_path / "run" / "report" / "ranked.png").is_file()
     (tmp_path / "own").rename(tmp_path / "moved")
     assert main(["report", str(tmp_path / "run"), "--queries", "1"]) == 2
-    assert "for curves alone remove the earlier report" in capsys.readouterr().err
+    assert "--root (root=) names their folder" in capsys.readouterr().err
     again = ["report", str(tmp_path / "run"), "--queries", "1", "--root", str(tmp_path / "moved")]
     assert main(again) == 0
     again[-1] = str(tmp_path / "nowhere")

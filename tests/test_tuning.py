@@ -69,6 +69,4 @@ def test_from_the_shell(world, tmp_path, capsys):
     rows = re.findall(r"^ +(\d+) +(\d\S+) .*<- recommended$", text, re.M)
     assert len(rows) == 3
     assert f"recommended: --set k1={rows[0][0]} --set eps={float(rows[0][1]):g} --set k1_joint=" in text
-    assert main([*command, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert set(told["rows"]) == {"visible", "infrared", "joint"} and len(told["rows"]["joint"]) == 39
+    assert text.count("\n") == 3 * (2 + 39) + 2

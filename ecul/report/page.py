@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import logging
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -31,7 +30,6 @@ from ecul.report.measured import (
 from ecul.report.pictures import Cell, Row
 from ecul.run.saved import SavedRun, read_run
 
-log = logging.getLogger("ecul")
 CURVES = (
     "Each loss is the mean of its epoch; stage 2 adds terms. The score is the separation of the clusters, "
     "which needs no identities."
@@ -65,44 +63,31 @@ def report(
     """Write `report/` in a run directory: PNGs and `index.html`, which holds all of them. Returns its path.
 
     run: the directory that `train` wrote. dataset: the `Dataset` it was trained on; by default it is opened
-    where it was, or in `root`. Without it the report has curves and settings alone. Identities, where known,
-    colour frames and give the accuracy of the test images; nothing else reads them. model: the trained model
-    if it is no `TwoStreamResNet`, for instance `Backbone.from_pretrained(run, network)`. queries, top: size
-    of the ranked lists. device: by default the GPU if there is one. Errors: ValueError for a directory that
-    is no run, another data set, a model that cannot be read, too many images to draw, or an earlier report
-    whose pictures cannot be drawn again; ImportError without matplotlib. Source: ECUL for the clusters that
-    are shown, MBCCM for the matches.
+    where it was, or in `root`. Identities, where known, colour frames and give the accuracy of the test
+    images; nothing else reads them. model: the trained model if it is no `TwoStreamResNet`, for instance
+    `Backbone.from_pretrained(run, network)`. queries, top: size of the ranked lists. device: by default the
+    GPU if there is one. Errors: ValueError for a directory that is no run, images that are not there any
+    more, another data set, a model that cannot be read, or too many images to draw; ImportError without
+    matplotlib. Source: ECUL for the clusters that are shown, MBCCM for the matches.
     """
     if min(queries, top) < 1 or queries * (top + 1) > pictures.MOST_IMAGES:
         most = f"at most {pictures.MOST_IMAGES} images in all"
         raise ValueError(f"queries and top must be at least 1, with {most}, got {queries} and {top}")
-    saved, given = read_run(run), dataset is not None or root is not None
+    saved = read_run(run)
     if not saved.history:
         raise ValueError(f"{saved.directory}: the run has not finished an epoch yet")
     folder = saved.directory / "report"
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link; the report would be written to its target; remove it")
-    try:
-        dataset = dataset if dataset is not None else saved.open(root)
-        saved.require_same(dataset)
-        model = model or load_model(saved.directory)
-    except (ValueError, FileNotFoundError) as e:
-        if given:
-            raise
-        if (folder / "ranked.png").exists():
-            raise ValueError(f"{e}; for curves alone remove the earlier report, which has pictures") from e
-        log.warning("curves and settings alone: %s", e)
-        dataset = None
+    dataset = saved.open(root) if dataset is None else dataset
+    saved.require_same(dataset)
+    model = (model or load_model(saved.directory)).to(choose_device(device))
     folder.mkdir(exist_ok=True)
-    happened, sections = _happened(saved, dataset), []
-    if dataset is not None:
-        model = model.to(choose_device(device))
-        sections, verdict = _image_sections(folder, saved, dataset, model, (queries, top), progress)
-        happened.append(("verdict", verdict))
+    sections, verdict = _image_sections(folder, saved, dataset, model, (queries, top), progress)
     pictures.draw_curves(folder / "curves.png", pictures.panels_of(saved.history), saved.config.epochs_intra)
     last = saved.history[-1]
     sections = [
-        section("What happened", table=happened),
+        section("What happened", table=[*_happened(saved, dataset), ("verdict", verdict)]),
         *sections,
         section("Curves", CURVES, folder / "curves.png"),
         section("Last epoch", table=[*{**last, "epoch": last["epoch"] + 1}.items()]),
@@ -115,20 +100,16 @@ def report(
     return folder / "index.html"
 
 
-def _happened(saved: SavedRun, dataset: Dataset | None) -> list[tuple[str, str]]:
+def _happened(saved: SavedRun, dataset: Dataset) -> list[tuple[str, str]]:
     """When, how long, on how many images, and what went wrong: (name, text) a row."""
     ended = time.localtime((saved.directory / "resume.safetensors").stat().st_mtime)
     seconds = round(sum(row.get("seconds", 0) for row in saved.history))
     done = counted(len(saved.history), "epoch", saved.config.epochs)
-    trained = [f"{saved.dataset[f'{m}_images']:,} {m}" for m in MODALITIES]
     rows = [
         ("ended", time.strftime("%Y-%m-%d %H:%M", ended)),
         ("training", f"{done} in {timedelta(seconds=seconds)}"),
-        ("trained on", f"{', '.join(trained)} images"),
     ]
-    if tested := [] if dataset is None else [dataset.test_visible, dataset.test_infrared]:
-        counts = [f"{len(side):,} {side.modality}" for side in tested if side is not None]
-        rows += [("tested on", f"{', '.join(counts)} images")] * bool(counts)
+    rows += [(name.replace("_", " "), f"{len(images):,} images") for name, images in dataset.splits().items()]
     fell = [str(row["epoch"] + 1) for row in saved.history if row.get("fell_apart")]
     if fell:
         rows.append(("warning", f"clusters fell apart in epoch {', '.join(fell)}: lower lr or other weights"))

@@ -31,42 +31,40 @@ DYNAMIC = ({0: torch.export.Dim("batch")},)
 class Embedder(nn.Module):
     """One modality of a model: `extract`'s rows (N, num_features) from pixels (N, 3, H, W), 0 to 255."""
 
-    def __init__(self, model: Any, modality: str, flip: bool = True) -> None:
+    def __init__(self, model: Any, modality: str) -> None:
         super().__init__()
-        self.model, self.modality, self.flip = model, modality, flip
+        self.model, self.modality = model, modality
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         x = normalize(pixels)
-        features = self.model.embed(x, self.modality)
-        if not self.flip:
-            return features
-        return F.normalize(features + self.model.embed(x.flip(3), self.modality), dim=1)
+        both = [self.model.embed(view, self.modality) for view in (x, x.flip(3))]
+        return F.normalize(both[0] + both[1], dim=1)
 
 
-def export(model: Any, path: str | os.PathLike, modality: str, *, flip: bool = True) -> None:
+def export(model: Any, path: str | os.PathLike, modality: str) -> None:
     """Write `model` for one modality as `.onnx` or as a `torch.export` program, `.pt2`.
 
         onnxruntime.InferenceSession(path).run(None, {"pixels": pixels})[0]      # model.onnx
         torch.export.load(path).module()(pixels)                                 # model.pt2
 
     pixels: (N, 3, H, W) float32, RGB from 0 to 255, of the model's input_size; N is free. The result is what
-    `extract(model, images, modality, flip=flip)` gives, (N, num_features) unit rows. model: with `embed`
-    and `input_size`; it is left as it was. Errors: ValueError for an unknown modality or suffix; ImportError
-    that says what to install where ONNX is asked for without `onnx` and `onnxscript`.
+    `extract(model, images, modality)` gives, (N, num_features) unit rows. model: with `embed` and
+    `input_size`; it is left as it was. Errors: ValueError for an unknown modality or suffix; ImportError that
+    says what to install where ONNX is asked for without `onnx` and `onnxscript`.
     """
     check_modality(modality)
     require_model(model)
     target = prepare_output(path, ".onnx", ".pt2")
     about = {
         "made_by": f"ecul {__version__}", "modality": modality, "input_size": list(model.input_size),
-        "num_features": model.num_features, "flip": flip, "pixels": "RGB, 0 to 255",
+        "num_features": model.num_features, "pixels": "RGB, 0 to 255",
         "resize": "Pillow LANCZOS",
     }  # fmt: skip
     device = next(model.parameters()).device
     pixels = torch.zeros(2, 3, *model.input_size, dtype=torch.float32, device=device)
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own deprecations
-        embedder = Embedder(model, modality, flip)
+        embedder = Embedder(model, modality)
         program = torch.export.export(embedder, (pixels,), dynamic_shapes=DYNAMIC, strict=True)
         if target.suffix == ".onnx":
             content = _onnx(program, about)

@@ -90,10 +90,6 @@ class Settings:
         ends = {"": self.chosen["visible"], "_joint": self.chosen["joint"]}
         return {f"{name}{end}": row[name] for end, row in ends.items() for name in ("k1", "eps")}
 
-    def to_dict(self) -> dict[str, Any]:
-        """For `json.dumps`."""
-        return {"fields": self.fields, "rows": self.rows}
-
     def __str__(self) -> str:
         lines, form = [], "{k1:4d}  {eps:4.2f}  {clusters:8d}  {outliers:8d}  {score:5.3f}"
         for name, chosen in self.chosen.items():
