@@ -76,7 +76,9 @@ def train(args: argparse.Namespace) -> None:
     for trial in args.trials or [None]:
         output = trial_directory(args.output, trial)
         run = find_run(output) if args.resume else None
-        dataset = ecul.open_dataset(args.dataset, args.root, **{**held, **_options(args, run, trial)})
+        given_trial = {} if trial is None else {"trial": trial}
+        options = {**held, **_options(args, run, **given_trial)}
+        dataset = ecul.open_dataset(args.dataset, args.root, **options)
         fields = {} if args.config is None else read_fields(args.config)
         if run is not None and args.config is args.preset is None:
             fields = run.config.to_dict()
@@ -84,8 +86,8 @@ def train(args: argparse.Namespace) -> None:
         if args.config and method and given.get("method", method) != method:
             raise ValueError(f"--config has the fields of method {method}: leave out --method, or --config")
         config = Config.preset(args.preset or dataset.protocol or "sysu", **{**fields, **given})
-        options = {"resume": args.resume, "device": args.device, "validate": args.validate}
-        done = ecul.train(dataset, config, output=output, **options)
+        about = {"resume": args.resume, "device": args.device, "validate": args.validate}
+        done = ecul.train(dataset, config, output=output, **about)
         if distributed.rank() == 0:
             epochs = len(done.history)
             told = f"finished {epochs} epoch{'s' * (epochs != 1)}"
@@ -121,21 +123,19 @@ def config(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from ecul.common.pretrained import weights_file
     from ecul.evaluation.protocols import average
-    from ecul.run.saved import find_run, find_trials, trained_trial
+    from ecul.run.saved import find_run, find_trials
 
     paths = [path for given in args.model for path in find_trials(given)]
     if len({weights_file(path).resolve() for path in paths}) < len(paths):
         raise ValueError(f"--model names a model twice: {shorten(map(str, paths))}")
-    runs = [find_run(path) for path in paths]
-    trials = [trained_trial(run, args.dataset, dict(args.option).get("trial")) for run in runs]
-    options = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
+    options = [_options(args, find_run(path)) for path in paths]
+    about = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
     found = []
-    for path, run, trial in zip(paths, runs, trials, strict=True):
-        model, known = _model(args, path), _options(args, run, trial)
+    for path, known in zip(paths, options, strict=True):
+        model = _model(args, path)
         if "validation" not in dict(args.option):  # the test people, whatever training held out
             known.pop("validation", None)
-        dataset = ecul.open_dataset(args.dataset, args.root, **known)
-        found.append(ecul.evaluate(model, dataset, **options))
+        found.append(ecul.evaluate(model, ecul.open_dataset(args.dataset, args.root, **known), **about))
         if len(paths) > 1:
             log.info("%s\n%s", path, found[-1].table())
     results = average(found) if len(found) > 1 else found[0]
@@ -182,10 +182,11 @@ def report(args: argparse.Namespace) -> None:
 )  # fmt: skip
 def extract(args: argparse.Namespace) -> None:
     from ecul.common.files import prepare_output
-    from ecul.tools.search import extract_folder, save_features
+    from ecul.features import extract_files
+    from ecul.tools.search import image_files, save_features
 
     prepare_output(args.output, ".safetensors")
-    found = extract_folder(_model(args), args.folder, args.modality, **_reading(args))
+    found = extract_files(_model(args), image_files(args.folder), args.modality, **_reading(args))
     save_features(args.output, found, args.model)
     _list_unreadable(found)
     rows, size = found.features.shape
@@ -323,10 +324,10 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\nthe run directory is {run.output}")
 
 
-def _options(args: argparse.Namespace, run: Any = None, trial: int | None = None) -> dict[str, Any]:
-    """The options of open_dataset: those of the run's training, then those given, then this trial."""
-    trained = {} if run is None else run.options_of(args.dataset)
-    return {**trained, **dict(args.option), **({} if trial is None else {"trial": trial})}
+def _options(args: argparse.Namespace, run: Any, **more: Any) -> dict[str, Any]:
+    """The options of open_dataset: those of the run's training, then those given, then these."""
+    given = {**dict(args.option), **more}
+    return given if run is None else run.options_for(args.dataset, given)
 
 
 def _model(args: argparse.Namespace, path: Any = None) -> Any:
@@ -338,11 +339,10 @@ def _model(args: argparse.Namespace, path: Any = None) -> Any:
 
 def _trained(args: argparse.Namespace) -> tuple[Any, Any, Config]:
     """The model, its data set as in training, and the settings of the preset, else the run, else the data."""
-    from ecul.run.saved import find_run, trained_trial
+    from ecul.run.saved import find_run
 
     run = find_run(args.model)
-    trial = trained_trial(run, args.dataset, dict(args.option).get("trial"))
-    dataset = ecul.open_dataset(args.dataset, args.root, **_options(args, run, trial))
+    dataset = ecul.open_dataset(args.dataset, args.root, **_options(args, run))
     known = Config.preset(args.preset or dataset.protocol or "sysu")
     return _model(args), dataset, known if run is None or args.preset else run.config
 

@@ -59,7 +59,7 @@ def extract(
         pixels = images.load(model.input_size, progress)
         return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
     if isinstance(images, str | os.PathLike):
-        told = "give a list of paths, or read a folder with ecul.tools.search.extract_folder"
+        told = "give a list of paths, or those of a folder from ecul.tools.search.image_files"
         raise TypeError(f"images: got the one path {os.fspath(images)!r}; {told}")
     if not isinstance(images, Iterable):
         kinds = "an Images, a list of paths, or a uint8 array or tensor"

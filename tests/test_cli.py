@@ -20,10 +20,10 @@ from tiny import TINY
 import ecul
 from ecul import MODALITIES, TwoStreamResNet, evaluation, extract, importers, kernels, report
 from ecul.cli import main, parser
-from ecul.features import embed_pixels
+from ecul.features import embed_pixels, extract_files
 from ecul.shell import EXAMPLES
 from ecul.tools import export
-from ecul.tools.search import extract_folder, load_features, save_features, search
+from ecul.tools.search import image_files, load_features, save_features, search
 
 COMMANDS = {"train", "config", "evaluate", "compare", "report", "extract", "search", "import", "export"}
 COMMANDS |= {"tune", "threshold", "check", "synthesize", "demo"}
@@ -160,7 +160,7 @@ def test_search_ranks_as_a_plain_sort_does(photos, model, saved, tmp_path, capsy
     command += ["--query-modality", "infrared", "--gallery-modality", "visible", "--skip-unreadable"]
     assert main([*command, "-o", str(tmp_path / "found.png")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    names = extract_folder(model, photos, "visible", skip_unreadable=True, progress=False).paths
+    names = extract_files(model, image_files(photos), "visible", skip_unreadable=True, progress=False).paths
     row = extract(model, [query], "infrared", progress=False)[0]
     scores = (extract(model, names, "visible", progress=False) @ row).tolist()
     expected = sorted(zip(scores, names, strict=True), reverse=True)[:4]
@@ -307,11 +307,11 @@ def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
 
 
 EVERY = [getattr(ecul, name) for name in ecul.__all__]
-EVERY += [evaluation.eval_sysu, evaluation.eval_regdb, evaluation.eval_llcm, embed_pixels, extract_folder]
+EVERY += [evaluation.eval_sysu, evaluation.eval_regdb, evaluation.eval_llcm, embed_pixels, image_files]
 EVERY += [kernels.topk_similarity, kernels.jaccard_neighbors, kernels.memory_contrast]
 EVERY += [kernels.momentum_update_, save_features, load_features, search, export.export, report.report]
 EVERY += [importers.import_checkpoint]
-NO_SHAPES = "train evaluate open_dataset synthesize Config Dataset eval_sysu extract_folder save_features"
+NO_SHAPES = "train evaluate open_dataset synthesize Config Dataset eval_sysu image_files save_features"
 NO_SHAPES += " load_features search report"
 SOURCES = "train extract emcc EMCC match_clusters ClusterMemory InstanceMemory TwoStreamResNet report"
 SOURCES += " import_checkpoint"

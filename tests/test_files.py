@@ -19,9 +19,10 @@ from ecul.cli import main
 from ecul.common.files import hash_file, read_json, write_file
 from ecul.common.names import printable, shorten
 from ecul.common.weights import read_metadata, read_tensors, read_weights, require_tensors, write_tensors
+from ecul.features import extract_files
 from ecul.importers import import_checkpoint
 from ecul.model import load_model
-from ecul.tools.search import extract_folder, save_features
+from ecul.tools.search import save_features
 from ecul.tools.threshold import Threshold, measure_threshold
 
 SMALL = {"depth": 10, "width": 2, "input_size": (32, 16)}
@@ -226,7 +227,8 @@ def test_a_hash_is_that_of_the_weights_that_were_loaded(tmp_path, dataset):
     TwoStreamResNet(**{**SMALL, "width": 3}).save_pretrained(tmp_path)  # as a run writes its next epoch
     assert hash_file(file) != sha256
     Image.new("RGB", (16, 32)).save(tmp_path / "1.png")
-    save_features(tmp_path / "f.safetensors", extract_folder(model, tmp_path, "visible"), tmp_path)
+    found = extract_files(model, [tmp_path / "1.png"], "visible")
+    save_features(tmp_path / "f.safetensors", found, tmp_path)
     assert read_metadata(tmp_path / "f.safetensors")["model_sha256"] == sha256
     measure_threshold(model, dataset, config).save(tmp_path)
     assert Threshold.load(tmp_path) is None and Threshold.load(tmp_path, sha256) is not None

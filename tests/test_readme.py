@@ -84,39 +84,6 @@ def test_every_file_that_contributing_names_is_there():
     assert len(named) > 20 and [name for name in named if not (ROOT / name).exists()] == []
 
 
-EXAMPLE = """
-```python
-x = 1
-```
-<!-- not run: the data set is not here -->
-```python
-raise RuntimeError
-```
-```python
-y = 2
-```
-```bash
-pip install ecul  # first
-ecul search runs/mine --query a.jpg --query-modality infrared \\
-    --gallery b --gallery-modality visible
-python -m ecul export runs/mine --modality visible -o m.onnx
-```
-"""
-
-
-def test_blocks_stand_alone_and_a_marked_one_is_left_out(tmp_path, monkeypatch):
-    assert [names.get("y") for names in run_python_blocks(EXAMPLE, tmp_path, monkeypatch)] == [None, 2]
-    assert (tmp_path / "photos" / "infrared").is_dir() and Config.preset("sysu").depth == 10
-    assert [reason for _, reason in blocks(EXAMPLE, "python")] == [None, "the data set is not here", None]
-    assert [words[0] for words in commands(EXAMPLE)] == ["search", "export"]
-    with pytest.raises(RuntimeError):
-        run_python_blocks(EXAMPLE.replace("not run:", "ran:"), tmp_path / "again", monkeypatch)
-    with pytest.raises(NameError):
-        run_python_blocks(EXAMPLE.replace("y = 2", "y = x + 1"), tmp_path / "third", monkeypatch)
-    with pytest.raises(SystemExit):
-        [parser().parse_args(words) for words in commands(EXAMPLE.replace("--query ", "--qeury "))]
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, built from a copy without the files that git ignores."""

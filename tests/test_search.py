@@ -10,7 +10,7 @@ from ecul import Dataset, extract
 from ecul.data.decode import load_pixels
 from ecul.evaluation.rerank import reranked
 from ecul.features import extract_files, warn_if_other
-from ecul.tools.search import extract_folder, search
+from ecul.tools.search import image_files, search
 from ecul.trainset import load_images
 
 
@@ -52,7 +52,7 @@ def test_a_list_is_read_in_chunks_as_it_is_given(photos):
 
 
 def test_a_folder_and_the_list_of_its_files_agree(photos, tmp_path, caplog):
-    found = extract_folder(Colours(), tmp_path, "infrared", progress=False)
+    found = extract_files(Colours(), image_files(tmp_path), "infrared", progress=False)
     assert found.paths == [str(path) for path in photos] and found.unreadable == []
     assert "infrared: 2 of 2 images looked at are coloured" in caplog.text
     assert torch.equal(found.features, extract(Colours(), photos, "infrared", progress=False))

@@ -14,7 +14,6 @@ from ecul.data.pack import Files
 from ecul.evaluation.metrics import SCORING
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
-from ecul.matching import match_clusters
 from ecul.report.pictures import (
     HEIGHT,
     INK,
@@ -82,21 +81,25 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Clusters:
-    """The clusters of one modality: labels (n,), and the mean silhouette of each, (C,), and of all images."""
+    """The clusters of one modality.
+
+    members: the rows of each in the table, those nearest to its centre first. margins: their mean silhouettes
+    (C,). separation and outliers: the mean silhouette of all images, and the share of outliers.
+    """
 
     modality: str
-    labels: torch.Tensor
+    members: list[list[int]]
     margins: torch.Tensor
     separation: float
+    outliers: float
 
     def told(self) -> str:
         """A judgement without identities: how far apart, how many look mixed, how many outliers."""
-        count, mixed = len(self.margins), int((self.margins < MIXED).sum())
-        outliers = float((self.labels < 0).float().mean())
-        bad = "bad: " * (self.separation < 0.25 or 5 * mixed > count or outliers > 0.5)
+        count, mixed = len(self.members), int((self.margins < MIXED).sum())
+        bad = "bad: " * (self.separation < 0.25 or 5 * mixed > count or self.outliers > 0.5)
         looks = f"{mixed or 'none'} look{'s' * (mixed == 1)} mixed"
         told = f"{bad}{counted(count, f'{self.modality} cluster')}, separation {self.separation:.2f}"
-        return f"{told}, {looks}, {outliers:.0%} of the images are outliers"
+        return f"{told}, {looks}, {self.outliers:.0%} of the images are outliers"
 
 
 def measure_clusters(features: torch.Tensor, labels: Labels) -> list[Clusters]:
@@ -104,11 +107,16 @@ def measure_clusters(features: torch.Tensor, labels: Labels) -> list[Clusters]:
 
     features: (N, D) unit rows, visible ones first.
     """
-    found, parts = [], features.tensor_split([labels.num_visible])
-    for (name, own), rows in zip(labels.sides.items(), parts, strict=True):
-        values, sizes = silhouettes(rows, own), torch.bincount(own[own >= 0])
-        sums = values.new_zeros(len(sizes)).index_add_(0, own.clamp(min=0), values)  # an outlier's is 0
-        found.append(Clusters(name, own, sums / sizes, float(values.mean())))
+    found, offset = [], 0
+    parts = features.tensor_split([labels.num_visible])
+    for (name, own), rows, centers in zip(labels.sides.items(), parts, labels.centers, strict=True):
+        values, outliers = silhouettes(rows, own, centers), float((own < 0).float().mean())
+        nearest = (rows * centers[own]).sum(1).argsort(descending=True, stable=True)
+        members = [nearest[own[nearest] == c] for c in range(len(centers))]
+        margins = torch.stack([values[m].mean() for m in members])
+        lists = [(m + offset).tolist() for m in members]
+        found.append(Clusters(name, lists, margins, float(values.mean()), outliers))
+        offset = labels.num_visible
     return found
 
 
@@ -174,68 +182,63 @@ def cluster_rows(
     table: Embedded, clusters: Sequence[Clusters], each: int = 3, most: int = 10
 ) -> tuple[str, list[Row]]:
     """The largest, the smallest and the least certain clusters, each once."""
-    visible, infrared = (side.labels for side in clusters)
-    border = len(clusters[0].margins)
-    labels = torch.cat([visible, torch.where(infrared < 0, -1, infrared + border)])
-    sizes, margins = torch.bincount(labels[labels >= 0]), torch.cat([side.margins for side in clusters])
+    found = [
+        (len(members), margin, side.modality, members)
+        for side in clusters
+        for members, margin in zip(side.members, side.margins.tolist(), strict=True)
+    ]
     chosen: dict[int, list[str]] = {}
-    for name, order in (("largest", -sizes), ("smallest", sizes), ("least certain", margins)):
-        for cluster in order.argsort(stable=True)[:each].tolist():
-            chosen.setdefault(cluster, []).append(name)
+    for name, column, sign in (("largest", 0, -1), ("smallest", 0, 1), ("least certain", 1, 1)):
+        for place in sorted(range(len(found)), key=lambda i: sign * found[i][column])[:each]:
+            chosen.setdefault(place, []).append(name)
     rows = []
-    for cluster, names in chosen.items():
-        members = torch.nonzero(labels == cluster)[:, 0]
-        mixed = bool(margins[cluster] < MIXED)
-        label = [", ".join(names), f"{len(members)} {MODALITIES[cluster >= border]} images"]
-        label.append(f"silhouette {margins[cluster]:.3f}{': looks mixed' * mixed}")
-        rows.append(Row("\n".join(label), [table.cell(row) for row in spread(members.tolist(), most)], mixed))
+    for place, names in chosen.items():
+        size, margin, modality, members = found[place]
+        looks = ": looks mixed" * (margin < MIXED)
+        label = f"{', '.join(names)}\n{size} {modality} images\nsilhouette {margin:.3f}{looks}"
+        rows.append(Row(label, [table.cell(row) for row in spread(members, most)], bool(looks)))
     text = (
-        f"{len(sizes)} clusters of the training images, each of one modality, by the features of the final "
-        "weights. Blue frame: visible, orange: infrared. Silhouette: how much nearer the members are to "
-        "their own centre than to the nearest other centre of their modality, from -1 to 1, on average. A "
-        f"cluster looks mixed (red) if it is below {MIXED}. Other clusters can still hold several people."
+        f"{len(found)} clusters of the training images, each of one modality, by the features of the final "
+        "weights, the nearest to their centre first. Blue frame: visible, orange: infrared. Silhouette: how "
+        "much nearer the members are to their own centre than to the nearest other centre of their modality, "
+        f"from -1 to 1, on average. A cluster looks mixed (red) if it is below {MIXED}. Other clusters can "
+        "still hold several people."
     )
     return text, rows
 
 
 def match_rows(
-    table: Embedded, labels: Labels, rule: str, most: int = 6, images: int = 4
-) -> tuple[str, list[Row], int]:
-    """Matches from the best to the worst, and how many images of each modality a row has, visible first."""
-    visible, infrared = labels.centers
-    match = match_clusters(visible, infrared, rule).numpy() if labels.match is None else labels.match
-    similarity = (infrared @ visible.T).numpy()
-    pairs = np.argwhere(match)
-    pairs = pairs[np.argsort(-similarity[match], kind="stable")]
-    shown = spread(list(enumerate(pairs.tolist(), 1)), most)
-    sizes = [torch.bincount(own[own >= 0]) for own in labels.sides.values()]
-    lead = min(images, *(int(min(sizes[0][a], sizes[1][b])) for _, (b, a) in shown))
+    table: Embedded, clusters: Sequence[Clusters], similarity: np.ndarray, match: np.ndarray,
+    most: int = 6, images: int = 4,
+) -> tuple[str, list[Row], int]:  # fmt: skip
+    """Matches from the best to the worst, and how many images of each modality a row has, visible first.
+
+    similarity: cosines of the centres, infrared x visible, (B, A); match: bool (B, A).
+    """
+    pairs = np.argwhere(match)[np.argsort(-similarity[match], kind="stable")].tolist()
+    sides = [(clusters[0].members[a], clusters[1].members[b]) for b, a in pairs]
+    shown = spread(list(range(len(pairs))), most)
+    lead = min(images, *(len(side) for place in shown for side in sides[place]))
     rows = []
-    for place, (b, a) in shown:
-        cells, offset = [], 0
-        for own, cluster, centers in zip(labels.sides.values(), (a, b), labels.centers, strict=True):
-            members = torch.nonzero(own == cluster)[:, 0] + offset
-            nearest = (table.features[members] @ centers[cluster]).argsort(descending=True, stable=True)
-            cells += [table.cell(row) for row in members[nearest[:lead]].tolist()]
-            offset = labels.num_visible
-        rows.append(Row(f"match {place} of {len(pairs)}\ncosine {similarity[b, a]:.3f}", cells))
+    for place in shown:
+        cells = [table.cell(row) for side in sides[place] for row in side[:lead]]
+        cosine = similarity[tuple(pairs[place])]
+        rows.append(Row(f"match {place + 1} of {len(pairs)}\ncosine {cosine:.3f}", cells))
     kind = "one to one" if max(match.sum(0).max(), match.sum(1).max()) == 1 else "many to many"
     text = (
         f"{len(pairs)} matches between the clusters of the two modalities, {kind}, from the best to the "
         "worst by the cosine of their centres, with the images nearest to each centre."
     )
-    if table.pids() is not None:
-        of = [commonest(own, side) for own, side in zip(labels.sides.values(), table.images, strict=True)]
-        right = np.mean([of[0][a] == of[1][b] for b, a in pairs])
+    if (pids := table.pids()) is not None:
+        right = np.mean([commonest(pids[a]) == commonest(pids[b]) for a, b in sides])
         text += f" The commonest person is the same in {right:.0%} of them."
     return text, rows, lead
 
 
-def commonest(own: torch.Tensor, images: Images) -> np.ndarray:
-    """(C,): the identity that most members of each cluster have, the smallest among equals."""
-    labels, pids = own.numpy(), images.identities()
-    groups = [np.unique(pids[labels == c], return_counts=True) for c in range(labels.max() + 1)]
-    return np.array([people[counts.argmax()] for people, counts in groups])
+def commonest(pids: np.ndarray) -> int:
+    """The identity that most of these images have, the smallest among equals."""
+    people, counts = np.unique(pids, return_counts=True)
+    return int(people[counts.argmax()])
 
 
 def spread(values: list, most: int) -> list:

@@ -16,6 +16,7 @@ from ecul.common.distributed import choose_device
 from ecul.common.files import write_file
 from ecul.data.dataset import Dataset
 from ecul.evaluation.protocols import evaluate
+from ecul.matching import match_clusters
 from ecul.model import load_model
 from ecul.report import pictures
 from ecul.report.measured import (
@@ -136,7 +137,10 @@ def _image_sections(
         return sections, "bad: fewer than two clusters in a modality; see eps and min_samples"
     clusters = measure_clusters(trained.features, labels)
     sections.append(sheet("clusters", "Clusters", *cluster_rows(trained, clusters)))
-    told = match_rows(trained, labels, saved.config.matching)
+    visible, infrared = (centers.numpy() for centers in labels.centers)
+    rule = saved.config.matching
+    match = match_clusters(visible, infrared, rule) if labels.match is None else labels.match
+    told = match_rows(trained, clusters, infrared @ visible.T, match)
     sections.append(sheet("pairs", "Visible-infrared matches", *told))
     return sections, "; ".join(side.told() for side in clusters)
 

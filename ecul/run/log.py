@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ecul import MODALITIES
 from ecul.labels import Labels
@@ -55,24 +56,18 @@ def monitors(labels: Labels, identities: np.ndarray | None) -> dict[str, float]:
     """Adjusted Rand index of the labels with the identities (N,), if known. Training never reads it."""
     if identities is None:
         return {}
-    border, named = labels.num_visible, {}
-    for (m, found), people in zip(labels.sides.items(), np.split(identities, [border]), strict=True):
-        named[m] = adjusted_rand(found.cpu(), people)
-    if labels.joint is not None:
-        named["joint"] = adjusted_rand(labels.joint.cpu(), identities)
-    return {f"monitor_ari_{name}": value for name, value in named.items() if not np.isnan(value)}
+    people = dict(zip(MODALITIES, np.split(identities, [labels.num_visible]), strict=True))
+    joint = {} if labels.joint is None else {"joint": labels.joint}
+    named = (labels.sides | joint).items()
+    found = {name: adjusted_rand(own.cpu(), people.get(name, identities)) for name, own in named}
+    return {f"monitor_ari_{name}": value for name, value in found.items() if not np.isnan(value)}
 
 
-def remaining(history: list[dict], epochs: int, latest: int = 5) -> float:
-    """Seconds until a run of so many epochs ends, if each takes as long as the latest ones."""
-    return float(np.mean([row["seconds"] for row in history[-latest:]])) * (epochs - len(history))
-
-
-def describe(row: dict, epochs: int | None = None, left: float = 0.0) -> str:
-    """One line of text for an epoch. epochs: of the whole run; left: seconds until its end."""
+def describe(history: list[dict], epochs: int) -> str:
+    """One line of text for the last epoch of a run of so many, which goes on like its latest five."""
+    row, left = history[-1], epochs - len(history)
     clusters, outliers = (_joined(row, kind, "d") for kind in ("clusters_", "outliers_"))
-    total = "" if epochs is None else f"/{epochs}"
-    text = f"epoch {row['epoch'] + 1}{total} stage {row['stage']} clusters {clusters} outliers {outliers}"
+    text = f"epoch {len(history)}/{epochs} stage {row['stage']} clusters {clusters} outliers {outliers}"
     text += f" score {row['score']:.3f}"
     losses = {k.removeprefix("loss_"): v for k, v in row.items() if k.startswith("loss_")}
     if losses:
@@ -86,13 +81,8 @@ def describe(row: dict, epochs: int | None = None, left: float = 0.0) -> str:
         text += f" (monitor: ARI {told})"
     if told := _joined(row, "valid", ".1f"):
         text += f" (validation: Rank-1/mAP {told})"
-    return text + (f", {_span(left)} left" if left else "")
-
-
-def _span(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+    seconds = left * float(np.mean([row["seconds"] for row in history[-5:]]))
+    return text + f", {tqdm.format_interval(seconds)} left" * (left > 0)
 
 
 def _joined(row: dict, kind: str, form: str) -> str:

@@ -40,9 +40,19 @@ class SavedRun:
         options = self.dataset["options"]
         return {name: value for name, value in options.items() if name != "pack" or value is False}
 
-    def options_of(self, dataset: str) -> dict[str, Any]:
-        """`options` for the data set of this name; empty where the run was trained on another."""
-        return self.options if self.dataset["dataset"] == dataset else {}
+    def options_for(self, dataset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options to open the data set of this name with: those of the training, then the given ones.
+
+        Errors: ValueError for another trial than the run's: some of its test people were trained on.
+        """
+        known = self.options if self.dataset["dataset"] == dataset else {}
+        trial, trained = given.get("trial"), known.get("trial")
+        if None not in (trial, trained) and trial != trained:
+            raise ValueError(
+                f"{self.directory} was trained on trial {trained}, which holds test people of trial {trial}; "
+                "leave out the trial, or give the model of that trial"
+            )
+        return {**known, **given}
 
     def open(self, root: str | Path | None = None) -> Dataset:
         """The run's data set with its options, from where it lay or from `root`.
@@ -105,17 +115,3 @@ def find_trials(path: str | Path) -> list[Path]:
     numbers = [p.name.removeprefix("trial-") for p in path.glob("trial-*/")]
     found = [trial_directory(path, n) for n in sorted(int(n) for n in numbers if n.isdecimal())]
     return [path] if (path / "model.safetensors").exists() or not found else found
-
-
-def trained_trial(run: SavedRun | None, dataset: str, trial: int | None) -> int | None:
-    """The trial of `dataset` to evaluate a model on: that of its run (`find_run`) if known, else `trial`.
-
-    Errors: ValueError for a trial that is not the run's: some of its test people were trained on.
-    """
-    trained = None if run is None else run.options_of(dataset).get("trial")
-    if run is not None and None not in (trial, trained) and trial != trained:
-        raise ValueError(
-            f"{run.directory} was trained on trial {trained}, which holds test people of trial {trial}; "
-            "leave out the trial, or give the model of that trial"
-        )
-    return trial if trained is None else trained

@@ -1,8 +1,9 @@
 """What stands around the epochs of a run: its lock, state, files, log, validation and hook."""
 
+import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,11 @@ from ecul.evaluation.protocols import check_validation, validation_figures
 from ecul.features import out_of_memory
 from ecul.optim import build_model, build_optimizer, trainable, warn_about_start
 from ecul.run.checkpoint import holds_run, load_run, run_directory, save_run
-from ecul.run.hooks import Hook, call_hook, check_hook
-from ecul.run.log import LEGEND, describe, remaining
+from ecul.run.log import LEGEND, describe
 from ecul.trainset import TrainImages, dataset_fingerprint, load_images
 
 log = logging.getLogger("ecul")
+Hook = Callable[[dict], object]
 
 
 @dataclass
@@ -82,24 +83,22 @@ class Session:
             raise RuntimeError(f"epoch {epoch + 1} {told}") from error
 
     def finish(self, row: dict) -> None:
-        """Save an epoch; then validate, log and call on_epoch, and save the figures that these add."""
+        """Save an epoch; then validate it, log it and call on_epoch with a copy of its row."""
         self._require_finite(row["epoch"], row)
         history, stop = self.state.history, False
         history.append(row)
         self.save()
         if distributed.rank() == 0:
             if self.validate and len(history) % self.validate == 0:
-                self._add(row, validation_figures(self.state.model, self.dataset))
-            epochs = self.config.epochs
-            log.info(describe(row, epochs, remaining(history, epochs)))
-            figures, stop = call_hook(self.hook, row)
-            self._add(row, figures)
+                row |= validation_figures(self.state.model, self.dataset)
+                self.save()
+            log.info(describe(history, self.config.epochs))
+            try:
+                if self.hook is not None:
+                    self.hook(dict(row))
+            except StopIteration:
+                stop = True
         self.stopped = distributed.first_says(stop, self.images.device)
-
-    def _add(self, row: dict, figures: dict) -> None:
-        if figures:
-            row |= figures
-            self.save()
 
     def save(self) -> None:
         """Write the run's files after an epoch; nothing without a directory."""
@@ -130,9 +129,8 @@ def open_run(
     validate: int,
 ) -> Iterator[Session]:
     """A run that is checked, locked and ready for its epochs; arguments and errors are those of `train`."""
-    check_hook(on_epoch)
     place = distributed.start(device)
-    _check(dataset, config)
+    _check(dataset, config, on_epoch)
     check_validation(dataset, validate)
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     data = dataset_fingerprint(dataset)
@@ -164,10 +162,17 @@ def open_run(
         distributed.wait()
 
 
-def _check(dataset: Any, config: Any) -> None:
+def _check(dataset: Any, config: Any, on_epoch: Any) -> None:
     for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+    try:
+        if on_epoch is not None:
+            inspect.signature(on_epoch).bind({})
+    except ValueError:  # a built-in function that does not tell
+        pass
+    except TypeError as e:
+        raise TypeError(f"on_epoch must be a function of a row of the log, got {on_epoch!r}") from e
     first = distributed.rank() == 0
     found = dataset.check(progress=first)
     if found.unreadable:  # then all of them are named at once

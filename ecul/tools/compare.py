@@ -1,6 +1,5 @@
 """Several runs side by side: a table of their settings and results, and their curves."""
 
-import fnmatch
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -21,10 +20,10 @@ from ecul.report.pictures import Curve, Panel, draw_curves
 from ecul.run.saved import SavedRun, find_trials, read_run
 
 log = logging.getLogger("ecul")
-PANELS = (  # of the curves: title, pattern of the names in the log, and how several values become one
+PANELS = (  # of the curves: title, beginning of the names in the log, and how several values become one
     ("label-free score", "score", np.mean),
-    ("sum of the losses", "loss_*", np.sum),
-    ("adjusted Rand index (reads identities)", "monitor_*", np.mean),
+    ("sum of the losses", "loss_", np.sum),
+    ("adjusted Rand index (reads identities)", "monitor_", np.mean),
     ("mAP of the validation people", "validation_mAP", np.mean),
 )
 
@@ -81,12 +80,12 @@ class Comparison:
     def draw(self, path: str | Path) -> None:
         """Write the curves of all groups in the same axes as a PNG."""
         panels = []
-        for title, pattern, gather in PANELS:
+        for title, prefix, gather in PANELS:
             curves = []
             for number, group in enumerate(self.groups):
                 told = shorten([str(group), *(f"{k} {v}" for k, v in group.settings.items())], 5)
                 look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
-                curves.append(Curve(told, _curves(group, pattern, gather), look))
+                curves.append(Curve(told, _curves(group, prefix, gather), look))
             if any(np.isfinite(curve.values).any() for curve in curves):
                 panels.append(Panel(title, "", curves))
         draw_curves(path, panels, shared=True)
@@ -167,11 +166,11 @@ def _told(heading: str, values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values):.{digits}f}"
 
 
-def _curves(group: Group, pattern: str, gather: Callable) -> np.ndarray:
-    """(runs, epochs): the values in the log under the names that match, NaN where there are none."""
+def _curves(group: Group, prefix: str, gather: Callable) -> np.ndarray:
+    """(runs, epochs): the values in the log whose names begin so, NaN where there are none."""
     table = np.full((len(group.runs), max(len(run.history) for run in group.runs)), np.nan)
     for line, run in zip(table, group.runs, strict=True):
         for row in run.history:
-            if names := fnmatch.filter(row, pattern):
-                line[row["epoch"]] = gather([row[name] for name in names])
+            if values := [value for name, value in row.items() if name.startswith(prefix)]:
+                line[row["epoch"]] = gather(values)
     return table

@@ -20,7 +20,7 @@ from ecul.features import FolderFeatures, extract_files
 from ecul.kernels import topk_similarity
 from ecul.tools.threshold import Threshold
 
-__all__ = ["FolderFeatures", "Ranking", "extract_folder", "load_features", "save_features", "search"]
+__all__ = ["FolderFeatures", "Ranking", "image_files", "load_features", "save_features", "search"]
 
 STRIP = 256  # queries re-ranked at a time
 
@@ -68,26 +68,13 @@ class Ranking:
         return "\n".join(lines)
 
 
-def extract_folder(
-    model: Any,
-    folder: str | os.PathLike,
-    modality: str,
-    *,
-    skip_unreadable: bool = False,
-    batch_size: int = 256,
-    progress: bool = True,
-) -> FolderFeatures:
-    """Embeddings of every image below a folder, or of one image file, as a `FolderFeatures`.
+def image_files(folder: str | os.PathLike) -> list[Path]:
+    """The files of all images below a folder, for `extract`; or the one image that it is.
 
-        extract(model, paths, modality)          # with the paths, and some left out
-
-    model: anything with `embed(x, modality)`, `input_size` and `num_features`, on any device. Images are
-    decoded a chunk at a time; batch_size is halved while a batch does not fit the GPU's memory.
-    skip_unreadable: leave such files out and list them in `unreadable`. Errors: ValueError for a folder
-    without images, an unknown modality, or, naming all of them, files that cannot be read.
+    Errors: ValueError for a folder without images.
     """
-    options: dict[str, Any] = {"skip_unreadable": skip_unreadable, "batch_size": batch_size}
-    return extract_files(model, _find(folder), modality, progress=progress, **options)
+    folder = Path(folder)
+    return [folder] if folder.is_file() else [folder / name for name in find_images(folder)[0]]
 
 
 def save_features(path: str | os.PathLike, found: FolderFeatures, model_path: str | os.PathLike) -> None:
@@ -142,15 +129,16 @@ def search(
     to the gallery's size. rerank: "k-reciprocal" or "modality" orders by the distances of
     `ecul.evaluation.rerank`, over all queries and the gallery together; the scores are still cosines.
     threshold: from `Threshold.load(model's directory)`; it marks answers as the same person or not, with a
-    false-accept rate of 10 % for people who are not in the gallery. options: as in `extract_folder`.
-    Errors: as in `extract_folder`; ValueError, before any work, for another top or rerank.
+    false-accept rate of 10 % for people who are not in the gallery. options: of `extract_files`, such as
+    skip_unreadable. Errors: those of `extract_files`; ValueError, before any work, for a folder without
+    images, another top or rerank.
     """
     if rerank is not None and rerank not in RERANKINGS:
         raise ValueError(f"rerank must be one of {', '.join(RERANKINGS)}, or None, got {rerank!r}")
     if not isinstance(top, int | np.integer) or top < 1:
         raise ValueError(f"top must be a whole number of at least 1, got {top!r}")
     check_modality(gallery_modality)
-    query_files, gallery_files = _find(query), _find(gallery)  # both are there before any work
+    query_files, gallery_files = image_files(query), image_files(gallery)  # both are there before any work
     queries = extract_files(model, query_files, query_modality, **options)
     answers = extract_files(model, gallery_files, gallery_modality, **options)
     top = min(int(top), len(answers.paths))
@@ -167,9 +155,3 @@ def search(
     sides = (query_modality, gallery_modality, len(answers.paths))
     least = None if threshold is None else threshold.at(*sides)
     return Ranking(queries, answers, rows, scores, least, rerank)
-
-
-def _find(folder: str | os.PathLike) -> list[Path]:
-    """The files of a folder's images, or the one image."""
-    folder = Path(folder)
-    return [folder] if folder.is_file() else [folder / name for name in find_images(folder)[0]]

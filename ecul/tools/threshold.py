@@ -93,9 +93,9 @@ class Threshold:
         lines.append("query-gallery        100 images      1,000 images     10,000 images")
         least, weak = "" if self.source == "identities" else "≥ ", []
         for name, pairs in self.pairs.items():
-            cells = []
+            cells, (query, gallery) = [], name.split("-")
             for images in GALLERIES:
-                found = self.at(*name.split("-"), images)
+                found = self.at(query, gallery, images)
                 missed = pairs.missed(found)
                 told = "unknown" if missed is None else f"{least}{missed:.0%}"
                 cells.append(f"{f'{found:.3f}' if found <= 1 else 'none '} ({told})".ljust(18))
