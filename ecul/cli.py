@@ -272,7 +272,7 @@ def threshold(args: argparse.Namespace) -> None:
     from ecul.tools.threshold import measure_threshold
 
     found = measure_threshold(*_trained(args))
-    print(f"{found.table()}\nkept in {found.save(args.model)}")
+    print(f"{found.told}\nkept in {found.save(args.model)}")
 
 
 @command(

@@ -55,7 +55,7 @@ def train(
     output: str | Path | None = None,
     resume: bool = False,
     device: str | torch.device | None = None,
-    on_epoch: Callable[[dict], object] | None = None,
+    on_epoch: Callable[..., object] | None = None,
     model: torch.nn.Module | None = None,
     validate: int = 0,
 ) -> Run:
@@ -64,13 +64,13 @@ def train(
     dataset: a `Dataset` (`open_dataset`, `Dataset.from_arrays`, `Dataset.from_folders`); its identities, if
     any, are read by the monitors of the log only. config: a `Config`, by default `Config()`. output: the
     run directory, None for none; resume: go on with the run that is there (`ecul.run.checkpoint.load_run`
-    says what may change). device: by default the GPU when there is one. on_epoch(row): called after each
-    epoch with a copy of its dict; by `raise StopIteration` it ends the run here, as if these had been all
-    epochs. model: a backbone of one's own: any module with `num_features` that maps (N, 3, H, W) to
-    (N, num_features), or one with `embed` like `TwoStreamResNet`. validate: every so many epochs evaluate the
-    test images of a data set opened with `validation`, or of one's own; the log has the figures, and nothing
-    is selected by them. Under torchrun the processes share one run. Returns a `Run` with the last epoch's
-    weights.
+    says what may change). device: by default the GPU when there is one. on_epoch(row) or
+    on_epoch(row, model): called after each epoch with a copy of its dict, and with the model where it takes
+    two; by `raise StopIteration` it ends the run here, as if these had been all epochs. model: a backbone of
+    one's own: any module with `num_features` that maps (N, 3, H, W) to (N, num_features), or one with `embed`
+    like `TwoStreamResNet`. validate: every so many epochs evaluate the test images of a data set opened with
+    `validation`, or of one's own; the log has the figures, and nothing is selected by them. Under torchrun
+    the processes share one run. Returns a `Run` with the last epoch's weights.
 
     Errors, before any work: an incomplete data set, an output directory that cannot be used or holds another
     run, weights of another architecture, more processes than two clusters have images in a batch. Later: an

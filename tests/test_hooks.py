@@ -17,17 +17,23 @@ from ecul.common.weights import read_metadata
 from ecul.run.saved import read_run
 
 
-def test_a_hook_takes_a_copy_of_the_row_and_is_looked_at_before_any_work(dataset, tmp_path):
-    rows = []
+def test_a_hook_takes_a_copy_of_the_row_and_the_model_if_it_wants(dataset, tmp_path):
+    rows, models, defaults = [], [], []
 
-    def hook(row, where=rows):
-        where.append(dict(row))
+    def both(row, model):
+        rows.append(dict(row))
+        models.append(model)
         row.update(mine=torch.ones(2), score=float("nan"))
+        evaluate(model, dataset, modes="all", trials=1, progress=False)
 
-    watched = train(dataset, tiny(), output=tmp_path, on_epoch=hook)
-    assert rows == watched.history == read_run(tmp_path).history
-    for wrong in (lambda: None, lambda row, model: None, 5):
-        with pytest.raises(TypeError, match="on_epoch must be a function of a row of the log, got"):
+    plain = train(dataset, tiny())
+    watched = train(dataset, tiny(), output=tmp_path, on_epoch=both)
+    assert rows == watched.history == read_run(tmp_path).history and models == [watched.model] * 2
+    assert same(plain.model, watched.model)
+    train(dataset, tiny(epochs_cross=0), on_epoch=lambda row, where=defaults: where.append(row["epoch"]))
+    assert defaults == [0]  # what has a default is nobody's model
+    for wrong in (lambda: None, lambda a, b, c: None, 5):
+        with pytest.raises(TypeError, match="a function of a row, or of a row and the model"):
             train(dataset, tiny(), on_epoch=wrong)
 
 

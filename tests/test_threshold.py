@@ -18,7 +18,15 @@ from ecul.cli import main
 from ecul.features import FolderFeatures
 from ecul.report.pictures import RIGHT, draw_ranking
 from ecul.tools.search import Ranking
-from ecul.tools.threshold import Pairs, Threshold, estimate_threshold, measure_threshold
+from ecul.tools.threshold import (
+    SIDES,
+    Pairs,
+    Threshold,
+    estimate_threshold,
+    measure_pairs,
+    measure_threshold,
+    thresholds_table,
+)
 
 SIZE = (32, 16)
 
@@ -52,19 +60,17 @@ def test_a_network_that_has_learned_little_gets_smaller_clusters(dataset):
     torch.manual_seed(0)
     model = TwoStreamResNet(10, 8, False, SIZE)
     found = measure_threshold(model, blind(dataset), Config.preset("demo", size=SIZE))
-    assert found.source == "clusters" and np.isfinite([p.location for p in found.pairs.values()]).all()
+    assert "reach, by clusters; known" in found.told and np.isfinite([*found.tails.values()]).all()
 
 
 @pytest.mark.parametrize("sides", [(q, g) for q in MODALITIES for g in MODALITIES], ids="-".join)
 def test_estimated_errors_are_the_true_ones(measured, sides):
     threshold, features, images = measured
-    assert threshold.source == "clusters"
+    location, scale = threshold.tails["-".join(sides)]
     cosines = (features[sides[0]] @ features[sides[1]].T).numpy()
     other = images[sides[0]].pids[:, None] != images[sides[1]].pids
     for share in (0.1, 0.03, 0.01):
-        found = threshold.pairs["-".join(sides)]
-        least = found.location + found.scale * norm.isf(share)
-        true = (cosines[other] >= least).mean()
+        true = (cosines[other] >= location + scale * norm.isf(share)).mean()
         assert share / 3 < true < 2 * share
     best = np.where(other, cosines, -2).max(1)  # all are unknown people where their own images are left out
     for unknown in (0.3, 0.1):
@@ -72,9 +78,8 @@ def test_estimated_errors_are_the_true_ones(measured, sides):
         assert (best >= least).mean() < unknown + 0.13  # two deviations of a share of 24 people
 
 
-def normal(**changes):
-    pairs = [f"{query}-{gallery}" for query in MODALITIES for gallery in MODALITIES]
-    return Threshold(dict.fromkeys(pairs, dataclasses.replace(Pairs(0.1, 0.2), **changes)), "clusters")
+def normal():
+    return Threshold({f"{query}-{gallery}": (0.1, 0.2) for query in MODALITIES for gallery in MODALITIES})
 
 
 def test_a_threshold_grows_with_the_gallery_and_with_caution():
@@ -82,8 +87,6 @@ def test_a_threshold_grows_with_the_gallery_and_with_caution():
     assert found.at(*sides, 1, 0.1) == pytest.approx(0.1 + 0.2 * norm.isf(0.1))
     assert found.at(*sides, 1000, 0.1) == pytest.approx(0.1 + 0.2 * norm.isf(1 - 0.9 ** (1 / 1000)))
     assert found.at(*sides, 1000, 0.01) > found.at(*sides, 1000, 0.1) > found.at(*sides, 10, 0.1)
-    missed = Pairs(0.1, 0.2, tuple(np.linspace(0, 1, 21))).missed
-    assert missed(0.25) == pytest.approx(0.25) and missed(2.0) == 1 and Pairs(0.1, 0.2).missed(0.5) is None
     with pytest.raises(ValueError, match="unknown must be a share between 0 and 1, got 1.5"):
         found.at(*sides, 10, 1.5)
     with pytest.raises(ValueError, match="modality"):
@@ -91,15 +94,14 @@ def test_a_threshold_grows_with_the_gallery_and_with_caution():
 
 
 def test_own_people_are_other_images_of_the_same_label():
-    rows = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1], [-1, 0]]), dim=1)
-    labels = torch.tensor([0, 0, 1, -1])
-    features = dict.fromkeys(MODALITIES, rows)
-    found = estimate_threshold(features, dict.fromkeys(MODALITIES, labels), "identities")
+    rows = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1]]), dim=1)
+    images = [rows, torch.tensor([0, 0, 1]), torch.zeros(3)]
     # 0 and 1 have each other, 2 nobody
-    assert np.allclose(found.pairs["visible-visible"].own, 0.5**0.5, atol=1e-6)
-    assert np.allclose(found.pairs["visible-infrared"].own, 1, atol=1e-6)
+    assert np.allclose(measure_pairs(images, images).own, [0.5**0.5] * 2)
+    assert np.allclose(measure_pairs(images, [*images]).own, 1)  # of the other modality
+    features, labels = dict.fromkeys(MODALITIES, rows), dict.fromkeys(MODALITIES, torch.tensor([0, 0, -1]))
     with pytest.raises(ValueError, match="needs images of two different people"):
-        estimate_threshold(features, dict.fromkeys(MODALITIES, 0 * labels), "clusters")
+        estimate_threshold(features, labels, "clusters")
 
 
 def test_pairs_of_one_camera_are_too_much_alike_to_learn_from():
@@ -117,24 +119,28 @@ def test_pairs_of_one_camera_are_too_much_alike_to_learn_from():
     wrong = (rows @ rows.T)[(codes[:, None] != codes) & (people[:, None] != people)]
     assert 0.01 < float((wrong >= found.at(*sides, 1, 0.03)).float().mean()) < 0.06
     assert found.at(*sides, 100) < 0.5 < 0.8 < blind.at(*sides, 100)
-    missed = [known.pairs["visible-visible"].missed(0.5) for known in (found, blind)]
+    both = [rows, people, codes], [rows, people, 0 * codes]
+    missed = [(measure_pairs(images, images).own < 0.5).mean() for images in both]
     assert missed[0] > 0.9 > 0.1 > missed[1]
-    assert "of one camera" in blind.table() and "of one camera" not in found.table()
+    assert "of one camera" in blind.told and "of one camera" not in found.told
     one = estimate_threshold(features, labels, "clusters", dict.fromkeys(MODALITIES, 0 * codes))
     assert one == blind  # a single camera is none that is known
 
 
 def test_a_threshold_of_little_use_says_so():
-    useful, useless = normal(own=(0.9, 1.0), apart=True), normal(own=(0.1, 0.2), apart=True)
-    assert useful.table().count("\n") == 5 and "of little use" in useless.table()
-    assert useless.table().endswith("visible-visible, visible-infrared, infrared-visible, infrared-infrared")
-    assert (
-        "none  (unknown)" in dataclasses.replace(useful, pairs={"visible-infrared": Pairs(0.6, 0.1)}).table()
-    )
+    found = normal()
+    pairs = [Pairs((0.1, 0.2), np.full(9, own), True) for own in (0.1, 1.0)]
+    useless, useful = (thresholds_table(found, dict.fromkeys(SIDES, pair), "clusters") for pair in pairs)
+    assert useful.count("\n") == 5 and "(≥ 0%)" in useful and "(≥ 100%)" in useless
+    assert "of little use: most known" in useless
+    assert useless.endswith("visible-visible, visible-infrared, infrared-visible, infrared-infrared")
+    nobody = Pairs((0.6, 0.1), np.empty(0), True)
+    far = Threshold({"visible-infrared": nobody.tail})
+    assert "none  (unknown)" in thresholds_table(far, {("visible", "infrared"): nobody}, "clusters")
 
 
 def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path, caplog):
-    model, found = TwoStreamResNet(10, 4, False, SIZE), normal(own=(0.1, 0.5))
+    model, found = TwoStreamResNet(10, 4, False, SIZE), normal()
     model.save_pretrained(tmp_path)
     assert Threshold.load(tmp_path) is None
     found.save(tmp_path)
@@ -149,7 +155,6 @@ def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path, capl
     [
         (("pairs", "visible-infrared", "location"), math.nan, "its numbers are not finite"),
         (("pairs", "visible-infrared", "scale"), "1", ""),
-        (("pairs", "visible-infrared", "own"), [0.1, None], ""),
         (("pairs", "infrared-infrared"), None, ""),
         (("pairs",), {}, "'visible-visible' is missing"),
     ],

@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ecul.run.log import LEGEND, describe
 from ecul.trainset import TrainImages, dataset_fingerprint, load_images
 
 log = logging.getLogger("ecul")
-Hook = Callable[[dict], object]
+Hook = Callable[[dict, torch.nn.Module], object]
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Session:
     data: dict  # the fingerprint of the data set
     config: Config
     directory: Path | None
-    hook: Hook | None
+    hook: Hook
     validate: int
     state: State
     images: TrainImages
@@ -94,8 +94,7 @@ class Session:
                 self.save()
             log.info(describe(history, self.config.epochs))
             try:
-                if self.hook is not None:
-                    self.hook(dict(row))
+                self.hook(dict(row), self.state.model)
             except StopIteration:
                 stop = True
         self.stopped = distributed.first_says(stop, self.images.device)
@@ -124,13 +123,13 @@ def open_run(
     output: str | Path | None,
     resume: bool,
     device: str | torch.device | None,
-    on_epoch: Hook | None,
+    on_epoch: Callable[..., object] | None,
     model: torch.nn.Module | None,
     validate: int,
 ) -> Iterator[Session]:
     """A run that is checked, locked and ready for its epochs; arguments and errors are those of `train`."""
-    place = distributed.start(device)
-    _check(dataset, config, on_epoch)
+    hook, place = as_hook(on_epoch), distributed.start(device)
+    _check(dataset, config)
     check_validation(dataset, validate)
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     data = dataset_fingerprint(dataset)
@@ -152,7 +151,7 @@ def open_run(
             log.info("going on after epoch %d of %d", len(state.history), config.epochs)
         distributed.wait()
         images = load_images(dataset, config.size, place)
-        run = Session(dataset, data, config, directory, on_epoch, validate, state, images)
+        run = Session(dataset, data, config, directory, hook, validate, state, images)
         lost = directory is not None and not (directory / "model.safetensors").exists()
         if lost and len(state.history) >= config.epochs:
             run.save()
@@ -162,17 +161,21 @@ def open_run(
         distributed.wait()
 
 
-def _check(dataset: Any, config: Any, on_epoch: Any) -> None:
+def as_hook(on_epoch: Callable[..., object] | None) -> Hook:
+    """on_epoch as a function of a row and the model. Errors: TypeError unless it takes a row, or both."""
+    if on_epoch is None:
+        return lambda row, model: None
+    for given in ((None,), (None, None)):
+        with suppress(TypeError, ValueError):
+            inspect.signature(on_epoch).bind(*given)
+            return lambda *both: on_epoch(*both[: len(given)])
+    raise TypeError(f"on_epoch must be a function of a row, or of a row and the model, got {on_epoch!r}")
+
+
+def _check(dataset: Any, config: Any) -> None:
     for name, value, kind in (("dataset", dataset, Dataset), ("config", config, Config)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
-    try:
-        if on_epoch is not None:
-            inspect.signature(on_epoch).bind({})
-    except ValueError:  # a built-in function that does not tell
-        pass
-    except TypeError as e:
-        raise TypeError(f"on_epoch must be a function of a row of the log, got {on_epoch!r}") from e
     first = distributed.rank() == 0
     found = dataset.check(progress=first)
     if found.unreadable:  # then all of them are named at once

@@ -8,9 +8,9 @@ thousands of images meets. Pairs of one camera are too much alike, so only other
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ecul.common.pretrained import weights_file
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.data.images import check_modality
-from ecul.features import extract, require_model
+from ecul.features import extract
 from ecul.labels import cluster
 
 log = logging.getLogger("ecul")
@@ -35,40 +35,17 @@ GALLERIES = (100, 1000, 10_000)  # images, of the table
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The statistics of queries of one modality and a gallery of another, or of the same.
-
-    location, scale: the normal variable of different people's similarities. own: the quantiles 0, 5, ...
-    100 % of a query's best similarity to another image of its own person; empty where there were none. apart:
-    whether all pairs are of two cameras.
-    """
-
-    location: float
-    scale: float
-    own: tuple[float, ...] = ()
-    apart: bool = False
-
-    def missed(self, threshold: float) -> float | None:
-        """The share of queries whose own images all stay below it; None where nothing is known.
-
-        By clusters it is a lower bound, because hard images are in no cluster.
-        """
-        if not self.own:
-            return None
-        return float(np.interp(threshold, self.own, np.linspace(0, 1, len(self.own))))
-
-
-@dataclass(frozen=True)
 class Threshold:
     """Thresholds of similarity for every pair of modalities.
 
-    pairs: by "query-gallery". source: "clusters" or "identities". model_sha256: the hash of the weights that
-    made the features, where they were read from a file.
+    tails: by "query-gallery", the location and the scale of a normal variable whose upper tail is that of the
+    similarities of different people. model_sha256: the hash of the weights that made the features, where they
+    were read from a file. told: a table of the thresholds, for people.
     """
 
-    pairs: dict[str, Pairs]
-    source: str
+    tails: dict[str, tuple[float, float]]
     model_sha256: str | None = field(default=None, compare=False)
+    told: str = field(default="", compare=False)
 
     def at(self, query: str, gallery: str, images: int, unknown: float = 0.1) -> float:
         """The similarity that the best of so many images reaches for a share `unknown` of unknown people.
@@ -80,39 +57,16 @@ class Threshold:
         check_modality(gallery)
         if not 0 < unknown < 1:
             raise ValueError(f"unknown must be a share between 0 and 1, got {unknown!r}")
-        found = self.pairs[f"{query}-{gallery}"]
+        location, scale = self.tails[f"{query}-{gallery}"]
         share = -np.expm1(np.log1p(-unknown) / max(1, images))  # of pairs: 1 - (1 - share)^images = unknown
-        return float(found.location + found.scale * norm.isf(share))
-
-    def table(self) -> str:
-        """Plain text: the thresholds and the people missed for galleries of several sizes, and cautions.
-
-        "none" stands for a threshold above 1, which no image reaches.
-        """
-        lines = [f"similarity that 10% of unknown people reach, by {self.source}; known people missed"]
-        lines.append("query-gallery        100 images      1,000 images     10,000 images")
-        least, weak = "" if self.source == "identities" else "≥ ", []
-        for name, pairs in self.pairs.items():
-            cells, (query, gallery) = [], name.split("-")
-            for images in GALLERIES:
-                found = self.at(query, gallery, images)
-                missed = pairs.missed(found)
-                told = "unknown" if missed is None else f"{least}{missed:.0%}"
-                cells.append(f"{f'{found:.3f}' if found <= 1 else 'none '} ({told})".ljust(18))
-                weak += [name] * (images == GALLERIES[1] and (found > 1 or (missed or 0) > 0.5))
-            lines.append(f"{name:20} {''.join(cells)}".rstrip())
-        if weak:
-            lines.append(f"of little use: most known people are missed among 1,000 images: {', '.join(weak)}")
-        if same := [name for name, pairs in self.pairs.items() if not pairs.apart]:
-            lines.append(f"of one camera, or cameras are not known; others miss more: {', '.join(same)}")
-        return "\n".join(lines)
+        return float(location + scale * norm.isf(share))
 
     def save(self, model_path: str | os.PathLike) -> Path:
         """Write it beside the model, with the hash of the weights. Returns the file."""
         model = weights_file(model_path)
-        write_json(
-            model.parent / FILE, asdict(self) | {"model_sha256": self.model_sha256 or hash_file(model)}
-        )
+        pairs = {name: {"location": tail[0], "scale": tail[1]} for name, tail in self.tails.items()}
+        sha256 = self.model_sha256 or hash_file(model)
+        write_json(model.parent / FILE, {"pairs": pairs, "model_sha256": sha256})
         return model.parent / FILE
 
     @classmethod
@@ -128,11 +82,11 @@ class Threshold:
             return None
         with reading(file):
             saved = read_json(file)
-            told = {name: saved["pairs"][name] for name in map("-".join, SIDES)}
-            pairs = {name: Pairs(**{**about, "own": tuple(about["own"])}) for name, about in told.items()}
-            if not all(np.isfinite([p.location, p.scale, *p.own]).all() for p in pairs.values()):
+            pairs = {name: saved["pairs"][name] for name in map("-".join, SIDES)}
+            tails = {name: (pair["location"], pair["scale"]) for name, pair in pairs.items()}
+            if not np.isfinite([*tails.values()]).all():
                 raise ValueError("its numbers are not finite")
-            found = cls(pairs, str(saved["source"]), saved["model_sha256"])
+            found = cls(tails, saved["model_sha256"])
         if found.model_sha256 != (sha256 or hash_file(model)):
             log.warning("%s is of other weights than %s: nobody is marked; make it anew", FILE, model)
             return None
@@ -145,7 +99,6 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
     It reads identities where they are known, else the joint clusters that `config` makes, by a smaller eps
     where a modality has less than two of them. model: as for `extract`. Errors: those of `extract`.
     """
-    require_model(model)
     held_out = dataset.test_visible is not None and dataset.test_infrared is not None
     images = {m: getattr(dataset, f"test_{m}" if held_out else m) for m in MODALITIES}
     features = {m: extract(model, side, m) for m, side in images.items()}
@@ -175,18 +128,30 @@ def estimate_threshold(
     that the model was not trained on are the better ones. cameras: codes (N,) by modality. Pairs of two
     cameras count where there are any, else all pairs. Errors: ValueError for fewer than two labels.
     """
-    rows, found = {}, {}
+    rows = {}
     for m in MODALITIES:
         given = as_tensor(f"{m} labels", labels[m], "cpu")
         codes = torch.zeros_like(given) if cameras is None else as_tensor("cameras", cameras[m], "cpu")
         points = as_tensor(f"{m} features", features[m], "cpu").float()
         rows[m] = [part[given >= 0] for part in (points, given, codes)]
-    for query, gallery in SIDES:
-        found[f"{query}-{gallery}"] = _compare(rows[query], rows[gallery])
-    return Threshold(found, source)
+    pairs = {sides: measure_pairs(*(rows[m] for m in sides)) for sides in SIDES}
+    found = Threshold({"-".join(sides): pair.tail for sides, pair in pairs.items()})
+    return replace(found, told=thresholds_table(found, pairs, source))
 
 
-def _compare(query: Sequence[torch.Tensor], gallery: Sequence[torch.Tensor]) -> Pairs:
+class Pairs(NamedTuple):
+    """Queries of one modality and a gallery of another, or of the same.
+
+    tail: as in `Threshold`. own: (n,) each query's best similarity to another image of its own person. apart:
+    whether all pairs are of two cameras.
+    """
+
+    tail: tuple[float, float]
+    own: np.ndarray
+    apart: bool
+
+
+def measure_pairs(query: Sequence[torch.Tensor], gallery: Sequence[torch.Tensor]) -> Pairs:
     """The statistics of queries and a gallery, each given as features, labels and cameras."""
     (x, x_labels, x_cameras), (y, y_labels, y_cameras) = query, gallery
     step = 1 + len(x) // MOST
@@ -204,5 +169,29 @@ def _compare(query: Sequence[torch.Tensor], gallery: Sequence[torch.Tensor]) -> 
     own = cosines.masked_fill(~(same & counted), -2).amax(1)[(same & counted).any(1)].numpy()
     low, high = (float(np.quantile(between, 1 - share)) for share in TAIL)
     scale = max(float((high - low) / (norm.isf(TAIL[1]) - norm.isf(TAIL[0]))), 1e-6)
-    quantiles = tuple(np.quantile(own, np.linspace(0, 1, 21)).tolist()) if len(own) else ()
-    return Pairs(low - scale * float(norm.isf(TAIL[0])), scale, quantiles, known)
+    return Pairs((low - scale * float(norm.isf(TAIL[0])), scale), own, known)
+
+
+def thresholds_table(found: Threshold, pairs: dict[tuple[str, str], Pairs], source: str) -> str:
+    """The thresholds and the known people missed for galleries of several sizes, and cautions.
+
+    "none" stands for a threshold above 1, which no image reaches. By clusters the share of people missed is a
+    lower bound, because hard images are in no cluster.
+    """
+    lines = [f"similarity that 10% of unknown people reach, by {source}; known people missed"]
+    lines.append("query-gallery        100 images      1,000 images     10,000 images")
+    least, weak = "" if source == "identities" else "≥ ", []
+    for sides, pair in pairs.items():
+        cells = []
+        for images in GALLERIES:
+            reached = found.at(*sides, images)
+            missed = float((pair.own < reached).mean()) if len(pair.own) else None
+            told = "unknown" if missed is None else f"{least}{missed:.0%}"
+            cells.append(f"{f'{reached:.3f}' if reached <= 1 else 'none '} ({told})".ljust(18))
+            weak += ["-".join(sides)] * (images == GALLERIES[1] and (reached > 1 or (missed or 0) > 0.5))
+        lines.append(f"{'-'.join(sides):20} {''.join(cells)}".rstrip())
+    if weak:
+        lines.append(f"of little use: most known people are missed among 1,000 images: {', '.join(weak)}")
+    if same := ["-".join(sides) for sides, pair in pairs.items() if not pair.apart]:
+        lines.append(f"of one camera, or cameras are not known; others miss more: {', '.join(same)}")
+    return "\n".join(lines)
