@@ -34,6 +34,7 @@ STRIPS = 8  # of each process, or more: so that all have almost equally many pro
 HALVINGS = 4  # a group has 2**4 products
 GROUP = 2**HALVINGS
 LEFT = 1 / 32  # if bfloat16 leaves a larger share of the rows to the reference, float32 takes all rows
+TRIED = 256  # if it can: so many of these rows are tried first
 COARSE = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # the share of a product that rounding may change
 BRAIN = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
@@ -56,8 +57,11 @@ def shortlist(
     coarse = bool(team.join(torch.tensor([int(coarse)])).amax())  # one dtype on processors of any kind
     arguments = x, y, k, exclude_self, symmetric, team
     lists, overflowed = _search(*arguments, torch.bfloat16 if coarse else torch.float32)
-    if coarse and _has_float32() and overflowed.sum() > LEFT * len(x):
-        return _search(*arguments, torch.float32)
+    again = overflowed.nonzero()[:, 0]
+    if coarse and _has_float32() and len(again) > LEFT * len(x):
+        some = again[:: len(again) // TRIED + 1]
+        if _search(x[some], y, k, False, False, ALONE, torch.float32)[1].float().mean() < 0.5:
+            return _search(*arguments, torch.float32)
     return lists, overflowed
 
 
@@ -96,15 +100,23 @@ def _search(
             fold = max(1, part // (MAXIMA * k))
             maxima = products[: part // fold * fold].unflatten(0, (fold, -1)).amax(0).T.contiguous()
             best = maxima.topk(min(k, maxima.shape[1])).values.float()  # of different columns
-            lists.bounds[within] = bounds(best, k, margin[within], COARSE[dtype])
+            bound = bounds(best, k, margin[within], COARSE[dtype])
+            expected = (maxima >= bound[:, None]).sum(1) * (
+                N / part
+            )  # at least, if the part is like the whole
+            lists.bounds[within] = bound.masked_fill(expected > lists.room, torch.inf)
             lists.add(products, start, 0)
             if symmetric and start >= part:
                 lists.add(products.T, 0, start)
         lists.bounds = team.largest(lists.bounds.float()[:, None])[:, 0].to(dtype)
+    crowded = lists.bounds.isinf()
     for start in own:
         end = min(start + height, rows) if symmetric else columns
         for first in range(part, end, width):
-            products = multiply(start, first, min(first + width, end))
+            last = min(first + width, end)
+            if symmetric and lists.full(start, end) and lists.full(first, last):
+                continue
+            products = multiply(start, first, last)
             lists.add(products, start, first)
             if symmetric and first < start:
                 lists.add(products[: start - first].T, first, start)
@@ -113,17 +125,22 @@ def _search(
     longest = max(k, int((found[:M] >= 0).sum(1).max()))
     found = torch.where(found < 0, -1, y_order[found])[:, :longest]
     place = x_order.argsort()
-    return found[place], overflowed[place]
+    return found[place], (overflowed | crowded)[place]
 
 
 class _Lists:
     """For each row a bound, and a list of the columns that reach it. A list that is full takes no more."""
 
     def __init__(self, rows: int, room: int, dtype: torch.dtype):
+        self.room = room
         self.bounds = torch.full((rows,), LOWEST).to(dtype)
         self.columns = torch.empty((rows, room), dtype=torch.int32)
         self.scores = torch.empty((rows, room), dtype=dtype)
         self.counts = torch.zeros(rows, dtype=torch.int64)
+
+    def full(self, first: int, last: int) -> bool:
+        """Whether none of these rows takes more."""
+        return bool(self.bounds[first:last].amin() == torch.inf)
 
     def add(self, products: Tensor, first_row: int, first_column: int) -> None:
         """List the products, (columns, rows), that reach the bounds of their rows."""
@@ -136,12 +153,11 @@ class _Lists:
         row, column = first_row + row[which], first_column + group[which] + member * len(maxima)
         owners, found = row.unique_consecutive(return_counts=True)
         before = self.counts[owners] - (found.cumsum(0) - found)
-        room = self.columns.shape[1]
-        slot = (before.repeat_interleave(found) + torch.arange(len(row))).clamp_max(room - 1)
+        slot = (before.repeat_interleave(found) + torch.arange(len(row))).clamp_max(self.room - 1)
         self.columns[row, slot] = column.int()
         self.scores[row, slot] = members[which, member]
         self.counts[owners] += found
-        self.bounds[owners[self.counts[owners] > room]] = torch.inf
+        self.bounds[owners[self.counts[owners] > self.room]] = torch.inf
 
 
 def _whole(count: int, size: int) -> int:

@@ -63,25 +63,34 @@ def topk_similarity_reference(
 def _by_strips(
     x: Tensor, y: Tensor, k: int, exclude_self: bool, rows: Tensor, team: Team = ALONE
 ) -> tuple[Tensor, Tensor]:
-    """The k best for these rows of `x`."""
+    """The k best for these rows of `x`.
+
+    No product exceeds that of the norms. Rows of like norm are handled together, and columns whose norm
+    is too small for a better product than the k found are left out: of nearly equal rows, most.
+    """
+    x_norms, y_norms = (torch.cat([part.double().norm(dim=1) for part in m.split(8192)]) for m in (x, y))
     rows = rows.tensor_split(team.turns)[team.turn]
-    values = torch.empty(len(rows), k, dtype=torch.float32, device=x.device)
-    indices = torch.empty(len(rows), k, dtype=torch.int64, device=x.device)
-    for start in range(0, len(rows), 512):
-        strip = slice(start, start + 512)
-        wide = x[rows[strip]].double()
-        best = values[strip, :0], indices[strip, :0]
-        for first in range(0, y.shape[0], 8192):
-            part = y[first : first + 8192].double()
+    keys = torch.full((len(rows), k), NONE, dtype=torch.int64, device=x.device)
+    for strip in x_norms[rows].argsort().split(512):
+        wide, largest = x[rows[strip]].double(), x_norms[rows[strip]].amax() * (1 + 2.0**-40)
+        best = keys[strip]
+        for columns in torch.arange(len(y), device=x.device).split(512):
+            least = _ranked(best[:, -1:])[0]  # NaN before k are found
+            columns = columns[~((largest * y_norms[columns]).float() <= least.amin())]
             with torch.autocast(x.device.type, enabled=False):
-                scores = (wide @ part.T).float()
-            columns = torch.arange(first, first + len(part), device=x.device).expand(scores.shape)
+                scores = (wide @ y[columns].double().T).float()
+            better = ~(scores <= least)  # of equal ones, the first stay
             if exclude_self:
-                scores.masked_fill_(columns == rows[strip, None], -torch.inf)
-            scores, columns = torch.cat([best[0], scores], 1), torch.cat([best[1], columns], 1)
-            best = _best(scores, columns, min(k, scores.shape[1]))
-        values[strip], indices[strip] = best
-    return team.join(values), team.join(indices)
+                better &= columns != rows[strip, None]
+            row, column = better.nonzero().unbind(1)
+            counts = better.sum(1)
+            more = best.new_full((len(best), int(counts.amax())), NONE)
+            more[row, torch.arange(len(row), device=x.device) - (counts.cumsum(0) - counts)[row]] = _keys(
+                scores[row, column], columns[column]
+            )
+            best = torch.cat([best, more], 1).topk(k).values
+        keys[strip] = best
+    return tuple(map(team.join, _ranked(keys)))
 
 
 def _finite(x: Tensor, y: Tensor) -> Tensor:
@@ -97,6 +106,7 @@ def _require_finite(finite: Tensor | list[bool]) -> None:
             raise ValueError(f"{name} holds NaN or infinite features")
 
 
+NONE = torch.iinfo(torch.int64).min  # the key of no pair
 LISTED = 2**21  # entries of short lists whose exact products are held at a time
 
 
@@ -131,11 +141,6 @@ def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tup
     return values, indices
 
 
-def _best(values: Tensor, columns: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row, (M, few) float32, and their columns, the lower first among equals."""
-    return _ranked(_keys(values, columns).topk(k).values)
-
-
 def _keys(values: Tensor, columns: Tensor) -> Tensor:
     """An int64 key for each pair, larger for better ones; columns below 0 have the smallest.
 
@@ -143,7 +148,7 @@ def _keys(values: Tensor, columns: Tensor) -> Tensor:
     """
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0 a 0
     keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (0xFFFFFFFF - columns)
-    return torch.where(columns < 0, torch.iinfo(torch.int64).min, keys)
+    return torch.where(columns < 0, NONE, keys)
 
 
 def _ranked(keys: Tensor) -> tuple[Tensor, Tensor]:

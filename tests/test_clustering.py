@@ -37,13 +37,22 @@ def oracle_ranks(features):
     return order, similarity
 
 
+def float32_ranks(features):
+    """`oracle_ranks` as documented for near ties: exact products of rows on the grid, rounded to float32."""
+    x = unit_rows(features).astype(np.float64)
+    similarity = x @ x.T
+    ranked = similarity.astype(np.float32)
+    np.fill_diagonal(ranked, np.inf)
+    return np.argsort(-ranked, axis=1, kind="stable"), similarity
+
+
 def on_grid(values):
     """Features, weights and encodings are multiples of 2**-26, as documented: their sums are exact."""
     return np.round(values * 2**26) / 2**26
 
 
-def oracle_encodings(features, k1, half=None):
-    order, similarity = oracle_ranks(features)
+def oracle_encodings(features, k1, half=None, ranks=oracle_ranks):
+    order, similarity = ranks(features)
     size = len(features)
     near = [[set(order[i, :k].tolist()) for i in range(size)] for k in (k1, half or round(k1 / 2) + 1)]
     mutual = [[{j for j in n[i] if i in n[j]} for i in range(size)] for n in near]
@@ -85,9 +94,9 @@ def oracle_distance(encodings):
     return distance
 
 
-def oracle_emcc_distance(features, cameras, modalities, k1, k2, k3):
-    order, _ = oracle_ranks(features)
-    encodings = oracle_encodings(features, k1)
+def oracle_emcc_distance(features, cameras, modalities, k1, k2, k3, ranks=oracle_ranks):
+    order, _ = ranks(features)
+    encodings = oracle_encodings(features, k1, ranks=ranks)
     return oracle_distance(oracle_extension(encodings, order, cameras, modalities, k2, k3))
 
 
@@ -156,6 +165,23 @@ def test_labels_equal_the_oracle_on_ties_and_duplicates_at_an_eps_that_occurs(
     occurring = np.unique(distance[(distance > 1e-6) & (distance < 1)])
     eps = float(rng.choice(occurring)) if len(occurring) else 0.5
     min_samples = int(rng.integers(1, 6))
+    labels = emcc(features, camera, modality, k1=k1, k2=k2, k3=k3, eps=eps, min_samples=min_samples)
+    np.testing.assert_array_equal(labels, oracle_dbscan(distance, eps, min_samples))
+
+
+@given(spread=st.integers(3, 9), **WORLD)
+def test_labels_equal_the_oracle_on_nearly_equal_rows(seed, size, cameras, modalities, k1, k2, more, spread):
+    """Most rows are within 10**-spread of another one: many similarities are equal in float32."""
+    features, camera, modality = world(seed, size, 6, cameras, modalities)
+    rng = np.random.default_rng(seed)
+    few = rng.integers(0, 1 + size // 20, size)
+    features = features[few] * (1 + 10.0**-spread * rng.normal(size=features.shape)).astype(np.float32)
+    k3 = None if more is None else k2 + more
+    ranks = rank_neighbors(unit_rows(features), k1)
+    np.testing.assert_array_equal(ranks, float32_ranks(features)[0][:, :k1])
+    distance = oracle_emcc_distance(features, camera, modality, k1, k2, k3, float32_ranks)
+    eps, min_samples = rng.uniform(0.2, 0.9), int(rng.integers(1, 6))
+    assume(np.abs(distance - eps).min() > 1e-5)
     labels = emcc(features, camera, modality, k1=k1, k2=k2, k3=k3, eps=eps, min_samples=min_samples)
     np.testing.assert_array_equal(labels, oracle_dbscan(distance, eps, min_samples))
 

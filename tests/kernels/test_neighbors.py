@@ -279,6 +279,19 @@ def test_full_lists_take_no_more():
 
 
 @pytest.mark.host
+@pytest.mark.parametrize("spread", [0, 1e-8, 1e-7, 1e-4, 1e-3])
+def test_nearly_equal_rows_take_few_products(spread):
+    """In float32 their products tie, or almost: most columns cannot be better than the first k."""
+    x = on_grid(unit(1, 24, 20) + spread * unit(3000, 24, 21))
+    with FlopCounterMode(display=False) as counter:
+        found = topk_similarity(x, x, 5, True)
+    want = (x.double() @ x.double().T).float().fill_diagonal_(-torch.inf)
+    assert torch.equal(found[0], want.topk(5).values)
+    assert torch.equal(found[1], want.sort(dim=1, descending=True, stable=True).indices[:, :5])
+    assert counter.get_total_flops() / (2 * 24 * len(x) ** 2) < (0.7 if spread < 1e-3 else 1.7)
+
+
+@pytest.mark.host
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_hardly_a_product_is_made_twice(monkeypatch, symmetric):
     """Of one set about half of the pairs, and those of its part twice; of two sets every pair once."""
