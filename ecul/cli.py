@@ -76,8 +76,7 @@ def train(args: argparse.Namespace) -> None:
     for trial in args.trials or [None]:
         output = trial_directory(args.output, trial)
         run = find_run(output) if args.resume else None
-        given_trial = {} if trial is None else {"trial": trial}
-        options = {**held, **_options(args, run, **given_trial)}
+        options = {**held, **_options(args, run, {} if trial is None else {"trial": trial})}
         dataset = ecul.open_dataset(args.dataset, args.root, **options)
         fields = {} if args.config is None else read_fields(args.config)
         if run is not None and args.config is args.preset is None:
@@ -324,9 +323,9 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\nthe run directory is {run.output}")
 
 
-def _options(args: argparse.Namespace, run: Any, **more: Any) -> dict[str, Any]:
+def _options(args: argparse.Namespace, run: Any, more: dict | None = None) -> dict[str, Any]:
     """The options of open_dataset: those of the run's training, then those given, then these."""
-    given = {**dict(args.option), **more}
+    given = {**dict(args.option), **(more or {})}
     return given if run is None else run.options_for(args.dataset, given)
 
 

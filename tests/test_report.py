@@ -72,9 +72,7 @@ def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
     assert set(pictures(page.parent)) == {f"{n}.png" for n in ("curves", "ranked", "clusters", "pairs")}
     text = page.read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
-    assert all(s.startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for s in sources)
-    ranked = text[text.index("<h2>Ranked lists") : text.index("<h2>Clusters")]
-    assert ranked.count("<img ") == 3 * (1 + 4) == ranked.count("<figure")  # each its own: lines may wrap
+    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert "3 random infrared queries" in text
     for heading in ("Curves", "Ranked lists", "Clusters", "Visible-infrared matches", "Settings"):
         assert f"<h2>{heading}</h2>" in text

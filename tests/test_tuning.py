@@ -51,12 +51,13 @@ def test_the_best_score_lies_where_the_people_are():
 
 def test_one_setting_serves_both_modalities():
     def rows(*scores):
-        return [{"k1": 5, "eps": e, "score": s} for e, s in zip((0.4, 0.5, 0.6), scores, strict=True)]
+        same = {"k1": 5, "clusters": 3, "outliers": 0}
+        return [{**same, "eps": e, "score": s} for e, s in zip((0.4, 0.5, 0.6), scores, strict=True)]
 
     found = Settings(
         {"visible": rows(0.5, 0.4, 0.0), "infrared": rows(0.0, 0.3, 0.4), "joint": rows(0, 0, 1)}
     )
-    assert found.fields == {"k1": 5, "eps": 0.5, "k1_joint": 5, "eps_joint": 0.6}
+    assert "recommended: --set k1=5 --set eps=0.5 --set k1_joint=5 --set eps_joint=0.6\n" in str(found)
     assert [row["eps"] for row in found.chosen.values()] == [0.5, 0.5, 0.6]
 
 

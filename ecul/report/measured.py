@@ -14,18 +14,8 @@ from ecul.data.pack import Files
 from ecul.evaluation.metrics import SCORING
 from ecul.features import embed_pixels
 from ecul.labels import Labels, assign_labels
-from ecul.report.pictures import (
-    HEIGHT,
-    INK,
-    MODALITY,
-    NEUTRAL,
-    RIGHT,
-    WRONG,
-    Cell,
-    Row,
-    short_name,
-    short_path,
-)
+from ecul.report import pictures
+from ecul.report.pictures import HEIGHT, Cell, Row
 from ecul.run.saved import SavedRun
 from ecul.run.scores import silhouettes
 from ecul.training import extract_exchanged
@@ -76,7 +66,7 @@ class Embedded:
             shown = Images.from_paths(shown.source.paths(shown.rows), images.modality)
         with suppress(ValueError):
             pixels = shown.load(size, progress=False)[0]
-        return Cell(pixels.permute(1, 2, 0).numpy(), caption, color or MODALITY[images.modality])
+        return Cell(pixels.permute(1, 2, 0).numpy(), caption, color or pictures.MODALITY[images.modality])
 
 
 @dataclass(frozen=True)
@@ -141,17 +131,17 @@ def ranked_rows(
         row = len(gallery) + index
         scores = table.sides[0] @ table.features[row]
         scores[torch.from_numpy(ignored(protocol, query, index, gallery))] = -torch.inf
-        cells = [table.cell(row, INK)]
+        cells = [table.cell(row, pictures.INK)]
         for rank, found in enumerate(scores.topk(min(top, len(gallery))).indices.tolist(), 1):
             if scores[found] == -torch.inf:
                 break
-            color, mark = NEUTRAL, ""
+            color, mark = pictures.NEUTRAL, ""
             if pids is not None and pids[found] >= 0:
-                color, mark = (RIGHT, " ✓") if pids[found] == pids[row] else (WRONG, " ✗")
+                color, mark = (pictures.RIGHT, " ✓") if pids[found] == pids[row] else (pictures.WRONG, " ✗")
             told = f"{rank}{mark}  {scores[found]:.3f}"
-            cells.append(table.cell(found, color, told, short_name(gallery.names[found])))
+            cells.append(table.cell(found, color, told, pictures.short_name(gallery.names[found])))
         who = "" if pids is None else f"person {pids[row]}\n"
-        rows.append(Row(who + short_path(query.names[index]), cells))
+        rows.append(Row(who + pictures.short_path(query.names[index]), cells))
     colors = "Green ✓: the same person; red ✗: another; gray: a distractor."
     text = (
         f"{len(rows)} random infrared queries and their best answers among {len(gallery)} visible {kind} "

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -28,7 +27,7 @@ from ecul.report.measured import (
     next_labels,
     ranked_rows,
 )
-from ecul.report.pictures import Cell, Row
+from ecul.report.pictures import Row
 from ecul.run.saved import SavedRun, read_run
 
 CURVES = (
@@ -47,13 +46,7 @@ th { color: #666; font-weight: 600; white-space: nowrap }
 .sub { color: #666 }
 .columns { columns: 3 16rem }
 .wide { overflow-x: auto }
-.row { display: flex; flex-wrap: wrap; gap: 10px 8px; margin-bottom: 1.2rem; font-size: 12px }
-.row p { width: 11rem; margin: 0; white-space: pre-line }
-.row figure { width: 4.4rem; margin: 0; text-align: center; white-space: pre-line; font-size: 10px }
-.row img { width: 100%; box-sizing: border-box; border: 3px solid; display: block }
-.bad { color: #d7191c }
-.lead { margin-right: 1.2rem !important }
-@media (max-width: 40rem) { .row p { width: 100% } td, th { padding-right: 6px; font-size: 11px } }
+@media (max-width: 40rem) { img { max-width: none; width: 48rem } td, th { font-size: 11px } }
 """
 
 
@@ -124,7 +117,7 @@ def _image_sections(
 
     def sheet(name: str, title: str, text: str, rows: Sequence[Row], lead: int = 0) -> str:
         pictures.draw_sheet(folder / f"{name}.png", rows, lead)
-        return section(title, text, rows=rows, lead=lead)
+        return section(title, text, folder / f"{name}.png")
 
     trained = tested = Embedded.by(model, (dataset.visible, dataset.infrared), progress)
     sections, kind = [], "training"
@@ -155,23 +148,14 @@ def accuracy(dataset: Dataset, tested: Embedded) -> list[str]:
 
 
 def section(
-    title: str, text: str = "", picture: Path | None = None, rows: Sequence[Row] = (), lead: int = 0,
-    table: Sequence[Iterable[Any]] = (),
-) -> str:  # fmt: skip
-    """A part of the page: a heading, a sentence or two, a PNG, rows of images, a table with a head column.
-
-    lead: the first images of each row that are set apart.
-    """
-    parts = [f"<h2>{html.escape(title)}</h2>"]
-    if text:
-        parts.append(f"<p>{html.escape(text)}</p>")
+    title: str, text: str = "", picture: Path | None = None, table: Sequence[Iterable[Any]] = ()
+) -> str:
+    """A part of the page: a heading, a sentence or two, a PNG, a table with a head column."""
+    parts = [f"<h2>{html.escape(title)}</h2>", *[f"<p>{html.escape(text)}</p>"] * bool(text)]
     if picture is not None:
-        parts.append(f'<img alt="{html.escape(title)}" src="{_url("png", picture.read_bytes())}">')
-    for row in rows:
-        head, _, rest = html.escape(row.label).partition("\n")
-        images = "".join(_figure(cell, i == lead) for i, cell in enumerate(row.cells, 1))
-        kind = "bad" * row.bad
-        parts.append(f'<div class="row"><p class="{kind}"><b>{head}</b>\n{rest}</p>{images}</div>')
+        data = base64.b64encode(picture.read_bytes()).decode()
+        image = f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+        parts.append(f'<div class="wide">{image}</div>')
     lines = []
     for line in table:
         name, *cells = (html.escape(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in line)
@@ -180,20 +164,6 @@ def section(
         kind = "columns" if len(lines) > 10 else "wide"
         parts.append(f'<div class="{kind}"><table>{"".join(lines)}</table></div>')
     return "\n".join(parts)
-
-
-def _figure(cell: Cell, lead: bool) -> str:
-    from PIL import Image  # matplotlib needs it too
-
-    image, color = io.BytesIO(), f"border-color: {cell.color}"
-    Image.fromarray(cell.image).save(image, "jpeg", quality=90)
-    dashes = "; border-style: dashed" * (cell.color == pictures.WRONG)  # differs in more than colour
-    shown = f'<img alt="" style="{color}{dashes}" src="{_url("jpeg", image.getvalue())}">'
-    return f'<figure class="{"lead" * lead}">{shown}{html.escape(cell.caption)}</figure>'
-
-
-def _url(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def render_page(title: str, subtitle: str, sections: Sequence[str]) -> str:

@@ -71,7 +71,7 @@ def tune(
 
 @dataclass(frozen=True)
 class Settings:
-    """The rows of `tune` for each clustering of a run, and the fields of Config that they recommend."""
+    """The rows of `tune` for each clustering of a run, and those that they recommend."""
 
     rows: dict[str, list[dict[str, Any]]]
 
@@ -84,20 +84,14 @@ class Settings:
             found |= {name: self.rows[name][scores.argmax()] for name in names}
         return found
 
-    @property
-    def fields(self) -> dict[str, float]:
-        """k1, eps, k1_joint and eps_joint of the chosen rows."""
-        ends = {"": self.chosen["visible"], "_joint": self.chosen["joint"]}
-        return {f"{name}{end}": row[name] for end, row in ends.items() for name in ("k1", "eps")}
-
     def __str__(self) -> str:
         lines, form = [], "{k1:4d}  {eps:4.2f}  {clusters:8d}  {outliers:8d}  {score:5.3f}"
         for name, chosen in self.chosen.items():
             lines += [name, "  k1   eps  clusters  outliers  score"]
             lines += [form.format(**row) + "  <- recommended" * (row is chosen) for row in self.rows[name]]
-        lines.append(
-            "recommended:" + "".join(f" --set {name}={value}" for name, value in self.fields.items())
-        )
+        ends = {"": self.chosen["visible"], "_joint": self.chosen["joint"]}
+        told = [f"--set {name}{end}={row[name]}" for end, row in ends.items() for name in ("k1", "eps")]
+        lines.append(f"recommended: {' '.join(told)}")
         lines.append("(k1 and eps have the best mean score of visible and infrared, which share them)")
         return "\n".join(lines)
 
