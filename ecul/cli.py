@@ -50,10 +50,7 @@ RERANK = arg(
     help="(after the other arguments) re-rank by the neighbourhoods of queries and gallery together: "
     "k-reciprocal (default), or modality, which counts both modalities alike",
 )  # fmt: skip
-READING = (
-    arg("--skip-unreadable", **FLAG, help=f"{SKIP}; the default for a run that was trained so"),
-    arg("--batch-size", type=int, default=256, help="images at a time (default: 256), halved when too many"),
-)
+SKIPPING = arg("--skip-unreadable", **FLAG, help=f"{SKIP}; the default for a run that was trained so")
 
 
 @command(
@@ -177,7 +174,7 @@ def report(args: argparse.Namespace) -> None:
     *MODEL[::-1],
     arg("folder", help="a folder of images, read with all its sub-folders, or one image"),
     arg("--modality", required=True, choices=MODALITIES, help="of these images"),
-    OUTPUT, *READING, DEVICE,
+    OUTPUT, SKIPPING, DEVICE,
 )  # fmt: skip
 def extract(args: argparse.Namespace) -> None:
     from ecul.common.files import prepare_output
@@ -185,7 +182,8 @@ def extract(args: argparse.Namespace) -> None:
     from ecul.tools.search import image_files, save_features
 
     prepare_output(args.output, ".safetensors")
-    found = extract_files(_model(args), image_files(args.folder), args.modality, **_reading(args))
+    files, skips = image_files(args.folder), _skips(args)
+    found = extract_files(_model(args), files, args.modality, skip_unreadable=skips)
     save_features(args.output, found, args.model)
     _list_unreadable(found)
     rows, size = found.features.shape
@@ -201,7 +199,7 @@ def extract(args: argparse.Namespace) -> None:
     arg("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery"),
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
     arg("-o", "--output", help="a .png to draw a sample of five queries and ten answers in"),
-    RERANK, *READING, DEVICE, JSON,
+    RERANK, SKIPPING, DEVICE, JSON,
 )  # fmt: skip
 def search(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_ranking, prepare_picture
@@ -209,7 +207,7 @@ def search(args: argparse.Namespace) -> None:
     from ecul.tools.threshold import Threshold
 
     prepare_picture(args.output)
-    options = {"top": args.top, "rerank": args.rerank, **_reading(args)}
+    options = {"top": args.top, "rerank": args.rerank, "skip_unreadable": _skips(args)}
     model = _model(args)
     options["threshold"] = Threshold.load(args.model, model.sha256)
     ranking = search(model, args.query, args.gallery, args.query_modality, args.gallery_modality, **options)
@@ -346,13 +344,12 @@ def _trained(args: argparse.Namespace) -> tuple[Any, Any, Config]:
     return _model(args), dataset, known if run is None or args.preset else run.config
 
 
-def _reading(args: argparse.Namespace) -> dict[str, Any]:
-    """How images are read: unreadable ones are left out if asked for, here or in the model's training."""
+def _skips(args: argparse.Namespace) -> bool:
+    """Whether unreadable images are left out: if asked for, here or in the model's training."""
     from ecul.run.saved import find_run
 
     run = find_run(args.model)
-    skip = args.skip_unreadable or (run is not None and run.options.get("skip_unreadable", False))
-    return {"skip_unreadable": skip, "batch_size": args.batch_size}
+    return args.skip_unreadable or (run is not None and run.options.get("skip_unreadable", False))
 
 
 def _list_unreadable(*folders: Any) -> None:

@@ -30,7 +30,6 @@ from ecul.report.measured import (
     next_labels,
     ranked_rows,
 )
-from ecul.report.page import accuracy
 from ecul.report.pictures import (
     GAP,
     HEIGHT,
@@ -236,19 +235,6 @@ def test_the_rows_of_clusters_are_red_where_the_verdict_counts_them():
     assert ("smallest, least certain", "3 infrared images") in named and len(set(named)) == 8  # each once
     red = [size for (_, size), row in zip(named, rows, strict=True) if row.bad]
     assert red == ["4 infrared images", "3 infrared images"]
-
-
-def test_accuracy_rows_say_their_direction_and_may_be_empty():
-    rng = np.random.default_rng(0)
-    pids, rows = np.arange(24) // 4, torch.tensor(rng.normal(size=(24, 5)))
-    tested = {m: pile(m, [1] * 24, pids) for m in MODALITIES}
-    table = Embedded(tuple(tested.values()), (), rows.repeat(2, 1))
-    regdb = Dataset("regdb", None, *tested.values(), *tested.values(), protocol="regdb", trial=2)
-    (text,) = accuracy(regdb, table)
-    assert "RegDB trial 2" in text and "visible-to-infrared<" in text and "infrared-to-visible<" in text
-    strangers = pile("infrared", [3] * 24, pids + 100)
-    sysu = Dataset("sysu", None, *tested.values(), tested["visible"], strangers, protocol="sysu")
-    assert f"<th>all</th>{6 * '<td>-</td>'}" in accuracy(sysu, table)[0]
 
 
 def test_answers_are_green_red_or_for_a_distractor_gray():

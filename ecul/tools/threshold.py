@@ -17,7 +17,6 @@ import torch
 from scipy.stats import norm
 
 from ecul import MODALITIES
-from ecul.common.arrays import as_tensor
 from ecul.common.files import hash_file, read_json, reading, write_json
 from ecul.common.pretrained import weights_file
 from ecul.config import Config
@@ -104,7 +103,8 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
     features = {m: extract(model, side, m) for m, side in images.items()}
     cameras = {m: torch.from_numpy(side.camids) for m, side in images.items()}
     if all(side.pids is not None for side in images.values()):
-        labels, source = {m: side.pids for m, side in images.items()}, "identities"
+        labels = {m: torch.from_numpy(side.identities()) for m, side in images.items()}
+        source = "identities"
     else:
         counts = [len(side) for side in images.values()]
         sides = torch.arange(2).repeat_interleave(torch.tensor(counts))
@@ -115,25 +115,23 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
             if all(len(part[part >= 0].unique()) > 1 for part in joint):
                 break
         labels, source = dict(zip(MODALITIES, joint, strict=True)), "clusters"
-    found = estimate_threshold(features, labels, source, cameras)
+    found = estimate_threshold(features, labels, cameras, source)
     return replace(found, model_sha256=getattr(model, "sha256", None))
 
 
 def estimate_threshold(
-    features: dict[str, Any], labels: dict[str, Any], source: str, cameras: dict[str, Any] | None = None
+    features: dict[str, torch.Tensor],
+    labels: dict[str, torch.Tensor],
+    cameras: dict[str, torch.Tensor],
+    source: str,
 ) -> Threshold:
-    """Thresholds from unit rows (N, D) by modality and their labels (N,), -1 = left out.
+    """Thresholds from unit rows (N, D) by modality, their labels (N,), -1 = left out, and their cameras (N,).
 
     labels: joint clusters of both modalities (`emcc` with modalities) or identities, as `source` says. Images
-    that the model was not trained on are the better ones. cameras: codes (N,) by modality. Pairs of two
-    cameras count where there are any, else all pairs. Errors: ValueError for fewer than two labels.
+    that the model was not trained on are the better ones. Pairs of two cameras count where there are any,
+    else all pairs. Errors: ValueError for fewer than two labels.
     """
-    rows = {}
-    for m in MODALITIES:
-        given = as_tensor(f"{m} labels", labels[m], "cpu")
-        codes = torch.zeros_like(given) if cameras is None else as_tensor("cameras", cameras[m], "cpu")
-        points = as_tensor(f"{m} features", features[m], "cpu").float()
-        rows[m] = [part[given >= 0] for part in (points, given, codes)]
+    rows = {m: [part[m][labels[m] >= 0] for part in (features, labels, cameras)] for m in MODALITIES}
     pairs = {sides: measure_pairs(*(rows[m] for m in sides)) for sides in SIDES}
     found = Threshold({"-".join(sides): pair.tail for sides, pair in pairs.items()})
     return replace(found, told=thresholds_table(found, pairs, source))
