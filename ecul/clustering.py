@@ -7,8 +7,9 @@ and lists and returns NumPy. With `together`, the processes of torch.distributed
 call it with equal arguments, and all get the whole result.
 
 Labels are the same on every device and in any number of threads or processes, because all sums are exact
-(`common/exact.py`). Equal rows are handled once (`common/duplicates.py`), so memory is linear for any data:
-about 22 GB beyond the features on a GPU, for N = 1,000,000 points of D = 2048.
+(`common/exact.py`). Memory is linear for any data: equal rows are handled once (`common/duplicates.py`), and
+pairs of neighbours are never held all at once (`common/density.py`). N = 1,000,000 points of D = 2048 take
+about 22 GB beyond the features on a GPU.
 """
 
 import contextlib
@@ -16,17 +17,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 
 from ecul.common import distributed, logs
 from ecul.common.arrays import check_codes, check_points, check_ranks, check_sizes, same_kind
-from ecul.common.duplicates import distinct_encodings, equal_rows, nearest_members
+from ecul.common.density import Density
+from ecul.common.duplicates import distinct_encodings, distinct_rows, nearest_members
 from ecul.common.exact import exp, on_grid, unit_rows
 from ecul.common.sparse import CSR, STRIP_ROWS, coalesced, entries, lengths, product, stacked, times
 from ecul.kernels import jaccard_neighbors, pair_similarity
 from ecul.kernels._checks import check_csr
-from ecul.kernels.jaccard import graph_of, jaccard_pairs
+from ecul.kernels.jaccard import jaccard_pairs
 from ecul.kernels.neighbors import topk_together
 
 SMALL = 2**35  # N * N * D of features that take a second or two in one thread
@@ -89,40 +89,47 @@ def emcc(
         return torch.full((len(points),), 0 if len(points) >= min_samples else -1, device=points.device)
     bar = logs.progress(5, "emcc", "step", not together or distributed.rank() == 0)
     with bar, _threads_for(len(points) * points.numel()):
-        ranks = rank_neighbors(points, max(k1, k2, k3 or 0), together)
+        points, group = distinct_rows(points)
+        ranks = rank_neighbors(points, max(k1, k2, k3 or 0), together, group)
         bar.update()
-        encodings = reciprocal_encodings(points, ranks, k1, together)
+        encodings = reciprocal_encodings(points, ranks, k1, together, group)
         bar.update()
         del points
         encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2, k3, together)
         bar.update()
         encodings, first = distinct_encodings(encodings, eps, together)
-        graph = neighbor_graph(*encodings, eps, together)
+        found = Density(first.bincount(minlength=len(first)).cpu().numpy(), min_samples)
+        turn = (distributed.rank(), distributed.size()) if together else (0, 1)
+        for pairs in jaccard_pairs(*encodings, eps, lambda: found.groups, *turn):
+            found.add(pairs.cpu().numpy())
+        if together:
+            found.join(first.device)
         bar.update()
-        labels = dbscan(*graph, min_samples, first.bincount(minlength=len(first)))[first]
+        labels = found.labels().to(first.device)[first]
         bar.update()
     return labels
 
 
 @same_kind
-def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torch.Tensor:
+def rank_neighbors(
+    points: torch.Tensor, k: int, together: bool = False, group: torch.Tensor | None = None
+) -> torch.Tensor:
     """The k nearest points of every point, itself first, then by similarity: (N, min(k, N)) int64.
 
     `(points.double() @ points.double().T).float().fill_diagonal_(inf).topk(k).indices`, ties to the lower
-    index, for points (N, D) float32 from `unit_rows`.
+    index, for points (N, D) float32 from `unit_rows`. group: (N,) from `distinct_rows`, the row
+    of each point, if points hold equal rows once.
     """
     check_sizes(k=k)
     check_points(points)
-    itself = torch.arange(len(points), device=points.device)
-    k = min(k, len(points))
+    if group is None:
+        points, group = distinct_rows(points)
+    itself = torch.arange(len(group), device=points.device)
+    k = min(k, len(group))
     if k <= 1:
         return itself[:, None][:, :k]
-    first = equal_rows(points)
-    rows, group = first.unique(return_inverse=True)
-    if len(rows) < len(points):
-        points = points[rows]
     values, near = topk_together(points, min(k, len(points)), distributed.team(together))
-    if len(rows) < len(first):
+    if len(points) < len(group):
         near = nearest_members(values, near, group, k)
     near = near[group]
     others = near.gather(1, (near == itself[:, None]).int().sort(dim=1, stable=True).indices)[:, : k - 1]
@@ -131,7 +138,11 @@ def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torc
 
 @same_kind
 def reciprocal_encodings(
-    points: torch.Tensor, ranks: torch.Tensor, k1: int = 30, together: bool = False
+    points: torch.Tensor,
+    ranks: torch.Tensor,
+    k1: int = 30,
+    together: bool = False,
+    group: torch.Tensor | None = None,
 ) -> CSR:
     """Encode each point by its expanded k-reciprocal neighbours: CSR (N, N) float64, rows sum to 1.
 
@@ -143,28 +154,30 @@ def reciprocal_encodings(
         points: (N, D) float32 from `unit_rows`.
         ranks: (N, >= min(k1, N)) int64 from `rank_neighbors`.
         k1: size of the neighbourhoods that must be mutual.
+        group: as in `rank_neighbors`.
 
     Returns:
         indptr, indices, values.
     """
     check_sizes(k1=k1)
     check_points(points)
-    check_ranks(ranks, len(points), k1)
+    group = torch.arange(len(points), device=points.device) if group is None else group
+    check_ranks(ranks, len(group), k1)
     near, near_half = (ranks[:, :k].sort(dim=1).values for k in (k1, round(k1 / 2) + 1))
-    parts, strips = [], _strips(points, together)
+    parts, strips = [], _strips(ranks, together)
     for rows in strips:
         mutual = _mutual(near_half, rows)
         parts.append((mutual.sum(1), near_half[rows][mutual], mutual[mutual].double()))
     half, parts = stacked(parts, together), []
     for rows in strips:
         mutual = _mutual(near, rows)
-        own = coalesced(*entries(near[rows], mutual.double()), (len(rows), len(points)))
+        own = coalesced(*entries(near[rows], mutual.double()), (len(rows), len(ranks)))
         inside = (times(near[rows], mutual, half) * own).coalesce()  # |H(j) & R(i)| for j in R(i)
         i, j = inside.indices()
         grow = 3 * inside.values() > 2 * half[0].diff()[j]
         expanded = (own + product(i[grow], j[grow], grow[grow].double(), len(rows), half)).coalesce()
         i, j = expanded.indices()
-        weights = on_grid(exp(2 * pair_similarity(points, points, rows[i], j) - 2))
+        weights = on_grid(exp(2 * pair_similarity(points, points, group[rows[i]], group[j]) - 2))
         totals = weights.new_zeros(len(rows)).index_add_(0, i, weights)
         parts.append((lengths(expanded), j, on_grid(weights / totals[i])))
     return stacked(parts, together)
@@ -244,57 +257,34 @@ def _strips(table: torch.Tensor, together: bool) -> list[torch.Tensor]:
 
 @same_kind
 def neighbor_graph(
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    eps: float = 0.6,
-    together: bool = False,
+    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float = 0.6
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The pairs of points whose encodings have Jaccard distance d <= eps: CSR (N, N) without values.
 
     The graph is symmetric, and every point lists itself; see `ecul.kernels.jaccard_neighbors`.
     """
-    if not together or distributed.size() == 1:
-        return jaccard_neighbors(indptr, indices, values, eps)
-    pairs = jaccard_pairs(indptr, indices, values, eps, distributed.rank(), distributed.size())
-    return graph_of(distributed.join(pairs.T).T, len(indptr) - 1)
+    return jaccard_neighbors(indptr, indices, values, eps)
 
 
 @same_kind
-def dbscan(
-    indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4, counts: torch.Tensor | None = None
-) -> torch.Tensor:
+def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) -> torch.Tensor:
     """DBSCAN labels from the graph of the pairs within eps, as scikit-learn's: (N,) int64, -1 = outlier.
 
     Clusters count from 0 in the order of their smallest core point; a point that is no core joins the
-    lowest-numbered cluster that reaches it.
+    lowest-numbered cluster that reaches it. The work is done on the host.
 
     Args:
         indptr, indices: CSR of a symmetric graph, (N + 1,) and (nnz,) integers, no pair twice. A point counts
             as its own neighbour whether or not the graph says so.
         min_samples: neighbours, the point included, that make a core point.
-        counts: (N,) how many equal points, all neighbours of each other, a row stands for; None: one each.
-
-    The work is done on the host: the graph is small, and finding connected components is sequential.
     """
     check_sizes(min_samples=min_samples)
     check_csr(indptr, indices)
     size = len(indptr) - 1
-    rows, cols = np.repeat(np.arange(size), indptr.diff().cpu().numpy()), indices.cpu().numpy()
-    rows, cols = rows[rows != cols], cols[rows != cols]
-    weights = np.ones(size) if counts is None else counts.cpu().numpy()
-    core = np.bincount(rows, weights[cols], minlength=size) + weights >= min_samples
-    inner = core[rows] & core[cols]
-    links = csr_matrix((np.ones(inner.sum(), bool), (rows[inner], cols[inner])), shape=(size, size))
-    component = connected_components(links, directed=False)[1][core]
-    _, first, which = np.unique(component, return_index=True, return_inverse=True)
-    labels = np.full(size, -1)
-    labels[core] = np.argsort(np.argsort(first))[which]  # SciPy promises no order of the components
-    border = ~core[rows] & core[cols]
-    reached = np.full(size, size)
-    np.minimum.at(reached, rows[border], labels[cols[border]])
-    labels = np.where(reached < size, reached, labels)
-    return torch.from_numpy(labels.astype(np.int64)).to(indptr.device)
+    found = Density(np.ones(size, int), min_samples)
+    pairs = np.stack([np.repeat(np.arange(size), indptr.diff().cpu().numpy()), indices.cpu().numpy()])
+    found.add(pairs[:, pairs[0] < pairs[1]])
+    return found.labels().to(indptr.device)
 
 
 @contextlib.contextmanager

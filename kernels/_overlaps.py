@@ -11,7 +11,9 @@ they share at least `share` in the entries that remain of both. Only few rows ha
 """
 
 from bisect import bisect_left
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ SORTED = 65536  # rows that are sorted at a time
 OVERLAPS = 2**25  # sums that are held at a time
 FOUND = 128  # room for pairs: so many for each row, and more if they do not fit
 BLOCK, WARPS = 256, 4
+Groups = Callable[[], np.ndarray | None]  # gives each row's group as far as it is known
 Entries = tuple[Tensor, Tensor, Tensor]  # rows (int64), columns and units (int32)
 
 
@@ -73,8 +76,8 @@ def rare_first(
 # this order; the entries (j, l) of the rows j > i follow it. `_add_overlaps` adds min(v_il, v_jl) to the sum
 # of i and j, for a strip of rows i and all j. `_list_pairs` lists the pairs with large sums. `_measure`
 # computes their overlaps on whole rows. Sums are integers: atomic additions in any order give the same bits.
-# The pairs come in any order, and the graph sorts them. The host waits twice: for the ends of the strips and
-# for the number of pairs.
+# The pairs come in any order. The host waits for the ends of the strips, and for the number of pairs of each
+# portion.
 
 
 @jit
@@ -133,9 +136,9 @@ def _measure(pairs, overlaps, indptr, cols, units, room, STEPS: tl.constexpr, BL
 
 
 def pairs_on_device(
-    indptr: Tensor, indices: Tensor, values: Tensor, eps: float, turn: int, turns: int
-) -> Tensor:
-    """`pairs_on_host` in the kernels."""
+    indptr: Tensor, indices: Tensor, values: Tensor, eps: float, groups: Groups, turn: int, turns: int
+) -> Iterator[Tensor]:
+    """`jaccard_pairs` in the kernels. A portion is all strips, or as many as the room for pairs takes."""
     size, device, least = len(indptr) - 1, indptr.device, least_overlap(eps)
     rank = rarity(indices, size)
     cols, units, first = rare_first(indptr, indices, in_units(values), rank, least)
@@ -146,14 +149,14 @@ def pairs_on_device(
     sums = torch.empty(height, size, dtype=torch.int32, device=device)
     tops = torch.arange(0, size, height, device=device)
     edges = [*torch.searchsorted(first[0], tops).tolist(), len(by_column)]
-    room = FOUND * size
-    while True:
-        pairs = torch.empty(2, room, dtype=torch.int64, device=device)
+    room, steps = max(FOUND, height) * size, int(indptr.diff().max()).bit_length() + 1  # room for one strip
+    pairs = torch.empty(2, room, dtype=torch.int64, device=device)
+    strips = [number for number in range(turn, len(tops), turns) if edges[number] < edges[number + 1]]
+    some = len(strips)
+    while strips:
         count = torch.zeros(1, dtype=torch.int64, device=device)
-        for number in range(turn, len(tops), turns):
+        for number in strips[:some]:
             top, start, stop = number * height, edges[number], edges[number + 1]
-            if start == stop:
-                continue
             sums.zero_()
             _add_overlaps[(stop - start,)](
                 sums, *first, place, ends, *lists, start, top, size, BLOCK=BLOCK, num_warps=WARPS
@@ -161,14 +164,25 @@ def pairs_on_device(
             _list_pairs[(min(height, size - top), triton.cdiv(size, 4 * BLOCK))](
                 sums, pairs, count, top, size, share_of(least), room, BLOCK=4 * BLOCK, num_warps=WARPS
             )
-        found = int(count)
-        if found <= room:
-            break
-        room = found
-    overlaps = torch.empty(found, dtype=torch.int32, device=device)
-    if found:
-        steps = int(indptr.diff().max()).bit_length() + 1
-        _measure[(found,)](
-            pairs, overlaps, indptr, cols, units, room, STEPS=steps, BLOCK=BLOCK, num_warps=WARPS
-        )
-    return pairs[:, :found][:, overlaps >= least]
+        found, group = int(count), groups()
+        if found > room:
+            some = max(1, some // 2)
+            continue
+        strips, likely = strips[some:], pairs[:, :found]
+        if group is not None:
+            group = torch.from_numpy(group).to(device)[likely]
+            likely = likely[:, group[0] != group[1]]
+        overlaps = torch.empty(likely.shape[1], dtype=torch.int32, device=device)
+        if len(overlaps):
+            _measure[(len(overlaps),)](
+                likely,
+                overlaps,
+                indptr,
+                cols,
+                units,
+                likely.stride(0),
+                STEPS=steps,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
+        yield likely[:, overlaps >= least]

@@ -11,15 +11,17 @@ to twice as long.
   depends only on the number of rows. It is fast if rows share columns with many others (large clusters).
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from ._overlaps import UNIT, in_units, least_overlap, rare_first, rarity, share_of
+from ._overlaps import UNIT, Groups, in_units, least_overlap, rare_first, rarity, share_of
 from ._shortlist import largest_error, power_of_two, random_order, round_rows
 from ._shortlist_cpu import COARSE, product_dtype
 
@@ -29,16 +31,19 @@ BUCKETS = 512  # sums in a sketch
 SKETCHED = 1  # cost of comparing two sketches, in pairs of entries: decides which way is used
 SAMPLE = 16  # every so many-th row, at random, estimates how many entries share columns
 MEASURED = 4096  # candidates whose overlaps are computed at a time
-Candidates = Callable[[int], Iterator[np.ndarray]]  # pairs (i, j) of the COMPARED rows i from a number on
+Candidates = Callable[[int, np.ndarray | None], Iterator[np.ndarray]]  # pairs (i, j) of COMPARED rows i
 
 
 def pairs_on_host(
-    indptr: Tensor, indices: Tensor, values: Tensor, eps: float, turn: int, turns: int
-) -> Tensor:
-    """The pairs (i, j), i < j, of rows within Jaccard distance eps: (2, pairs) int64.
-
-    indptr, indices, values: CSR (N, N). This call takes every `turns`-th strip of rows i, from `turn` on.
-    """
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    eps: float,
+    groups: Groups = lambda: None,
+    turn: int = 0,
+    turns: int = 1,
+) -> Iterator[Tensor]:
+    """`jaccard_pairs` in sparse products, a strip of rows i in a thread at a time."""
     size, device, least = len(indptr) - 1, indptr.device, least_overlap(eps)
     indptr, indices, units = indptr.cpu(), indices.cpu(), in_units(values).cpu()
     rank = rarity(indices, size)
@@ -52,8 +57,8 @@ def pairs_on_host(
         candidates = _by_sketches(encodings, least)
 
     def search(start: int) -> np.ndarray:
-        found = [np.empty((2, 0), np.int64)]
-        for pairs in candidates(start):
+        found, group = [np.empty((2, 0), np.int64)], groups()
+        for pairs in candidates(start, group):
             pairs = pairs[:, pairs[0] < pairs[1]]
             for part in range(0, pairs.shape[1], MEASURED):
                 i, j = pairs[:, part : part + MEASURED]
@@ -61,9 +66,13 @@ def pairs_on_host(
                 found.append(pairs[:, part : part + MEASURED][:, overlap >= least])
         return np.concatenate(found, axis=1)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        found = list(pool.map(search, range(turn * COMPARED, size, turns * COMPARED)))
-    return torch.from_numpy(np.concatenate([np.empty((2, 0), np.int64), *found], axis=1)).to(device)
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        strips = (pool.submit(search, start) for start in range(turn * COMPARED, size, turns * COMPARED))
+        waiting = deque(islice(strips, 2 * threads))
+        while waiting:
+            yield torch.from_numpy(waiting.popleft().result()).to(device)
+            waiting.extend(islice(strips, 1))
 
 
 def _matrix(indptr: Tensor, cols: Tensor, units: Tensor, size: int) -> csr_matrix:
@@ -87,13 +96,14 @@ def _by_first_entries(first: csr_matrix, least: int) -> Candidates:
     edges = np.linspace(0, size, SPLIT + 1).astype(int)
     parts = [(a, b, roots[a:b].T.tocsr()) for a, b in zip(edges, edges[1:], strict=False) if a < b]
 
-    def candidates(start: int) -> Iterator[np.ndarray]:
+    def candidates(start: int, group: np.ndarray | None) -> Iterator[np.ndarray]:
         for begin, end, columns in parts:
             if end > start:
                 bound = roots[start : start + COMPARED] @ columns
                 likely = np.flatnonzero(bound.data >= share_of(least) / (1 + lost))
-                i = np.searchsorted(bound.indptr, likely, "right") - 1
-                yield np.stack([i + start, bound.indices[likely].astype(np.int64) + begin])
+                i = np.searchsorted(bound.indptr, likely, "right") - 1 + start
+                j = bound.indices[likely].astype(np.int64) + begin
+                yield np.stack([i, j])[:, ... if group is None else group[i] != group[j]]
 
     return candidates
 
@@ -110,7 +120,10 @@ def _by_sketches(encodings: csr_matrix, least: int) -> Candidates:
     margin = float(largest_error(norms, norms, BUCKETS, 2.0**-22).max())
     reach = (least / UNIT * float(power_of_two(sketches)) ** 2 - margin) * (1 - 2 * COARSE[dtype])
 
-    def candidates(start: int) -> Iterator[np.ndarray]:
-        yield (rounded[start : start + COMPARED] @ rounded[start:].T >= reach).nonzero().numpy().T + start
+    def candidates(start: int, group: np.ndarray | None) -> Iterator[np.ndarray]:
+        likely = rounded[start : start + COMPARED] @ rounded[start:].T >= reach
+        if group is not None:
+            likely &= torch.from_numpy(group[start : start + COMPARED, None] != group[start:])
+        yield likely.nonzero().numpy().T + start
 
     return candidates

@@ -3,11 +3,13 @@
 Step 7 of EMCC (arXiv 2412.19134): d_ij = 1 - s / (2 - s), s = sum_l min(v_il, v_jl).
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from ._checks import check_csr, check_device, check_number, check_vector
-from ._overlaps import pairs_on_device
+from ._overlaps import Groups, pairs_on_device
 from ._overlaps_cpu import pairs_on_host
 from ._triton import use_triton
 
@@ -47,22 +49,8 @@ def jaccard_neighbors_reference(
     indptr: Tensor, indices: Tensor, values: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`jaccard_neighbors` in sparse products on the host: the specification and the CPU path."""
-    return graph_of(jaccard_pairs(indptr, indices, values, eps, reference=True), len(indptr) - 1)
-
-
-def graph_of(pairs: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j: (2, pairs)."""
-    i, j = pairs
-    rows = torch.arange(size + 1, device=i.device)
-    keys = i.new_empty(2 * len(i) + size)  # in place, because pairs may be many times the rows
-    torch.add(j, i, alpha=size, out=keys[: len(i)])
-    torch.add(i, j, alpha=size, out=keys[len(i) : 2 * len(i)])
-    keys[2 * len(i) :] = rows[:-1] * (size + 1)
-    if keys.is_cuda:
-        keys = keys.sort().values
-    else:
-        keys.numpy().sort()
-    return torch.searchsorted(keys, rows * size), keys.remainder_(max(size, 1))
+    check_csr(indptr, indices, values)
+    return _graph(pairs_on_host(indptr, indices, values, eps), indptr)
 
 
 def jaccard_pairs(
@@ -70,29 +58,40 @@ def jaccard_pairs(
     indices: Tensor,
     values: Tensor,
     eps: float,
+    groups: Groups = lambda: None,
     turn: int = 0,
     turns: int = 1,
-    reference: bool = False,
-) -> Tensor:
-    """The pairs (i, j), i < j, within eps: (2, pairs) int64. Arguments as for `jaccard_neighbors`.
+) -> Iterator[Tensor]:
+    """The pairs (i, j), i < j, within eps in portions (2, some) int64. Arguments as for `jaccard_neighbors`.
 
-    turn, turns: return one part of `turns`. Parts take strips of rows in turn, because early strips contain
-    more pairs i < j. reference: search on the host.
+    groups: gives each row's group, an array (N,), or None. Portions ask anew, and omit pairs within a group.
+    turn, turns: give one part of `turns`, which take strips of rows in turn.
     """
     check_csr(indptr, indices, values)
     size = len(indptr) - 1
     if eps == 1:
-        return torch.triu_indices(size, size, 1, device=indptr.device)[:, turn::turns]
-    if len(indices) == 0:
-        return indices.new_empty(2, 0)
-    find = pairs_on_device if use_triton(values) and not reference else pairs_on_host
-    with torch.cuda.device_of(values):
-        return find(indptr, indices, values, eps, turn, turns)
+        yield torch.triu_indices(size, size, 1, device=indptr.device)[:, turn::turns]
+    elif len(indices):
+        with torch.cuda.device_of(values):
+            find = pairs_on_device if use_triton(values) else pairs_on_host
+            yield from find(indptr, indices, values, eps, groups, turn, turns)
+
+
+def _graph(portions: Iterable[Tensor], indptr: Tensor) -> tuple[Tensor, Tensor]:
+    """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j in portions (2, some)."""
+    size, rows = len(indptr) - 1, torch.arange(len(indptr), device=indptr.device)
+    i, j = torch.cat([rows.new_empty(2, 0), *portions], 1)
+    keys = torch.cat([i * size + j, j * size + i, rows[:-1] * (size + 1)])
+    if keys.is_cuda:
+        keys = keys.sort().values
+    else:
+        keys.numpy().sort()
+    return torch.searchsorted(keys, rows * size), keys.remainder_(max(size, 1))
 
 
 @torch.library.custom_op("ecul::jaccard_neighbors", mutates_args=())
 def _jaccard_neighbors(indptr: Tensor, indices: Tensor, values: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return graph_of(jaccard_pairs(indptr, indices, values, eps), len(indptr) - 1)
+    return _graph(jaccard_pairs(indptr, indices, values, eps), indptr)
 
 
 @_jaccard_neighbors.register_fake

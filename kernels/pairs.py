@@ -20,8 +20,8 @@ def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
     Args:
         x: (M, D) float32, bfloat16 or float16.
         y: (N, D), the same dtype; may be `x` itself.
-        rows: (P,) int64, rows of `x`, ascending.
-        columns: (P,) int64, rows of `y`, no pair twice. Negative ones are skipped.
+        rows: (P,) int64, rows of `x`, ascending unless y is x.
+        columns: (P,) int64, rows of `y`, no pair twice unless y is x. Negative ones are skipped.
 
     Returns:
         (P,) float64; minus infinity at negative columns.

@@ -23,6 +23,7 @@ from ecul.clustering import (
     reciprocal_encodings,
     unit_rows,
 )
+from ecul.common.density import Density
 from ecul.kernels import topk_similarity
 
 
@@ -219,6 +220,28 @@ def test_dbscan_equals_scikit_learn_on_any_graph(seed, size, spread, min_samples
     labels = dbscan(np.cumsum([0, *near.sum(1)]), np.nonzero(near)[1], min_samples)
     assert labels.dtype == np.int64
     np.testing.assert_array_equal(labels, expected)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 60), st.integers(1, 6), st.integers(1, 4), st.integers(0, 40))
+def test_dbscan_of_portions_equals_scikit_learn(seed, size, min_samples, most, held):
+    """Pairs in any order, a few at a time; those within a group may be missing. A point may stand for many."""
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(1, most + 1, size)
+    near = np.triu(rng.random((size, size)) < rng.random() / 4, 1)
+    which = np.arange(size).repeat(weights)
+    whole = (near | near.T | np.eye(size, dtype=bool))[which][:, which]
+    expected = oracle_dbscan(1.0 - whole, 0.5, min_samples) if size else np.empty(0, int)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ecul.common.density.HELD", held)
+        found, pairs = Density(weights, min_samples), rng.permutation(np.stack(near.nonzero()), axis=1)
+        for portion in np.array_split(pairs, 1 + size // 5, axis=1):
+            if found.groups is not None:
+                i, j = found.groups[portion]
+                portion = portion[:, (i != j) | (rng.random() < 0.5)]
+            found.add(portion)
+            assert found.pairs.shape[1] <= 2 * size * min_samples + held
+        labels = found.labels().numpy()
+    np.testing.assert_array_equal(labels[which], expected)
 
 
 def test_half_sets_round_half_to_even_as_published():

@@ -11,18 +11,23 @@ from ecul.common.sparse import CSR, STRIP_ROWS, spans
 from ecul.kernels._overlaps import in_units, least_overlap
 
 
-def equal_rows(points: Tensor) -> Tensor:
-    """(N,) int64: for each row of points (N, D) on the grid the first row that is equal to it."""
+def distinct_rows(points: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of points (N, D) on the grid, equal ones once; and (N,) int64, for each point its row there.
+
+    The rows stay in the order of their first points.
+    """
     weights = _random(2**20, points.shape[1], points.device).double()
     codes = torch.cat([rows.double() @ weights for rows in points.split(FEATURE_ROWS)])  # exact sums
-    return _first_of(codes, lambda rows, firsts: (points[rows] == points[firsts]).all(1))
+    first = _first_of(codes, lambda rows, firsts: (points[rows] == points[firsts]).all(1))
+    rows, group = first.unique(return_inverse=True)
+    return points[rows] if len(rows) < len(points) else points, group
 
 
 def nearest_members(values: Tensor, groups: Tensor, group: Tensor, k: int) -> Tensor:
     """The k nearest points of each row, (rows, k) int64, given its nearest groups of equal points.
 
     values, groups: (rows, few), the similarity of these groups and their numbers. group: (N,) the group of
-    each point; groups are numbered in the order of their first points. Ties go to the point of lower index.
+    each point, from `distinct_rows`. Ties go to the point of lower index.
     """
     members, sizes = group.argsort(stable=True), group.bincount()
     starts, sizes, found = sizes.cumsum(0) - sizes, sizes.clamp(max=k), []

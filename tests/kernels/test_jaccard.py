@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
 from ecul.kernels import _overlaps, _overlaps_cpu, jaccard_neighbors, jaccard_neighbors_reference
+from ecul.kernels.jaccard import jaccard_pairs
 
 WORLD = {
     "seed": st.integers(0, 10**6),
@@ -161,6 +162,29 @@ def test_torch_compile_keeps_it_in_one_graph(device):
     assert_graph(graph, dense_distance(random_encodings(1, 12, 5)) <= 0.5)
 
 
+@pytest.mark.parametrize("sketched", [0, 10**9], ids=["sketches", "first entries"])
+@pytest.mark.parametrize("room", [1, 128])
+def test_portions_hold_every_pair_once_but_those_within_a_group(device, monkeypatch, few, sketched, room):
+    """Rows that are alike: all pairs are within eps. Groups that are known late only save the rest."""
+    for module, name, size in (
+        (_overlaps_cpu, "COMPARED", 3), (_overlaps_cpu, "SKETCHED", sketched),
+        (_overlaps, "OVERLAPS", 40), (_overlaps, "FOUND", room),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, size)
+    size = few(11, 40)
+    encodings = as_arguments(random_encodings(2, size, 8) * 0.1 + 0.9 * (np.arange(size) == 0), device)
+    wanted, group = set(zip(*np.triu_indices(size, 1), strict=True)), np.arange(size)
+    for known in (None, group // 2, group * 0):
+        portions = jaccard_pairs(*encodings, 0.3, lambda known=known: known)
+        found = [pair for pairs in portions for pair in pairs.T.tolist()]
+        left = {(i, j) for i, j in wanted if known is None or known[i] != known[j]}
+        assert len(found) == len(left) and set(map(tuple, found)) == left
+    for turns in (2, 3):
+        parts = [jaccard_pairs(*encodings, 0.3, lambda: None, turn, turns) for turn in range(turns)]
+        found = [pair for part in parts for pairs in part for pair in pairs.T.tolist()]
+        assert len(found) == len(wanted) and set(map(tuple, found)) == wanted
+
+
 @pytest.mark.host
 @pytest.mark.parametrize("sketched", [0, 10**9], ids=["sketches", "first entries"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,8 +204,8 @@ def test_every_way_to_find_candidates_finds_few_and_no_pair_is_lost(monkeypatch,
     def counted(*arguments):
         candidates = find(*arguments)
 
-        def portions(start):
-            for pairs in candidates(start):
+        def portions(*strip):
+            for pairs in candidates(*strip):
                 listed.append((pairs[0] < pairs[1]).sum())
                 yield pairs
 
