@@ -224,7 +224,7 @@ def test_dbscan_equals_scikit_learn_on_any_graph(seed, size, spread, min_samples
 
 @given(st.integers(0, 10**6), st.integers(0, 60), st.integers(1, 6), st.integers(1, 4), st.integers(0, 40))
 def test_dbscan_of_portions_equals_scikit_learn(seed, size, min_samples, most, held):
-    """Pairs in any order, a few at a time; those within a group may be missing. A point may stand for many."""
+    """Pairs in any order, a few at a time; those within a group may be missing. Points have weights."""
     rng = np.random.default_rng(seed)
     weights = rng.integers(1, most + 1, size)
     near = np.triu(rng.random((size, size)) < rng.random() / 4, 1)
