@@ -76,7 +76,7 @@ def report(
     dataset = saved.open(root) if dataset is None else dataset
     saved.require_same(dataset)
     model = (model or load_model(saved.directory)).to(choose_device(device))
-    folder.mkdir(exist_ok=True)
+    pictures.prepare_picture(folder / "curves.png")
     sections, verdict = _image_sections(folder, saved, dataset, model, (queries, top), progress)
     pictures.draw_curves(folder / "curves.png", pictures.panels_of(saved.history), saved.config.epochs_intra)
     last = saved.history[-1]
