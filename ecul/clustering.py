@@ -100,7 +100,7 @@ def emcc(
         encodings, first = distinct_encodings(encodings, eps, together)
         found = Density(first.bincount(minlength=len(first)).cpu().numpy(), min_samples)
         turn = (distributed.rank(), distributed.size()) if together else (0, 1)
-        for pairs in jaccard_pairs(*encodings, eps, lambda: found.groups, *turn):
+        for pairs in jaccard_pairs(encodings, eps, lambda: found.groups, *turn):
             found.add(pairs.cpu().numpy())
         if together:
             found.join(first.device)
@@ -128,7 +128,7 @@ def rank_neighbors(
     k = min(k, len(group))
     if k <= 1:
         return itself[:, None][:, :k]
-    values, near = topk_together(points, min(k, len(points)), distributed.team(together))
+    values, near = topk_together(points, points, min(k, len(points)), False, distributed.team(together))
     if len(points) < len(group):
         near = nearest_members(values, near, group, k)
     near = near[group]

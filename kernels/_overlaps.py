@@ -25,6 +25,7 @@ SORTED = 65536  # rows that are sorted at a time
 OVERLAPS = 2**25  # sums that are held at a time
 FOUND = 128  # room for pairs: so many for each row, and more if they do not fit
 BLOCK, WARPS = 256, 4
+CSR = tuple[Tensor, Tensor, Tensor]  # indptr, indices, values
 Groups = Callable[[], np.ndarray | None]  # gives each row's group as far as it is known
 Entries = tuple[Tensor, Tensor, Tensor]  # rows (int64), columns and units (int32)
 
@@ -135,10 +136,9 @@ def _measure(pairs, overlaps, indptr, cols, units, room, STEPS: tl.constexpr, BL
     tl.store(overlaps + pair, tl.sum(overlap, 0))
 
 
-def pairs_on_device(
-    indptr: Tensor, indices: Tensor, values: Tensor, eps: float, groups: Groups, turn: int, turns: int
-) -> Iterator[Tensor]:
+def pairs_on_device(csr: CSR, eps: float, groups: Groups, turn: int, turns: int) -> Iterator[Tensor]:
     """`jaccard_pairs` in the kernels. A portion is all strips, or as many as the room for pairs takes."""
+    indptr, indices, values = csr
     size, device, least = len(indptr) - 1, indptr.device, least_overlap(eps)
     rank = rarity(indices, size)
     cols, units, first = rare_first(indptr, indices, in_units(values), rank, least)

@@ -21,7 +21,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from ._overlaps import UNIT, Groups, in_units, least_overlap, rare_first, rarity, share_of
+from ._overlaps import CSR, UNIT, Groups, in_units, least_overlap, rare_first, rarity, share_of
 from ._shortlist import largest_error, power_of_two, random_order, round_rows
 from ._shortlist_cpu import COARSE, product_dtype
 
@@ -34,18 +34,10 @@ MEASURED = 4096  # candidates whose overlaps are computed at a time
 Candidates = Callable[[int, np.ndarray | None], Iterator[np.ndarray]]  # pairs (i, j) of COMPARED rows i
 
 
-def pairs_on_host(
-    indptr: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    eps: float,
-    groups: Groups = lambda: None,
-    turn: int = 0,
-    turns: int = 1,
-) -> Iterator[Tensor]:
+def pairs_on_host(csr: CSR, eps: float, groups: Groups, turn: int, turns: int) -> Iterator[Tensor]:
     """`jaccard_pairs` in sparse products, a strip of rows i in a thread at a time."""
-    size, device, least = len(indptr) - 1, indptr.device, least_overlap(eps)
-    indptr, indices, units = indptr.cpu(), indices.cpu(), in_units(values).cpu()
+    size, device, least = len(csr[0]) - 1, csr[0].device, least_overlap(eps)
+    indptr, indices, units = csr[0].cpu(), csr[1].cpu(), in_units(csr[2]).cpu()
     rank = rarity(indices, size)
     encodings = _matrix(indptr, indices, units, size)
     if _meetings(encodings, rank, least) < SKETCHED * size**2:

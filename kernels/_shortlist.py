@@ -136,24 +136,17 @@ Shortlist = tuple[Tensor, Tensor]  # (M, few) int32 columns, -1 for none; (M,) w
 
 
 class Team(NamedTuple):
-    """The processes that share a search.
+    """The processes that share a search."""
 
-    turn, turns: the number of this process, and how many there are.
-    join: `join(rows)` gives the rows of all processes, in the order of the processes.
-    """
-
-    turn: int = 0
-    turns: int = 1
-    join: Callable[[Tensor], Tensor] = lambda rows: rows
+    turn: int = 0  # the number of this process
+    turns: int = 1  # how many there are
+    join: Callable[[Tensor], Tensor] = lambda rows: rows  # the rows of all, in the order of the processes
 
     def largest(self, best: Tensor) -> Tensor:
         """The largest values of each row among those of all processes, as many as each gives: (rows, k)."""
         if self.turns == 1:
             return best
         return self.join(best[None]).movedim(0, 1).flatten(1).topk(best.shape[1]).values
-
-
-ALONE = Team()
 
 
 def random_order(count: int, device: torch.device | str = "cpu") -> Tensor:
@@ -229,13 +222,13 @@ def closest(
 
 
 def shortlist(
-    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team = ALONE
+    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team | None = None
 ) -> Shortlist:
     """The short lists of the rows of x; those of a team hold what this process found.
 
     Without a team the host does not wait for the device.
     """
-    (M, D), N = x.shape, y.shape[0]
+    (M, D), N, team = x.shape, y.shape[0], team or Team()
     width = next((w for w in (128, 32) if 2 * k * w <= N // PART[x.device.type]), 4)
     x_order, y_order = random_order(M, x.device), random_order(N, x.device)
     block, block_d = tile = OPTIONS["BLOCK"], OPTIONS["BLOCK_D"]

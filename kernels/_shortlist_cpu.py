@@ -13,20 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._shortlist import (
-    ALONE,
-    LOWEST,
-    MAXIMA,
-    PART,
-    ROOM,
-    Shortlist,
-    Team,
-    bounds,
-    closest,
-    largest_error,
-    random_order,
-    round_rows,
-)
+from ._shortlist import MAXIMA, PART, ROOM, Team, bounds, closest, largest_error, random_order, round_rows
 
 PRODUCTS = 2**22  # computed at a time
 HEIGHT, EVEN = 1024, 128  # rows of a strip: at most HEIGHT, and a multiple of EVEN if columns are many
@@ -50,9 +37,10 @@ def _has_float32() -> bool:
 
 
 def shortlist(
-    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team = ALONE
-) -> Shortlist:
+    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team | None = None
+) -> tuple[Tensor, Tensor]:
     """The short lists of the rows of x; those of a team hold what this process found."""
+    team = team or Team()
     coarse = product_dtype() == torch.bfloat16
     coarse = bool(team.join(torch.tensor([int(coarse)])).amax())  # one dtype on processors of any kind
     arguments = x, y, k, exclude_self, symmetric, team
@@ -60,14 +48,14 @@ def shortlist(
     again = overflowed.nonzero()[:, 0]
     if coarse and _has_float32() and len(again) > LEFT * len(x):
         some = again[:: len(again) // TRIED + 1]
-        if _search(x[some], y, k, False, False, ALONE, torch.float32)[1].float().mean() < 0.5:
+        if _search(x[some], y, k, False, False, Team(), torch.float32)[1].float().mean() < 0.5:
             return _search(*arguments, torch.float32)
     return lists, overflowed
 
 
 def _search(
     x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team, dtype: torch.dtype
-) -> Shortlist:
+) -> tuple[Tensor, Tensor]:
     M, N, D = len(x), *y.shape
     x_order, y_order = random_order(M).long(), random_order(N)
     y_rounded, *y_norms = round_rows(y, y_order, dtype, GROUP)
@@ -97,24 +85,20 @@ def _search(
     for strips in (early, own[len(early) :]):
         for start in strips:
             products, within = multiply(start, 0, part), slice(start, start + height)
-            fold = max(1, part // (MAXIMA * k))
-            maxima = products[: part // fold * fold].unflatten(0, (fold, -1)).amax(0).T.contiguous()
-            best = maxima.topk(min(k, maxima.shape[1])).values.float()  # of different columns
-            bound = bounds(best, k, margin[within], COARSE[dtype])
-            expected = (maxima >= bound[:, None]).sum(1) * (
-                N / part
-            )  # at least, if the part is like the whole
-            lists.bounds[within] = bound.masked_fill(expected > lists.room, torch.inf)
+            lists.bounds[within] = _first_bounds(products, k, margin[within], N / part, lists.room)
             lists.add(products, start, 0)
             if symmetric and start >= part:
                 lists.add(products.T, 0, start)
         lists.bounds = team.largest(lists.bounds.float()[:, None])[:, 0].to(dtype)
-    crowded = lists.bounds.isinf()
+    crowded = lists.bounds.isposinf()
     for start in own:
         end = min(start + height, rows) if symmetric else columns
         for first in range(part, end, width):
             last = min(first + width, end)
-            if symmetric and lists.full(start, end) and lists.full(first, last):
+            if (
+                symmetric
+                and min(lists.bounds[start:end].amin(), lists.bounds[first:last].amin()) == torch.inf
+            ):
                 continue
             products = multiply(start, first, last)
             lists.add(products, start, first)
@@ -128,19 +112,27 @@ def _search(
     return found[place], (overflowed | crowded)[place]
 
 
+def _first_bounds(products: Tensor, k: int, margin: Tensor, share: float, room: int) -> Tensor:
+    """The bounds of rows from their products with a part of the columns; infinity if the room is too small.
+
+    share: how many times as many all columns are.
+    """
+    coarse, fold = COARSE[products.dtype], max(1, len(products) // (MAXIMA * k))
+    maxima = products[: len(products) // fold * fold].unflatten(0, (fold, -1)).amax(0).T.contiguous()
+    best = maxima.topk(min(k, maxima.shape[1])).values.float()  # of different columns
+    bound = bounds(best, k, margin, coarse)
+    return bound.masked_fill((maxima >= bound[:, None]).sum(1) * share > room, torch.inf)
+
+
 class _Lists:
     """For each row a bound, and a list of the columns that reach it. A list that is full takes no more."""
 
     def __init__(self, rows: int, room: int, dtype: torch.dtype):
         self.room = room
-        self.bounds = torch.full((rows,), LOWEST).to(dtype)
+        self.bounds = torch.full((rows,), -torch.inf, dtype=dtype)
         self.columns = torch.empty((rows, room), dtype=torch.int32)
         self.scores = torch.empty((rows, room), dtype=dtype)
         self.counts = torch.zeros(rows, dtype=torch.int64)
-
-    def full(self, first: int, last: int) -> bool:
-        """Whether none of these rows takes more."""
-        return bool(self.bounds[first:last].amin() == torch.inf)
 
     def add(self, products: Tensor, first_row: int, first_column: int) -> None:
         """List the products, (columns, rows), that reach the bounds of their rows."""

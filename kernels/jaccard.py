@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_csr, check_device, check_number, check_vector
-from ._overlaps import Groups, pairs_on_device
+from ._overlaps import CSR, Groups, pairs_on_device
 from ._overlaps_cpu import pairs_on_host
 from ._triton import use_triton
 
@@ -49,32 +49,25 @@ def jaccard_neighbors_reference(
     indptr: Tensor, indices: Tensor, values: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`jaccard_neighbors` in sparse products on the host: the specification and the CPU path."""
-    check_csr(indptr, indices, values)
-    return _graph(pairs_on_host(indptr, indices, values, eps), indptr)
+    return _graph(jaccard_pairs((indptr, indices, values), eps, find=pairs_on_host), indptr)
 
 
 def jaccard_pairs(
-    indptr: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    eps: float,
-    groups: Groups = lambda: None,
-    turn: int = 0,
-    turns: int = 1,
+    csr: CSR, eps: float, groups: Groups = lambda: None, turn: int = 0, turns: int = 1, find=None
 ) -> Iterator[Tensor]:
-    """The pairs (i, j), i < j, within eps in portions (2, some) int64. Arguments as for `jaccard_neighbors`.
+    """The pairs (i, j), i < j, of `jaccard_neighbors` in portions, (2, some) int64.
 
     groups: gives each row's group, an array (N,), or None. Portions ask anew, and omit pairs within a group.
-    turn, turns: give one part of `turns`, which take strips of rows in turn.
+    turn, turns: give one part of `turns`, which take strips of rows in turn. find: on which device to search.
     """
-    check_csr(indptr, indices, values)
-    size = len(indptr) - 1
+    check_csr(*csr)
+    size = len(csr[0]) - 1
     if eps == 1:
-        yield torch.triu_indices(size, size, 1, device=indptr.device)[:, turn::turns]
-    elif len(indices):
-        with torch.cuda.device_of(values):
-            find = pairs_on_device if use_triton(values) else pairs_on_host
-            yield from find(indptr, indices, values, eps, groups, turn, turns)
+        yield torch.triu_indices(size, size, 1, device=csr[0].device)[:, turn::turns]
+    elif len(csr[1]):
+        with torch.cuda.device_of(csr[2]):
+            find = find or (pairs_on_device if use_triton(csr[2]) else pairs_on_host)
+            yield from find(csr, eps, groups, turn, turns)
 
 
 def _graph(portions: Iterable[Tensor], indptr: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +84,7 @@ def _graph(portions: Iterable[Tensor], indptr: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("ecul::jaccard_neighbors", mutates_args=())
 def _jaccard_neighbors(indptr: Tensor, indices: Tensor, values: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _graph(jaccard_pairs(indptr, indices, values, eps), indptr)
+    return _graph(jaccard_pairs((indptr, indices, values), eps), indptr)
 
 
 @_jaccard_neighbors.register_fake

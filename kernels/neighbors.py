@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_matrix, check_number
-from ._shortlist import ALONE, Team, shortlist
+from ._shortlist import Team, shortlist
 from ._shortlist_cpu import shortlist as shortlist_on_cpu
 from ._triton import REFERENCE, rows_contiguous, same_rows, use_triton
 from .pairs import pair_similarity
@@ -47,21 +47,15 @@ def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) ->
 
 
 @torch.no_grad()
-def topk_together(x: Tensor, k: int, team: Team) -> tuple[Tensor, Tensor]:
-    """`topk_similarity(x, x, k)` by a team: all give equal rows and get the whole result, for equal work."""
-    return _by_team(x, x, k, False, team)
-
-
-@torch.no_grad()
 def topk_similarity_reference(
     x: Tensor, y: Tensor, k: int, exclude_self: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`topk_similarity` in plain torch: the specification."""
-    return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device))
+    return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device), Team())
 
 
 def _by_strips(
-    x: Tensor, y: Tensor, k: int, exclude_self: bool, rows: Tensor, team: Team = ALONE
+    x: Tensor, y: Tensor, k: int, exclude_self: bool, rows: Tensor, team: Team
 ) -> tuple[Tensor, Tensor]:
     """The k best for these rows of `x`.
 
@@ -157,7 +151,8 @@ def _ranked(keys: Tensor) -> tuple[Tensor, Tensor]:
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
-def _by_team(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tuple[Tensor, Tensor]:
+def topk_together(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tuple[Tensor, Tensor]:
+    """`topk_similarity` by a team: all give equal arguments and get the whole result."""
     if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
             return _search(x, y, k, exclude_self, team)
@@ -167,7 +162,7 @@ def _by_team(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tu
 
 @torch.library.custom_op("ecul::topk_similarity", mutates_args=())
 def _topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    return _by_team(x, y, k, exclude_self, ALONE)
+    return topk_together(x, y, k, exclude_self, Team())
 
 
 @_topk_similarity.register_fake

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from ecul.kernels.neighbors import ALONE, Team
+from ecul.kernels.neighbors import Team
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
@@ -85,7 +85,7 @@ def join(rows: torch.Tensor) -> torch.Tensor:
 
 def team(together: bool = True) -> Team:
     """The processes that share a search of neighbours; this one alone if not together."""
-    return Team(rank(), size(), join) if together else ALONE
+    return Team(rank(), size(), join) if together else Team()
 
 
 def _collect(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:

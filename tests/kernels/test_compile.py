@@ -47,7 +47,7 @@ def update(rule, features, dtype=FULL):
 
 def graph():
     indptr, indices, values = torch.arange(71), torch.arange(70) // 7, torch.ones(70)
-    list(_overlaps.pairs_on_device(indptr, indices, values, 0.5, lambda: None, 0, 1))
+    list(_overlaps.pairs_on_device((indptr, indices, values), 0.5, lambda: None, 0, 1))
     found, whole = zeros(2, 3), zeros(9, dtype=torch.int32)  # as if three pairs were found
     options = {"STEPS": 9, "BLOCK": _overlaps.BLOCK, "num_warps": _overlaps.WARPS}
     _overlaps._measure[(1,)](found, whole, indptr, whole, whole, 3, **options)

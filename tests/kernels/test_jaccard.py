@@ -175,12 +175,12 @@ def test_portions_hold_every_pair_once_but_those_within_a_group(device, monkeypa
     encodings = as_arguments(random_encodings(2, size, 8) * 0.1 + 0.9 * (np.arange(size) == 0), device)
     wanted, group = set(zip(*np.triu_indices(size, 1), strict=True)), np.arange(size)
     for known in (None, group // 2, group * 0):
-        portions = jaccard_pairs(*encodings, 0.3, lambda known=known: known)
+        portions = jaccard_pairs(encodings, 0.3, lambda known=known: known)
         found = [pair for pairs in portions for pair in pairs.T.tolist()]
         left = {(i, j) for i, j in wanted if known is None or known[i] != known[j]}
         assert len(found) == len(left) and set(map(tuple, found)) == left
     for turns in (2, 3):
-        parts = [jaccard_pairs(*encodings, 0.3, lambda: None, turn, turns) for turn in range(turns)]
+        parts = [jaccard_pairs(encodings, 0.3, lambda: None, turn, turns) for turn in range(turns)]
         found = [pair for part in parts for pairs in part for pair in pairs.T.tolist()]
         assert len(found) == len(wanted) and set(map(tuple, found)) == wanted
 

@@ -335,7 +335,7 @@ def test_a_team_finds_what_one_finds(device, few, turns, size, k):
     x = on_grid(unit(min(size, few(150, size)), 24, 31, device=device))
     x[len(x) // 2 :: 2] = x[0]
     want = topk_similarity_reference(x, x, k)
-    for got in by_team(turns, lambda team: topk_together(x, k, team)):
+    for got in by_team(turns, lambda team: topk_together(x, x, k, False, team)):
         assert all(map(torch.equal, got, want))
 
 
@@ -345,7 +345,7 @@ def test_a_team_with_too_short_lists_or_of_references_finds_the_same(monkeypatch
     want = topk_similarity_reference(x, x, 5)
     for module, name, value in ((_shortlist_cpu, "ROOM", 1), (neighbors, "REFERENCE", True)):
         monkeypatch.setattr(module, name, value)
-        for got in by_team(3, lambda team: topk_together(x, 5, team)):
+        for got in by_team(3, lambda team: topk_together(x, x, 5, False, team)):
             assert all(map(torch.equal, got, want))
 
 
@@ -356,7 +356,7 @@ def test_a_team_of_unequal_processors_multiplies_in_one_dtype(monkeypatch):
     monkeypatch.setattr(_shortlist_cpu, "product_dtype", lambda: next(kinds))
     monkeypatch.setattr(_shortlist_cpu, "_search", lambda *a: used.append(a[-1]) or search(*a))
     x = on_grid(unit(300, 24, 31))
-    for got in by_team(turns, lambda team: topk_together(x, 5, team)):
+    for got in by_team(turns, lambda team: topk_together(x, x, 5, False, team)):
         assert all(map(torch.equal, got, topk_similarity_reference(x, x, 5)))
     assert used == [torch.bfloat16] * 2
 
