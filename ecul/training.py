@@ -167,15 +167,13 @@ def train_batches(
     """Run the epoch's batches; returns the mean of each loss and the number of views embedded.
 
     Under autocast the losses take the products of half precision, as the network does: `memory_contrast`.
-    Its cache of weights is off: around another autocast it would keep the weights of the first step.
     """
     device = next(forward.parameters()).device
     totals: dict[str, torch.Tensor] = {}
     steps, views = 0, 0
     forward.train()
     for batch in logs.progress(config.iterations, "batches", "step", not distributed.rank(), batches):
-        half = uses_bf16(config, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(config, device)):
             x = embed_batch(forward, batch)
             losses = {term.name: term.loss(x, batch) for term in terms}
         optimizer.zero_grad(set_to_none=True)

@@ -440,7 +440,7 @@ def test_the_losses_run_in_the_precision_of_the_network(precision, dataset, monk
     assert len(found) >= 8 and set(found) == {precision == "bf16"}
 
 
-def test_every_step_and_extraction_in_half_precision_takes_the_weights_of_the_step_before(dataset):
+def test_every_step_extraction_and_hook_in_half_precision_takes_the_present_weights(dataset):
     """Autocast caches half copies of the weights, within another autocast for longer than a step."""
 
     class Watched(torch.nn.Module):
@@ -459,9 +459,15 @@ def test_every_step_and_extraction_in_half_precision_takes_the_weights_of_the_st
                 self.seen.append(torch.equal(found, now))
             return found
 
-    model = Watched()
-    train(dataset, tiny(precision="bf16", iterations=3, lr=0.1), model=model, device="cpu")
-    assert len(model.seen) >= 10 and all(model.seen)
+    def hook(row, backbone):
+        with torch.autocast("cpu", torch.bfloat16):
+            backbone.network(torch.ones(2, 3, 32, 16))
+
+    for precision in ("bf16", "fp32"):
+        model = Watched()
+        config = tiny(precision=precision, iterations=3, lr=0.1)
+        train(dataset, config, model=model, device="cpu", on_epoch=hook)
+        assert len(model.seen) >= (2 if precision == "fp32" else 12) and all(model.seen)
 
 
 def test_a_newcomer_is_warned_of_random_weights_and_of_a_large_network_on_a_cpu(dataset, caplog):

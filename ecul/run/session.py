@@ -134,7 +134,9 @@ def open_run(
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     data = dataset_fingerprint(dataset)
     hold = distributed.rank() == 0
-    with run_directory(output, hold) as directory, torch.autocast(place.type, enabled=False):
+    # off for the caller's autocast, and for the cache of every autocast in here: it would keep old weights
+    plain = torch.autocast(place.type, enabled=False, cache_enabled=False)
+    with run_directory(output, hold) as directory, plain:
         goes_on = directory is not None and holds_run(directory)
         if goes_on and not resume:
             told = "holds a run; resume it (--resume, resume=True) or choose another"
