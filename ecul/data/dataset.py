@@ -164,21 +164,28 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
 
 
 def _open_layout(name: str, root: Path, subset: bool, validation: Any, pack: Any, **options: Any) -> Dataset:
-    layout, splits = LAYOUTS[name], {}
+    layout, trial = LAYOUTS[name], options.get("trial")
     folder = Folder(root, layout.holds)
-    for split, entries in layout.reader(folder, **options).items():
+    found, splits = layout.reader(folder, **options), {}
+    for split, entries in found.items():
         if not entries:
             folder.fail(f"no image for {split.replace('_', ' ')} in {str(root)!r}")
         names, pids, camids = (list(column) for column in zip(*entries, strict=True))
-        source = Files(root, names, f"{name}-{split.replace('_', '-')}", pack)
-        splits[split] = Images(split.removeprefix("test_"), names, source, camids, pids)
+        modality, label = split.removeprefix("test_"), f"{name}{trial or ''}-{split.replace('_', '-')}"
+        held = names
+        if layout.shared:
+            held = sorted({entry.name for part in (modality, f"test_{modality}") for entry in found[part]})
+            label = f"{name}-{modality}"
+        row = {path: place for place, path in enumerate(held)}
+        rows = [row[path] for path in names]
+        splits[split] = Images(modality, names, Files(root, held, label, pack), camids, pids, rows)
     given = {"subset": subset or None, "pack": _absolute(pack), **options}
     whole = Dataset(
         name,
         str(root),
         **splits,
         protocol=layout.protocol or options.get("protocol"),
-        trial=options.get("trial"),
+        trial=trial,
         subset=subset,
         extra=tuple(folder.extra),
         options={option: value for option, value in given.items() if value is not None},

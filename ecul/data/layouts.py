@@ -209,7 +209,7 @@ class Layout:
     """A data set: the content of its root, its reader, its published counts.
 
     options: the reader's, with their defaults. protocol: how it is evaluated. counts: published identities
-    and images of each split.
+    and images of each split. shared: its trials split the same images, and share a pack for each modality.
     """
 
     holds: str
@@ -217,6 +217,7 @@ class Layout:
     options: dict[str, Any] = field(default_factory=dict)
     protocol: str | None = None
     counts: Counts = field(default_factory=dict)
+    shared: bool = False
 
 
 LAYOUTS = {
@@ -236,6 +237,7 @@ LAYOUTS = {
         options={"trial": 1},
         protocol="regdb",
         counts=_published(*[(206, 2_060)] * 4),
+        shared=True,
     ),
     # Zhang and Wang, CVPR 2023
     "llcm": Layout(

@@ -62,6 +62,9 @@ class Files:
     ):
         self.root, self.names, self.label, self.advice = Path(root), list(names), label, advice
         self.folder = self.root / ".ecul-pack" if pack is True else Path(pack) if pack else None
+        if self.folder and pack is not True:  # data sets may share it
+            key = hashlib.blake2b(os.fsencode(self.root.resolve()), digest_size=8).hexdigest()
+            self.label = f"{label}-{key}"
 
     def paths(self, rows: np.ndarray | None = None) -> list[Path]:
         """Where the images at `rows` lie, or all of them."""
@@ -94,7 +97,8 @@ class Files:
                     file.write(image.data)
         except OSError as error:
             told = "reading images directly; pack=<folder> packs elsewhere, pack=False silences this"
-            warnings.warn(f"cannot pack into {str(folder)!r}: {error}; {told}", stacklevel=2)
+            why = error.strerror or error  # without the pack's name: one warning a folder
+            warnings.warn(f"cannot pack into {str(folder)!r}: {why}; {told}", stacklevel=2)
             return None
         _remove_others(path, kind)
         return _mapped(path, shape)  # None where another process removed it
