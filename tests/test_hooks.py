@@ -15,6 +15,7 @@ from ecul import TwoStreamResNet, evaluate, open_dataset, train
 from ecul.cli import main, parser
 from ecul.common.weights import read_metadata
 from ecul.run.saved import read_run
+from ecul.tools.compare import compare
 
 
 def test_a_hook_takes_a_copy_of_the_row_and_the_model_if_it_wants(dataset, tmp_path):
@@ -32,6 +33,8 @@ def test_a_hook_takes_a_copy_of_the_row_and_the_model_if_it_wants(dataset, tmp_p
     assert same(plain.model, watched.model)
     train(dataset, tiny(epochs_cross=0), on_epoch=lambda row, where=defaults: where.append(row["epoch"]))
     assert defaults == [0]  # what has a default is nobody's model
+    train(dataset, tiny(epochs_cross=0), on_epoch=(seen := {}).update)  # which has no signature
+    assert seen["epoch"] == 0
     for wrong in (lambda: None, lambda a, b, c: None, 5):
         with pytest.raises(TypeError, match="a function of a row, or of a row and the model"):
             train(dataset, tiny(), on_epoch=wrong)
@@ -101,6 +104,8 @@ def test_validation_people_are_held_out_and_only_watched(world, tmp_path):
     last = train(held, tiny(epochs_cross=1), validate=2)
     row = evaluate(last.model, held, progress=False).rows[0]
     assert last.history[1]["validation_mAP"] == row["mAP"]
+    (group,) = compare([tmp_path / "run"], device="cpu").groups  # of the published test people
+    assert group.figures["all mAP"] == [evaluate(run.model, whole, progress=False).rows[0]["mAP"]]
     assert row["caution"] == "not SYSU-MM01's own test set"
     with pytest.raises(ValueError, match="these are the published test images"):
         train(whole, tiny(), validate=1)
