@@ -258,12 +258,17 @@ def export(args: argparse.Namespace) -> None:
 
 @command(
     "Try k1 and eps on a model's features of the training images: clusters, outliers, label-free score.",
-    *DATASET, *MODEL, PRESET, DEVICE,
+    *DATASET, *MODEL, PRESET, PICTURE, DEVICE,
 )  # fmt: skip
 def tune(args: argparse.Namespace) -> None:
+    from ecul.report.pictures import prepare_picture
     from ecul.tools.tuning import tune_config
 
-    print(tune_config(*_trained(args)))
+    prepare_picture(args.output)
+    found = tune_config(*_trained(args))
+    print(found)
+    if args.output:
+        found.draw(args.output)
 
 
 @command(
