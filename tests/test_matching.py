@@ -120,9 +120,13 @@ def test_scale_kind_and_dtype_do_not_matter():
     [
         (np.ones((0, 4)), np.ones((2, 4)), "visible .* at least one cluster"),
         (np.ones((2, 4)), np.ones((0, 4)), "infrared .* at least one cluster"),
-        (np.zeros((2, 4)), np.ones((2, 4)), "visible centres must be finite and not zero"),
+        (
+            np.diag([1, 0, np.nan]),
+            np.eye(3),
+            r"visible centres .* not zero, got row 1 = \[0. 0. 0.\]",
+        ),
         (np.ones((2, 4)), np.full((2, 4), np.nan), "infrared centres must be finite"),
-        (np.ones((2, 4)), np.ones((2, 5)), "as many features"),
+        (np.ones((2, 4)), np.ones((2, 5)), "as many features as each other, got 4 and 5"),
     ],
 )
 def test_errors_name_the_side(visible, infrared, message):

@@ -11,7 +11,7 @@ from ecul import open_dataset, train
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from study.lines import BOTH, LINES, WORLDS  # noqa: E402
+from study.lines import FAMILY, LINES, WORLDS, family  # noqa: E402
 from study.runs import configure, supervise, train_shared  # noqa: E402
 from study.tables import differences, interval, of_the_way, table  # noqa: E402
 
@@ -20,7 +20,7 @@ from study.tables import differences, interval, of_the_way, table  # noqa: E402
 def test_no_two_lines_are_the_same(world):
     lines = [line for line in LINES if line not in ("untrained", "supervised")]
     assert len({configure(line, world, 0, None, {}) for line in lines}) == len(lines)
-    alone = configure("united, no cross-modality stage", world, 0, None, {})
+    alone = configure("+ EMCC (stage 1)", world, 0, None, {})
     assert alone.epochs_cross == 0 and alone.epochs == configure("united", world, 0, None, {}).epochs
 
 
@@ -31,9 +31,19 @@ def test_what_a_method_leaves_out_stays_out_on_every_world(world):
     assert configure("united", world, 0, None, {}).k3 is not None
 
 
+def test_every_seed_of_the_family_draws_a_world_of_its_own_within_the_ranges():
+    worlds = [family(seed) for seed in range(200)]
+    assert len({str(world) for world in worlds}) == 200 and family(3) == worlds[3]
+    assert {world["images"] for world in worlds} == {2, 3, 4, 5, 6}
+    assert all(150 <= world["identities"] <= 400 for world in worlds)
+    for name, (low, high) in FAMILY.items():
+        drawn = [world["gap"][name] for world in worlds]
+        assert 0.3 * low <= min(drawn) and 0.7 * high < max(drawn) <= high
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"method": "ecul"}, {"method": "mbccm"}, {"update_rule": "tsmem", **BOTH}],
+    [{}, {"method": "ecul"}, {"method": "mbccm"}, {"update_rule": "tsmem", "weight_joint": 0.7}],
 )
 def test_a_shared_first_stage_gives_the_weights_of_a_whole_run(fields, world, tmp_path):
     config = tiny(epochs_intra=2, epochs_cross=2, k_select=2, eps_joint=0.5, **fields)

@@ -183,7 +183,21 @@ def test_over_a_gap_the_hue_tells_part_of_the_reflectance():
     assert reflectance(-tinted) < 0.5 < reflectance(tinted)
 
 
+def test_the_parts_of_a_gap_can_be_given_by_name():
+    """All of `GAP` is a gap of 1; waves change what is behind people, and no camera otherwise."""
+
+    def pixels(gap):
+        return render(5, 1, draw_camera(5, 1, gap), 2, (64, 32), gap)
+
+    assert np.array_equal(pixels(synthetic.GAP), pixels(1.0)) and np.array_equal(pixels({}), pixels(0.0))
+    plain, waved = pixels({}).astype(int), pixels({"clutter": 0.3}).astype(int)
+    assert np.abs(waved - plain)[:, :40, :4].mean() > 5
+    one, other = draw_camera(5, 1, {}), draw_camera(5, 1, {"clutter": 0.3})
+    assert all(np.array_equal(one[name], other[name]) for name in one.keys() - {"waves", "boxes"})
+
+
 WRONG = [
+    {"gap": {"laws": 0.1}}, {"gap": {"law": 1.1}}, {"gap": {"law": "wide"}}, {"gap": [0.1]},
     {"gap": -0.1}, {"gap": 1.1}, {"gap": float("nan")}, {"gap": True}, {"gap": "wide"},
     {"identities": 1}, {"identities": "many", "test_identities": None}, {"identities": 2.5},
     {"identities": True}, {"identities": 9999}, {"test_identities": 0}, {"images": 0}, {"seed": -1},

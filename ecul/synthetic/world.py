@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -31,7 +31,7 @@ VERSION = 2  # of what the files hold, constants included
 CAMERAS = (1, 2, 3, 4, 5, 6)
 SEEN_FROM_BEHIND = (2, 5, 6)
 # Each kind of thing has its own stream of random numbers, so that no kind depends on the number of another.
-_PERSON, _TONES, _CAMERA, _IMAGE, _MISSING, _SPLIT, _TYPE, _CLOTH, _LIGHT = range(9)
+_PERSON, _TONES, _CAMERA, _IMAGE, _MISSING, _SPLIT, _TYPE, _CLOTH, _LIGHT, _WALL = range(10)
 # What sets the modalities apart in a world whose gap is 1; another gap scales all of it.
 GAP = {
     "alike": 0.1,  # probability that a trait is not a person's own but that of one of TYPES people
@@ -40,6 +40,7 @@ GAP = {
     "weave": 0.05,  # brightness of a cloth's weave: it tells people apart, in infrared alone
     "slope": 0.3,  # how much brighter one side of a camera's picture is, at most
     "cast": 0.1,  # how far a camera's channels are off, at most
+    "clutter": 0.0,  # how bright the waves on a camera's wall and floor are, at most
 }
 TYPES = 24
 # What changes from image to image: the lowest and the highest value of each.
@@ -48,6 +49,7 @@ SHOT = {
     "zoom": (0.94, 1.04), "light": (0.88, 1.12), "sway": (-0.1, 0.1), "occluded": (0.0, 1.0),
     "side": (-1.0, 1.0), "kind": (0.0, 1.0), "gray": (0.1, 0.8),
 }  # fmt: skip
+Gap = float | Mapping[str, float]
 Camera = dict[str, Any]  # what all images of one camera share; lengths are fractions of the frame's height
 
 
@@ -59,7 +61,7 @@ def synthesize(
     images: int = 4,
     size: tuple[int, int] = (64, 32),
     seed: int = 0,
-    gap: float = 0.0,
+    gap: Gap = 0.0,
     progress: bool = True,
 ) -> str:
     """Render walking people as JPEG files under `root` and return `root` as a string.
@@ -71,8 +73,9 @@ def synthesize(
     identities: people in training (train + val), at least 2. test_identities: people held out, at least 1,
     default ``max(2, identities // 2)``. images: per person and camera; some people miss one or two cameras.
     size: (height, width) in pixels, at least (32, 16). seed: non-negative. gap: 0 to 1, how far apart the
-    modalities are; at 0 they share shape and pattern, at 1 they differ by all of `GAP`. An image depends on
-    the seed, the gap, its person, camera and number only.
+    modalities are; at 0 they share shape and pattern, at 1 they differ by all of `GAP`; or the values of
+    `GAP` by name, 0 to 1, where a missing one is 0. An image depends on the seed, the gap, its person,
+    camera and number only.
 
     The world is built beside `root` and renamed when complete; the next call removes what a killed one left.
     A complete world with the same parameters is left as it is. Raises ValueError for a parameter out of
@@ -109,10 +112,15 @@ def _check_parameters(
     held_out = max(2, identities // 2) if test_identities is None else test_identities
     if identities + held_out > 9999:
         raise ValueError(f"identities + test_identities must be at most 9999, got {identities} + {held_out}")
-    if isinstance(gap, bool) or not isinstance(gap, int | float | np.number) or not 0 <= gap <= 1:
-        raise ValueError(f"gap must be a number from 0 to 1, got {gap!r}")
+    values = gap if isinstance(gap, Mapping) else {"law": gap}
+    known = all(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in values.values())
+    if not known or not all(0 <= v <= 1 for v in values.values()) or not values.keys() <= GAP.keys():
+        raise ValueError(
+            f"gap must be a number from 0 to 1, or such numbers by {', '.join(GAP)}, got {gap!r}"
+        )
+    gap = {name: float(v) for name, v in gap.items()} if isinstance(gap, Mapping) else float(gap)
     whole = {"identities": identities, "test_identities": held_out, "images": images, "seed": seed}
-    return {name: int(n) for name, n in whole.items()} | {"size": [*map(int, size)], "gap": float(gap)}
+    return {name: int(n) for name, n in whole.items()} | {"size": [*map(int, size)], "gap": gap}
 
 
 def _holds_world(root: Path, parameters: dict[str, Any]) -> bool:
@@ -213,16 +221,22 @@ def _write_job(root: Path, parameters: dict[str, Any], pid: int, camera: Camera)
         pillow().fromarray(pixels).save(folder / f"{n:04d}.jpg", quality=90)
 
 
-def draw_camera(seed: int, camid: int, gap: float = 0.0) -> Camera:
+def spread(gap: Gap) -> Mapping[str, float]:
+    """How far apart the modalities are, by the names of `GAP`."""
+    return dict.fromkeys(GAP, 0.0) | gap if isinstance(gap, Mapping) else {n: gap * v for n, v in GAP.items()}
+
+
+def draw_camera(seed: int, camid: int, gap: Gap = 0.0) -> Camera:
     """The camera of this number in the world of this seed and gap."""
-    rng, light = (np.random.default_rng([seed, stream, camid]) for stream in (_CAMERA, _LIGHT))
+    streams, apart = (_CAMERA, _LIGHT, _WALL), spread(gap)
+    rng, light, waves = (np.random.default_rng([seed, stream, camid]) for stream in streams)
     channels = 1 if camid in SYSU_CAMERAS["infrared"] else 3
 
     def tone(middle: float | np.ndarray) -> np.ndarray:
         return middle + rng.uniform(-0.2, 0.2) + rng.uniform(-0.06, 0.06, channels).astype(np.float32)
 
     wall = tone(0.5)
-    cast = 1 + gap * GAP["cast"] * light.uniform(-1, 1, channels).astype(np.float32)
+    cast = 1 + apart["cast"] * light.uniform(-1, 1, channels).astype(np.float32)
     return {
         "camid": camid,
         "gain": rng.uniform(0.9, 1.15) * rng.uniform(0.92, 1.08, channels).astype(np.float32) * cast,
@@ -240,11 +254,13 @@ def draw_camera(seed: int, camid: int, gap: float = 0.0) -> Camera:
             for _ in range(4)
         ],
         # how much brighter it is to the right and downwards, per half a height
-        "slope": gap * GAP["slope"] * light.uniform(-1, 1, 2).astype(np.float32),
+        "slope": apart["slope"] * light.uniform(-1, 1, 2).astype(np.float32),
+        # the direction, the period, the phase and the height of each wave
+        "waves": waves.uniform([0, 0.06, 0, 0], [np.pi, 0.4, 1, apart["clutter"]], (3, 4)).astype(np.float32),
     }
 
 
-def appearance(seed: int, pid: int, channels: int, gap: float = 0.0) -> tuple[Person, Tones]:
+def appearance(seed: int, pid: int, channels: int, gap: Gap = 0.0) -> tuple[Person, Tones]:
     """A person's traits and tones as one modality shows them (visible has 3 channels, infrared 1).
 
     Without a gap both modalities show the same traits, and the tones of one tell nothing about the other's.
@@ -254,21 +270,22 @@ def appearance(seed: int, pid: int, channels: int, gap: float = 0.0) -> tuple[Pe
         return np.random.default_rng([seed, *stream])
 
     person, tones = draw_traits(rng(_PERSON, pid)), draw_tones(rng(_TONES, pid, channels), channels)
-    if gap == 0:
+    apart = spread(gap)
+    if not any(apart.values()):
         return person, tones
     own = rng(_TYPE, pid)
-    person = mixed(person, draw_traits(rng(_TYPE, 0, int(own.integers(TYPES)))), own, gap * GAP["alike"])
+    person = mixed(person, draw_traits(rng(_TYPE, 0, int(own.integers(TYPES)))), own, apart["alike"])
     if channels == 1:
         cloth = rng(_CLOTH, pid)
-        person = mixed(person, draw_traits(cloth), cloth, gap * GAP["redrawn"], figures.CLOTH)
+        person = mixed(person, draw_traits(cloth), cloth, apart["redrawn"], figures.CLOTH)
         for name, colour in draw_tones(rng(_TONES, pid, 3), 3).items():
-            tones[name] += gap * GAP["law"] * (figures.reflectance(colour) - tones[name])
-        tones["weave"] = cloth.uniform([0, 0.06, 0.0], [np.pi, 0.14, gap * GAP["weave"]]).astype(np.float32)
+            tones[name] += apart["law"] * (figures.reflectance(colour) - tones[name])
+        tones["weave"] = cloth.uniform([0, 0.06, 0.0], [np.pi, 0.14, apart["weave"]]).astype(np.float32)
     return person, tones
 
 
 def render(
-    seed: int, pid: int, camera: Camera, images: int, size: tuple[int, int], gap: float = 0.0
+    seed: int, pid: int, camera: Camera, images: int, size: tuple[int, int], gap: Gap = 0.0
 ) -> np.ndarray:
     """The images of one person before one camera: uint8 (images, H, W, 3); infrared has equal channels."""
     channels = len(camera["gain"])
@@ -299,6 +316,9 @@ def _draw_backdrop(canvas: Canvas, camera: Camera) -> None:
     canvas.paint(camera["horizon"] - canvas.y, camera["floor"])
     for x, y, half, tall, tone in camera["boxes"]:
         canvas.paint(canvas.trapezoid(x, y, y + tall, half, half), tone)
+    for turn, period, phase, high in camera["waves"]:
+        along = canvas.x * np.cos(turn) + canvas.y * np.sin(turn)
+        canvas.pixels[:] += high * np.sin(2 * np.pi * (along / period + phase))[..., None]
 
 
 def _draw_obstacle(canvas: Canvas, shot: dict[str, np.ndarray]) -> None:

@@ -46,12 +46,12 @@ def configure(line: str, world: str, seed: int, weights: str | None, overrides: 
     """The configuration of a line on a world; fields that its method sets to None stay None."""
     own = LINES[line][1]
     left_out = {k: v for k, v in METHODS[own.get("method", "united")].items() if v is None}
-    fields = {"weights": weights, **WORLDS[world].fields, **left_out, **own, **overrides, "seed": seed}
+    fields = {**WORLDS[world].fields, **left_out, **own}
+    if fields.get("k3", 0) is None:
+        fields |= WORLDS[world].plain
+    fields |= {"weights": weights, **overrides, "seed": seed}
     whole = fields.pop("stages", 2) == 1
-    scaled = [(fields.pop(word, ()), factor) for word, factor in (("halved", 0.5), ("doubled", 2))]
     config = Config.preset(PRESET, **fields)
-    for names, factor in scaled:
-        config = config.replace(**{name: int(factor * getattr(config, name)) for name in names})
     return config.replace(epochs_intra=config.epochs, epochs_cross=0) if whole else config
 
 
