@@ -30,9 +30,10 @@ DATASET = (
     arg("root", help="the folder of the data set, as downloaded"),
     OPTION,
     arg(
-        "--skip-unreadable", action="append_const", dest="option", const=("skip_unreadable", True), help=SKIP
+        "--skip-unreadable", action="append_const", dest="option", const=("skip_unreadable", True),
+        help=f"folders: {SKIP}",
     ),
-)
+)  # fmt: skip
 MODEL = (
     arg("--model", help="a run directory, a directory of save_pretrained, or a model.safetensors"),
     arg("model", nargs="?", default=argparse.SUPPRESS, help="the same without --model"),
