@@ -18,6 +18,7 @@ __all__ = ["main", "parser"]
 log = logging.getLogger("ecul")
 POOLING = "how the model pools; needed where the file does not say: gem for ADCA and PGM, avg for AGW's base"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
+LOGS = "also write log.csv or TensorBoard's files into the run directory; may be repeated"
 SKIP = "leave out images that cannot be read, and list them"
 FLAG: dict[str, Any] = {"action": "store_true"}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
@@ -60,6 +61,7 @@ SKIPPING = arg("--skip-unreadable", **FLAG, help=f"{SKIP}; the default for a run
     arg("--resume", **FLAG, help="continue the run, with its settings unless --preset or --config is given"),
     arg("--config", metavar="FILE", help="settings to start from, such as a run's config.json"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
+    arg("--log", choices=("csv", "tensorboard"), action="append", default=[], help=LOGS),
     arg("--trials", type=numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),
     arg("--set", **PAIRS, metavar="FIELD=VALUE", help="of Config, such as size=[256,128]; may be repeated"),
 )  # fmt: skip
@@ -67,6 +69,7 @@ def train(args: argparse.Namespace) -> None:
     from ecul.common import distributed
     from ecul.config import read_fields
     from ecul.data.layouts import LAYOUTS
+    from ecul.run.log import logger
     from ecul.run.saved import find_run, trial_directory
 
     given = {**({} if args.method is None else {"method": args.method}), **dict(args.set)}
@@ -83,7 +86,9 @@ def train(args: argparse.Namespace) -> None:
         if args.config and method and given.get("method", method) != method:
             raise ValueError(f"--config has the fields of method {method}: leave out --method, or --config")
         config = Config.preset(args.preset or dataset.protocol or "sysu", **{**fields, **given})
+        hooks = [logger(kind, output) for kind in args.log]
         about = {"resume": args.resume, "device": args.device, "validate": args.validate}
+        about["on_epoch"] = lambda row, hooks=hooks: [hook(row) for hook in hooks]
         done = ecul.train(dataset, config, output=output, **about)
         if distributed.rank() == 0:
             epochs = len(done.history)
@@ -254,12 +259,17 @@ def export(args: argparse.Namespace) -> None:
 
 @command(
     "Try k1 and eps on a model's features of the training images: clusters, outliers, label-free score.",
-    *DATASET, *MODEL, PRESET, DEVICE,
+    *DATASET, *MODEL, PRESET, PICTURE, DEVICE,
 )  # fmt: skip
 def tune(args: argparse.Namespace) -> None:
+    from ecul.report.pictures import prepare_picture
     from ecul.tools.tuning import tune_config
 
-    print(tune_config(*_trained(args)))
+    prepare_picture(args.output)
+    found = tune_config(*_trained(args))
+    print(found)
+    if args.output:
+        found.draw(args.output)
 
 
 @command(

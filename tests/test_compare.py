@@ -1,5 +1,7 @@
 """Runs side by side: what differs, means over seeds, and tables in every form."""
 
+import csv
+import io
 import json
 import shutil
 
@@ -66,11 +68,14 @@ def test_without_images_there_are_score_and_time(runs, tmp_path, caplog):
 def test_the_command_prints_every_form_and_draws(runs, world, capsys, tmp_path):
     command = ["compare", *(str(runs / name) for name in "abc"), "--device", "cpu"]
     told = {}
-    for form in ("text", "latex", "json"):
+    for form in ("text", "markdown", "csv", "latex", "json"):
         assert main([*command, "--format", form]) == 0
         told[form] = capsys.readouterr().out
     rows = json.loads(told["json"])["rows"]
+    table = list(csv.DictReader(io.StringIO(told["csv"])))
+    assert [float(row["all mAP"]) for row in table] == [row["all mAP"] for row in rows]
     cell = f"{rows[0]['all mAP']:.2f} ± {rows[0]['all mAP std']:.2f}"
+    assert f"| {cell} |" in told["markdown"]
     assert cell in told["text"] and cell.replace("±", r"$\pm$") in told["latex"]
     assert r"epochs\_cross" in told["latex"] and told["latex"].count(r"\\") == 3
     assert f"{rows[1]['all mAP']:.2f}  " in told["text"]  # one run has no deviation
@@ -79,8 +84,9 @@ def test_the_command_prints_every_form_and_draws(runs, world, capsys, tmp_path):
     assert main([*command, "-o", str(tmp_path / "curves.png")]) == 0
     assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 5
     evaluated = ["evaluate", "sysu", world, "--model", str(runs / "a"), "--device", "cpu"]
-    assert main([*evaluated, "--format", "latex"]) == 0
-    assert "mode & rank1 &" in capsys.readouterr().out
+    for form, start in (("latex", "mode & rank1 &"), ("markdown", "| mode | rank1 |")):
+        assert main([*evaluated, "--format", form]) == 0
+        assert start in capsys.readouterr().out
 
 
 def test_the_curves_are_means_over_runs_with_their_deviation(runs, monkeypatch, tmp_path):
@@ -109,8 +115,12 @@ def test_the_curves_are_means_over_runs_with_their_deviation(runs, monkeypatch, 
 
 
 def test_tables_escape_what_a_form_means():
-    lines = [["a", "50 %"], ["x_1", "1 ± 2"]]
-    latex = render_table("latex", "", lines, [])
+    lines, rows = [["a|b", "50 %"], ["x_1", "1 ± 2"]], [{"a|b": "x,1"}, {"other": 2}]
+    assert render_table("markdown", "told", lines, rows) == (
+        "told\n\n| a\\|b | 50 % |\n| --- | --- |\n| x_1 | 1 ± 2 |"
+    )
+    assert render_table("csv", "", lines, rows) == 'a|b,other\n"x,1",\n,2'
+    latex = render_table("latex", "", lines, rows)
     assert r"x\_1 & 1 $\pm$ 2 \\" in latex and r"50 \%" in latex
     with pytest.raises(ValueError, match="expected one of text"):
         render_table("excel", "", lines, [])

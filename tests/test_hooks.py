@@ -1,9 +1,12 @@
 """What happens between epochs: a callback, validation, an early end, a longer run."""
 
+import csv
 import json
 import logging
 import re
 import shutil
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +18,7 @@ from ecul import TwoStreamResNet, evaluate, open_dataset, train
 from ecul.cli import main, parser
 from ecul.common.weights import read_metadata
 from ecul.run.saved import read_run
+from ecul.tools.compare import compare
 
 
 def test_a_hook_takes_a_copy_of_the_row_and_the_model_if_it_wants(dataset, tmp_path):
@@ -32,6 +36,8 @@ def test_a_hook_takes_a_copy_of_the_row_and_the_model_if_it_wants(dataset, tmp_p
     assert same(plain.model, watched.model)
     train(dataset, tiny(epochs_cross=0), on_epoch=lambda row, where=defaults: where.append(row["epoch"]))
     assert defaults == [0]  # what has a default is nobody's model
+    train(dataset, tiny(epochs_cross=0), on_epoch=(seen := {}).update)  # which has no signature
+    assert seen["epoch"] == 0
     for wrong in (lambda: None, lambda a, b, c: None, 5):
         with pytest.raises(TypeError, match="a function of a row, or of a row and the model"):
             train(dataset, tiny(), on_epoch=wrong)
@@ -101,6 +107,8 @@ def test_validation_people_are_held_out_and_only_watched(world, tmp_path):
     last = train(held, tiny(epochs_cross=1), validate=2)
     row = evaluate(last.model, held, progress=False).rows[0]
     assert last.history[1]["validation_mAP"] == row["mAP"]
+    (group,) = compare([tmp_path / "run"], device="cpu").groups  # of the published test people
+    assert group.figures["all mAP"] == [evaluate(run.model, whole, progress=False).rows[0]["mAP"]]
     assert row["caution"] == "not SYSU-MM01's own test set"
     with pytest.raises(ValueError, match="these are the published test images"):
         train(whole, tiny(), validate=1)
@@ -121,6 +129,41 @@ def test_lines_tell_how_far_it_is_how_long_and_what_each_term_gives(dataset, cap
     clusters = "/".join(f"{losses[f'loss_cluster_{m}']:.2f}" for m in ("visible", "infrared", "joint"))
     assert f"loss {sum(losses.values()):.3f} (cluster {clusters}, instance " in lines[1]
     assert f"consistency {losses['loss_consistency']:.2f}" in lines[1]
+
+
+def test_log_files_for_other_programs(world, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            written.append((self.folder, "closed"))
+
+        def add_scalar(self, name, value, step):
+            written.append((self.folder, name, value, step))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    command = ["train", "sysu", world, "-o", str(tmp_path / "run"), "--preset", "demo", "--device", "cpu"]
+    command += [part for k, v in TINY.items() for part in ("--set", f"{k}={json.dumps(v)}")]
+    command += ["--log", "csv", "--log", "tensorboard"]
+    assert main(command) == 2 and not (tmp_path / "run").exists()  # no such package
+    module.SummaryWriter = SummaryWriter
+    assert main(command) == 0
+    log = read_run(tmp_path / "run").history
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 2 and {*table[0]} == {*log[0], *log[1]}
+    for row, line in zip(log, table, strict=True):
+        assert {k: float(v) for k, v in line.items() if v} == {k: float(v) for k, v in row.items()}
+    place = str(tmp_path / "run" / "tensorboard")
+    assert (place, "loss/cluster_visible", log[1]["loss_cluster_visible"], 2) in written
+    assert len(written) == sum(map(len, log)) + 2 and written[-1] == (place, "closed")
 
 
 def test_settings_come_back_from_a_file(world, tmp_path, capsys):

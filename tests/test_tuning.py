@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,13 +62,23 @@ def test_one_setting_serves_both_modalities():
     assert [row["eps"] for row in found.chosen.values()] == [0.5, 0.5, 0.6]
 
 
-def test_from_the_shell(world, tmp_path, capsys):
+def test_from_the_shell_with_a_picture_that_tells_what_the_text_does(world, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     torch.manual_seed(0)
     TwoStreamResNet(10, 4, False, (32, 16)).save_pretrained(tmp_path)
     command = ["tune", "sysu", world, "--model", str(tmp_path), "--preset", "demo"]
-    assert main(command) == 0
+    assert main([*command, "-o", str(tmp_path / "tune.png")]) == 0
     text = capsys.readouterr().out
     rows = re.findall(r"^ +(\d+) +(\d\S+) .*<- recommended$", text, re.M)
     assert len(rows) == 3
     assert f"recommended: --set k1={rows[0][0]} --set eps={float(rows[0][1]):g} --set k1_joint=" in text
     assert text.count("\n") == 3 * (2 + 39) + 2
+    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    told = [f"k1 {k1}, eps {float(eps):g} recommended" for k1, eps in rows for _ in range(3)]
+    assert [title.partition(": ")[2] for title in titles] == told
+    assert {axes.get_xlabel() for axes in drawn[0].axes} == {"eps"}
+    scores = np.concatenate([line.get_ydata() for line in drawn[0].axes[2].lines])  # of the visible images
+    printed = [float(line.split()[4]) for line in text.partition("infrared\n")[0].splitlines()[2:]]
+    assert scores == pytest.approx(printed, abs=6e-4)
+    assert drawn[0].axes[2].lines[0].get_xdata().tolist() == list(EPS)

@@ -106,7 +106,7 @@ class Results:
         return "; ".join([*told, "percent, mean ± deviation" if several else "percent"]), lines
 
     def table(self, form: str = "text") -> str:
-        """`cells` as "text" or "latex"; as "json" every figure, unrounded."""
+        """`cells` as "text", "markdown" or "latex"; as "csv" or "json" every figure, unrounded."""
         return render_table(form, *self.cells(), self.rows)
 
     def to_dict(self) -> dict:

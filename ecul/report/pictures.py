@@ -208,32 +208,36 @@ def panels_of(history: Sequence[dict]) -> list[Panel]:
     return panels
 
 
-def draw_curves(path: str | Path, panels: Sequence[Panel], second: int = 0, shared: bool = False) -> None:
+def draw_curves(
+    path: str | Path, panels: Sequence[Panel], second: int = 0, shared: bool = False,
+    over: tuple[str, Sequence[float]] = ("epoch", ()),
+) -> None:  # fmt: skip
     """Write curves over epochs as a PNG: the mean of the runs, and a band of a deviation for several.
 
-    second: the number of epochs before stage 2, which is marked. shared: one legend for all panels.
+    second: the number of epochs before stage 2, which is marked. shared: one legend for all panels. over: the
+    name of another axis than epochs, and the places of the values on it.
     """
+    axis, places = over
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     with _picture(path, 4.2 * columns, 3.3 * lines, layout="constrained") as figure:
         for place, (title, unit, curves) in enumerate(panels, 1):
-            axes = figure.add_subplot(lines, columns, place, xlabel="epoch", ylabel=unit)
+            axes = figure.add_subplot(lines, columns, place, xlabel=axis, ylabel=unit)
             for name, values, look in curves:
                 counted = np.isfinite(values).any(0)
-                epochs, held = np.flatnonzero(counted) + 1, values[:, counted]
+                x = np.asarray(places or range(1, len(counted) + 1))[counted]
+                held = values[:, counted]
                 mean, deviation = np.nanmean(held, 0), np.nanstd(held, 0)
-                (line,) = axes.plot(
-                    epochs, mean, label=name, linewidth=1.4, marker="o", markersize=2.5, **look
-                )
+                (line,) = axes.plot(x, mean, label=name, linewidth=1.4, marker="o", markersize=2.5, **look)
                 if len(values) > 1:
                     band = {"color": line.get_color(), "alpha": 0.18, "lw": 0}
-                    axes.fill_between(epochs, mean - deviation, mean + deviation, **band)
+                    axes.fill_between(x, mean - deviation, mean + deviation, **band)
             axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(alpha=0.25)
             axes.margins(y=0.13)  # room for the word above the lines
             axes.set_ylim(min(0, axes.dataLim.ymin))
-            axes.locator_params(axis="x", integer=True, nbins=8, min_n_ticks=1)
+            axes.locator_params(axis="x", integer=not places, nbins=8, min_n_ticks=1)
             if 0 < second < max(values.shape[1] for _, values, _ in curves):
                 axes.axvline(second + 0.5, color=NEUTRAL, linestyle=(0, (2, 2)), linewidth=1)
                 head = axes.get_xaxis_transform()

@@ -1,12 +1,17 @@
-"""The row of an epoch in the log: label-free score, monitors, warnings, and one line of text."""
+"""The row of an epoch in the log: label-free score, monitors, warnings, one line of text, other files."""
 
+import json
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ecul import MODALITIES
+from ecul.common.files import write_file
+from ecul.common.tables import render_table
 from ecul.labels import Labels
 from ecul.run.scores import adjusted_rand, separation
 
@@ -87,3 +92,25 @@ def describe(history: list[dict], epochs: int) -> str:
 
 def _joined(row: dict, kind: str, form: str) -> str:
     return "/".join(format(v, form) for k, v in row.items() if k.startswith(kind))
+
+
+def logger(kind: str, directory: Path) -> Callable[[dict], None]:
+    """An `on_epoch` that writes `log.csv`, or TensorBoard's files, into a run's directory.
+
+    kind: "csv" or "tensorboard". TensorBoard counts epochs from 1. Errors: ImportError without tensorboard.
+    """
+
+    def write_csv(row: dict) -> None:
+        rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+        write_file(directory / "log.csv", render_table("csv", "", [], rows).encode())
+
+    if kind == "csv":
+        return write_csv
+    from torch.utils.tensorboard import SummaryWriter
+
+    def write_scalars(row: dict) -> None:
+        with SummaryWriter(str(directory / "tensorboard")) as writer:
+            for name, value in row.items():
+                writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"] + 1)
+
+    return write_scalars

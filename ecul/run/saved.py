@@ -54,8 +54,8 @@ class SavedRun:
             )
         return {**known, **given}
 
-    def open(self, root: str | Path | None = None) -> Dataset:
-        """The run's data set with its options, from where it lay or from `root`.
+    def open(self, root: str | Path | None = None, **options: Any) -> Dataset:
+        """The run's data set with its options and these, from where it lay or from `root`.
 
         Errors: ValueError where it is no longer there.
         """
@@ -65,7 +65,7 @@ class SavedRun:
         kept = self.options | ({"pack": False} if root is None else {})
         if root in (None, known) and not Path(known).is_dir():
             raise ValueError(f"the images are no longer at {known}; --root (root=) names their folder")
-        return open_dataset(self.dataset["dataset"], root or known, **kept)
+        return open_dataset(self.dataset["dataset"], root or known, **{**kept, **options})
 
     def require_same(self, dataset: Dataset) -> None:
         """A ValueError that names what differs, unless the run was trained on this data set."""

@@ -168,8 +168,9 @@ def as_hook(on_epoch: Callable[..., object] | None) -> Hook:
     if on_epoch is None:
         return lambda row, model: None
     for given in ((None,), (None, None)):
-        with suppress(TypeError, ValueError):
-            inspect.signature(on_epoch).bind(*given)
+        with suppress(TypeError):
+            with suppress(ValueError):  # a built-in function without a signature takes the row
+                inspect.signature(on_epoch).bind(*given)
             return lambda *both: on_epoch(*both[: len(given)])
     raise TypeError(f"on_epoch must be a function of a row, or of a row and the model, got {on_epoch!r}")
 

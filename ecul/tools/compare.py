@@ -61,7 +61,7 @@ class Comparison:
     groups: list[Group]
 
     def table(self, form: str = "text") -> str:
-        """As "text" or "latex": mean ± deviation; as "json" every figure, unrounded."""
+        """As "text", "markdown" or "latex": mean ± deviation; as "csv" or "json" every figure, unrounded."""
         settings = list(dict.fromkeys(name for group in self.groups for name in group.settings))
         headings = list(dict.fromkeys(name for group in self.groups for name in group.figures))
         lines = [["run", *settings, *headings]]
@@ -152,7 +152,8 @@ def _group(runs: Sequence[SavedRun], settings: dict, root: str | Path | None, de
 def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Results | None:
     """The protocol's figures of a run; None, with a warning, without images, identities or protocol."""
     try:
-        return evaluate(load_model(run.directory).to(device), run.open(root))
+        held = {"validation": None} if run.options.get("validation") else {}  # not the people held out
+        return evaluate(load_model(run.directory).to(device), run.open(root, **held))
     except (ValueError, OSError) as e:
         log.warning("%s: no accuracy: %s", run.directory, e)
         return None

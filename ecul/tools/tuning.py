@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.features import extract
 from ecul.labels import count_clusters
+from ecul.report.pictures import Curve, Panel, draw_curves
 from ecul.run.scores import separation
 
 EPS = tuple(round(0.2 + 0.05 * step, 2) for step in range(13))  # 0.2, 0.25, ... 0.8
@@ -94,6 +96,19 @@ class Settings:
         lines.append(f"recommended: {' '.join(told)}")
         lines.append("(k1 and eps have the best mean score of visible and infrared, which share them)")
         return "\n".join(lines)
+
+    def draw(self, path: str | Path) -> None:
+        """Write clusters, outliers and score of each clustering over eps as a PNG, a line for each k1."""
+        panels = []
+        for name, best in self.chosen.items():
+            rows, told = self.rows[name], f"{name}: k1 {best['k1']}, eps {best['eps']} recommended"
+            for kind in ("clusters", "outliers", "score"):
+                curves = []
+                for k1 in sorted({row["k1"] for row in rows}):
+                    line = [float(row[kind]) for row in rows if row["k1"] == k1]
+                    curves.append(Curve(f"k1 {k1}", np.array([line])))
+                panels.append(Panel(told, kind, curves))
+        draw_curves(path, panels, over=("eps", sorted({row["eps"] for row in rows})))
 
 
 def tune_config(model: Any, dataset: Dataset, config: Config, eps: Sequence[float] = EPS) -> Settings:
