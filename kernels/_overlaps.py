@@ -170,8 +170,8 @@ def pairs_on_device(csr: CSR, eps: float, groups: Groups, turn: int, turns: int)
             continue
         strips, likely = strips[some:], pairs[:, :found]
         if group is not None:
-            group = torch.from_numpy(group).to(device)[likely]
-            likely = likely[:, group[0] != group[1]]
+            i, j = torch.from_numpy(group).to(device)[likely]
+            likely = likely[:, i != j]
         overlaps = torch.empty(likely.shape[1], dtype=torch.int32, device=device)
         if len(overlaps):
             _measure[(len(overlaps),)](

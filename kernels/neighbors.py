@@ -84,7 +84,8 @@ def _by_strips(
             )
             best = torch.cat([best, more], 1).topk(k).values
         keys[strip] = best
-    return tuple(map(team.join, _ranked(keys)))
+    values, indices = _ranked(keys)
+    return team.join(values), team.join(indices)
 
 
 def _finite(x: Tensor, y: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch calls CSR beta
                 pattern = torch.sparse_csr_tensor(*listed, (len(wide), len(y_part)), check_invariants=False)
-                inside = wide[y_first - x_first :][: len(y_part)] if shared and y_first >= x_first else []
+                inside = wide[y_first - x_first :][: len(y_part) if shared and y_first >= x_first else 0]
                 y_wide = inside if len(inside) == len(y_part) else buffer[: len(y_part)].copy_(y_part)
                 out[part] = torch.sparse.sampled_addmm(pattern, wide, y_wide.T, beta=0.0).values()
     return out

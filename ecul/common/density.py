@@ -25,7 +25,8 @@ class Density:
 
     def __init__(self, weights: np.ndarray, min_samples: int):
         self.weights, self.counts, self.min_samples = weights, weights.astype(float), min_samples
-        self.itself, self.groups = np.arange(len(weights)), None
+        self.itself = np.arange(len(weights))
+        self.groups: np.ndarray | None = None
         self.pairs, self.kept = np.empty((2, 0), np.int64), 0
 
     def add(self, pairs: np.ndarray) -> None:
@@ -59,7 +60,7 @@ class Density:
         self._group()
         core, size = self.counts >= self.min_samples, len(self.counts)
         labels = np.full(size, -1)
-        labels[core] = np.unique(self.groups[core], return_inverse=True)[1]
+        labels[core] = np.unique(np.asarray(self.groups)[core], return_inverse=True)[1]
         reached = np.full(size, size)
         for one, other in (self.pairs, self.pairs[::-1]):
             border = ~core[one] & core[other]

@@ -223,7 +223,7 @@ def _write_job(root: Path, parameters: dict[str, Any], pid: int, camera: Camera)
 
 def spread(gap: Gap) -> Mapping[str, float]:
     """How far apart the modalities are, by the names of `GAP`."""
-    return dict.fromkeys(GAP, 0.0) | gap if isinstance(gap, Mapping) else {n: gap * v for n, v in GAP.items()}
+    return {name: gap.get(name, 0.0) if isinstance(gap, Mapping) else gap * v for name, v in GAP.items()}
 
 
 def draw_camera(seed: int, camid: int, gap: Gap = 0.0) -> Camera:
