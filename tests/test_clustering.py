@@ -1,5 +1,6 @@
 """EMCC against a brute-force float64 oracle: dense matrices and Python loops, straight from the paper."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN
 
-from ecul import InstanceMemory, TwoStreamResNet, extract
+from ecul import InstanceMemory, TwoStreamResNet, clustering, extract
 from ecul.clustering import (
     dbscan,
     emcc,
@@ -498,3 +499,20 @@ def test_labels_are_the_same_on_a_gpu(make):
     labels = emcc(features, camera, modality)
     on_gpu = emcc(features.cuda(), camera, modality)
     assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), labels)
+
+
+def test_each_step_alone_has_the_defaults_of_emcc():
+    whole = inspect.signature(emcc).parameters
+    for step in (extend_encodings, neighbor_graph, dbscan):
+        own = inspect.signature(step).parameters.values()
+        assert all(p.default == whole[p.name].default for p in own if p.default is not p.empty)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_clustering_shows_its_steps(together, monkeypatch):
+    """A process alone is the first of its group."""
+    shown = []
+    real = clustering.logs.progress
+    monkeypatch.setattr(clustering.logs, "progress", lambda *a: shown.append(a) or real(*a))
+    emcc(torch.eye(8), k1=3, k2=2, k3=2, together=together)
+    assert shown == [(5, "emcc", "step", True)]
