@@ -97,7 +97,8 @@ def _joined(row: dict, kind: str, form: str) -> str:
 def logger(kind: str, directory: Path) -> Callable[[dict], None]:
     """An `on_epoch` that writes `log.csv`, or TensorBoard's files, into a run's directory.
 
-    kind: "csv" or "tensorboard". TensorBoard counts epochs from 1. Errors: ImportError without tensorboard.
+    kind: "csv" or "tensorboard". TensorBoard counts epochs from 1. Errors: ImportError that says what
+    to install.
     """
 
     def write_csv(row: dict) -> None:
@@ -106,7 +107,10 @@ def logger(kind: str, directory: Path) -> Callable[[dict], None]:
 
     if kind == "csv":
         return write_csv
-    from torch.utils.tensorboard import SummaryWriter
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ImportError("TensorBoard's files need its package: pip install tensorboard") from e
 
     def write_scalars(row: dict) -> None:
         with SummaryWriter(str(directory / "tensorboard")) as writer:
