@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from benchmarks import published
 from benchmarks.table import apart, peak_memory, reset_peak_memory, seconds, table_row
 from ecul import clustering
+from ecul.kernels import _shortlist_cpu
 
 SIZES = {"k1": 40, "k2": 16, "k3": 40}
 DBSCAN = {"eps": 0.6, "min_samples": 4}
@@ -27,6 +28,10 @@ def rows(device, quick):
         yield from (_compared(kind, 1_000, 2048, 25, device, 1, beside=True) for kind in NOISE)
     else:
         yield from (_compared(kind, 16_000, 2048, 395, device, 3, beside=True) for kind in NOISE)
+        if device == "cpu":
+            yield from (
+                _compared(kind, 16_000, 2048, 395, device, 3, beside=False, half=False) for kind in NOISE
+            )
         # as many images an identity as above: with fewer the encodings are emptier
         yield from (_compared(kind, 34_167, 2048, 843, device, 1, beside=False) for kind in NOISE)
         yield _compared("typical", 64_000, 2048, 1_580, device, 1, beside=False)
@@ -75,9 +80,10 @@ def steps(features, cameras, modalities, device="cpu"):
     return (ranks, encodings, extended, graph, labels), spent, held
 
 
-def _compared(kind, size, dim, identities, device, n, beside):
+def _compared(kind, size, dim, identities, device, n, beside, half=True):
+    """A row; half=False: as on a processor without bf16 instructions."""
     arguments = (size, dim, identities, NOISE[kind])
-    ours = apart(_ours, *arguments, device, n)
+    ours = apart(_ours, *arguments, device, n, half)
     product = apart(_product, *arguments, device, n) if size < 100_000 else None
     theirs = apart(_published, *arguments) if beside else None
     notes = [f"N={size}, D={dim}, {ours['non_zeros']:.0f} non-zeros a row, {ours['clusters']} clusters"]
@@ -88,11 +94,12 @@ def _compared(kind, size, dim, identities, device, n, beside):
         notes.append(f"published: {theirs['peak'] / 2**30:.1f} GiB, labels {'equal' if equal else 'differ'}")
     their_seconds = theirs and theirs["seconds"]
     sizes = "; ".join(notes)
-    work = f"EMCC + DBSCAN, {kind}"
+    work = f"EMCC + DBSCAN, {kind}{'' if half else ', without bf16 instructions'}"
     return table_row(work, sizes, "s", ours["seconds"], their_seconds, n=n, peak_memory=ours["peak"])
 
 
-def _ours(size, dim, identities, noise, device, n):
+def _ours(size, dim, identities, noise, device, n, half=True):
+    _shortlist_cpu.BRAIN = _shortlist_cpu.BRAIN and half
     features, *codes = (part.to(device) for part in world(size, dim, identities, noise))
     clustering.emcc(features[:100])  # imports and kernels loaded
     reset_peak_memory(device)
