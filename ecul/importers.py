@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ecul.common.foreign import read_foreign
+from ecul.common.files import reading
 from ecul.common.names import shorten
-from ecul.common.pretrained import WIDTH, Saved
+from ecul.common.pretrained import read_foreign
 from ecul.model import BLOCKS, TwoStreamResNet
 
 log = logging.getLogger("ecul")
@@ -68,10 +68,10 @@ def import_checkpoint(
     renamed, unused = _rename(state, path)
     settings = {**_settings(renamed, path), "input_size": (input_size[0], input_size[1])}
     settings["gem"] = _uses_gem(pooling, settings["non_local"], state, path)
-    with torch.device("meta"):
-        places = sorted(TwoStreamResNet(**settings).non_local)
-    placed = {_place(name, places): value for name, value in renamed.items()}
-    return TwoStreamResNet._build(Saved(path, placed, {}, settings)), unused
+    with reading(path), torch.device("meta"):
+        model = TwoStreamResNet(**settings)
+    placed = {_place(name, sorted(model.non_local)): value for name, value in renamed.items()}
+    return model.load(placed, path).eval(), unused
 
 
 def _rename(
@@ -117,10 +117,10 @@ def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     bottlenecks = "layer1.0.conv3.weight" in state
     depths = [d for d, known in BLOCKS.items() if known == counts and (d >= 50) == bottlenecks]
     stem = state.get("visible.conv1.weight", torch.empty(0))
-    if not depths or len(stem.shape) != 4 or len(stem) not in WIDTH:
+    if not depths or stem.ndim != 4:
         raise ValueError(
             f"{path}: no ResNet with {counts} blocks in its four layers is known; depths are "
-            f"{', '.join(map(str, BLOCKS))}, and the visible stem must be there, {WIDTH[-1]} channels at most"
+            f"{', '.join(map(str, BLOCKS))}, and the visible stem must be there"
         )
     non_local = any(NON_LOCAL.fullmatch(name) for name in state)
     return {"depth": depths[0], "width": len(stem), "non_local": non_local}

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ecul import MODALITIES
-from ecul.common.foreign import load_foreign
-from ecul.common.pretrained import SIDE, WIDTH, Pretrained
+from ecul.common.files import reading
+from ecul.common.pretrained import COUNT, SIZE, Pretrained, weights_file
+from ecul.common.weights import read_metadata
 from ecul.data.images import check_modality
 from ecul.streams import Backbone, TwoStream, make_neck, neck_rows
 
@@ -112,6 +113,9 @@ class TwoStreamResNet(Pretrained):
     Source: ECUL and MBCCM, implementation details; their published code.
     """
 
+    forms = {"depth": "10|18|34|50|101", "width": COUNT, "stem_stride": "1|2", "input_size": SIZE}
+    forms |= {"non_local": "True|False", "gem": "True|False"}
+
     def __init__(
         self,
         depth: int = 50,
@@ -177,7 +181,7 @@ class TwoStreamResNet(Pretrained):
         shared = [name for name in self.state_dict() if name.startswith("layer")]
         stem = self.visible.state_dict()
         homes = {name: (name,) for name in shared} | {k: tuple(f"{m}.{k}" for m in MODALITIES) for k in stem}
-        load_foreign(self, path, homes, ("fc.",))
+        self.start_from(path, homes, ("fc.",))
 
     def described(self) -> str:
         """What it is, for an error message."""
@@ -186,15 +190,16 @@ class TwoStreamResNet(Pretrained):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "TwoStreamResNet":
         """The model saved in a directory (a run directory, too) or in a `model.safetensors` file."""
-        flag, sides = (False, True), (SIDE, SIDE)
-        settings = {"depth": BLOCKS, "width": WIDTH, "non_local": flag, "input_size": sides}
-        return cls._build(cls._read(path, {**settings, "stem_stride": (1, 2), "gem": flag}))
+        file, content, settings = cls._read(path)
+        with reading(file), torch.device("meta"):
+            model = cls(**settings)
+        return model.load(content.tensors, file, content.sha256).eval()
 
 
 def load_model(path: str | Path) -> TwoStreamResNet | Backbone:
     """The model saved at this path, a `TwoStream` or a `TwoStreamResNet`, in eval mode."""
-    kind = TwoStream if TwoStream.holds(path) else TwoStreamResNet
-    return kind.from_pretrained(path)
+    name = read_metadata(weights_file(path)).get("architecture")
+    return (TwoStream if name == "TwoStream" else TwoStreamResNet).from_pretrained(path)
 
 
 def _checkpointed(block: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ecul.common.draws import drawing
-from ecul.common.foreign import load_foreign
 from ecul.common.names import printable
-from ecul.common.pretrained import SIDE, Pretrained
+from ecul.common.pretrained import SIZE, Pretrained
 from ecul.data.images import check_modality
 
 LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
@@ -71,6 +70,8 @@ class Backbone(Pretrained):
     ValueError, before any work, where a batch gives other rows, in training or in evaluation.
     """
 
+    forms = {"input_size": SIZE}
+
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
         if not hasattr(network, "num_features"):
             told = f"{type(network).__name__} has none"
@@ -117,15 +118,15 @@ class Backbone(Pretrained):
         name. Errors: FileNotFoundError; ValueError for another kind of model, a missing network, or with the
         list of what does not fit.
         """
-        saved = cls._read(path, {"input_size": (SIDE, SIDE)})
-        name = saved.metadata.get("network", "")
+        file, content, settings = cls._read(path)
+        name = content.metadata.get("network", "")
         if network is None and ":" not in name:
             told = f"{cls.__name__}.from_pretrained(path, network) loads it"
-            raise ValueError(f"{saved.file} holds one's own {printable(name)}: {told}")
+            raise ValueError(f"{file} holds one's own {printable(name)}: {told}")
         with drawing(0):
             made_of: Any = name if network is None else network  # `TwoStream` takes a name
-            model = cls(made_of, tuple(saved.about["input_size"]))
-        return model._filled(saved)
+            model = cls(made_of, tuple(settings["input_size"]))
+        return model.load(content.tensors, file, content.sha256).eval()
 
 
 class TwoStream(Backbone):
@@ -186,7 +187,7 @@ class TwoStream(Backbone):
             homes[name] = tuple(f"network.{layer}{kind}{leaf}" for kind in kinds)
         resample = getattr(sys.modules[type(plain).__module__], "checkpoint_filter_fn", None)
         fit = dict if resample is None else lambda state: resample(state, plain)
-        load_foreign(self, path, homes, self.classifier, fit)
+        self.start_from(path, homes, self.classifier, fit)
 
 
 def row_size(network: nn.Module, size: tuple[int, int], mode: str, streams: int = 1) -> int:

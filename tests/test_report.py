@@ -284,7 +284,7 @@ def test_a_network_of_ones_own_is_given_in_python(dataset, tmp_path):
             return x.mean((2, 3)) * self.scale
 
     train(dataset, tiny(), output=tmp_path / "own", model=Own())
-    with pytest.raises(ValueError, match="ecul.model.Backbone loads it"):
+    with pytest.raises(ValueError, match="holds Backbone, not TwoStreamResNet; "):
         report(tmp_path / "own", progress=False)
     model = Backbone.from_pretrained(tmp_path / "own", Own())
     page = report(tmp_path / "own", model=model, queries=1, top=400, progress=False)

@@ -1,21 +1,29 @@
-"""Networks in a directory: safetensors with complete metadata, and back."""
+"""Networks in a directory: safetensors with complete metadata, and back; and the weights of other code bases.
 
+{"epoch": 3, "state_dict": {"module.encoder_q.conv1.weight": ...}}     # is taken as conv1.weight, ...
+"""
+
+import json
+import logging
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ecul import __version__
 from ecul.common.files import reading, write_json
-from ecul.common.names import clipped
-from ecul.common.weights import read_metadata, read_tensors, require_fit, write_tensors
+from ecul.common.names import clipped, shorten
+from ecul.common.weights import Content, is_weight, read_tensors, read_weights, require_fit, write_tensors
 
+log = logging.getLogger("ecul")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
-SIDE = range(1, 2049)  # pixels; a file that asks for more asks for too much memory
-WIDTH = range(1, 4097)  # channels of a network's first stage, likewise
+COUNT = r"[1-9]\d{0,3}"  # in metadata; a file that asks for more asks for too much memory
+SIZE = rf"\[{COUNT}, {COUNT}\]"
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher")
 Network = TypeVar("Network", bound="Pretrained")
 
 
@@ -25,24 +33,16 @@ def weights_file(path: str | os.PathLike) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-class Saved(NamedTuple):
-    """A network's file: its weights, its metadata, the settings in it that build the network, its SHA-256."""
-
-    file: Path
-    state: dict[str, Tensor]
-    metadata: dict[str, str]
-    about: dict[str, Any]
-    sha256: str | None = None
-
-
 class Pretrained(nn.Module):
     """A network saved as `model.safetensors` and `config.json`, with the `settings` that build it again.
 
     sha256: that of the file from which these weights were read; None for other weights, as after training.
+    forms: of the settings that are read from a file, as regular expressions.
     """
 
     settings: dict
     sha256: str | None = None
+    forms: ClassVar[dict[str, str]]
 
     def described(self) -> str:
         """What network this is, for an error message."""
@@ -72,63 +72,110 @@ class Pretrained(nn.Module):
         write_json(directory / "config.json", {**(config or {}), "model": self.settings})
 
     @classmethod
-    def holds(cls, path: str | os.PathLike) -> bool:
-        """Whether a network of this class was saved at this path. Errors: those of `reading`."""
-        return read_metadata(weights_file(path)).get("architecture") == cls.__name__
+    def _read(cls, path: str | os.PathLike) -> tuple[Path, Content, dict[str, Any]]:
+        """The file of a saved network, its content, and the settings that build the network.
 
-    @classmethod
-    def _read(cls, path: str | os.PathLike, settings: Mapping[str, Any]) -> Saved:
-        """What is saved in a directory, or in a file.
-
-        settings: each setting by name, with a container of its known values; two of `SIDE` for (H, W).
-        Errors: those of `reading`; ValueError for another network.
+        Errors: those of `reading`; ValueError for a network of another class.
         """
         file = weights_file(path)
-        state, metadata, sha256 = read_tensors(file)
-        found = metadata.get("architecture")
+        content = read_tensors(file)
+        found = content.metadata.get("architecture", "no network")
         if found != cls.__name__:
-            home = {"TwoStreamResNet": "model", "Backbone": "model", "TwoStream": "streams"}.get(str(found))
-            told = f"in Python ecul.{home}.{found} loads it" if home else "give a model of this library"
-            raise ValueError(f"{file} holds {clipped(found or 'no network', 60)}, not {cls.__name__}; {told}")
+            advice = "give a model of this library, or load it by from_pretrained of its own class"
+            raise ValueError(f"{file} holds {clipped(found, 60)}, not {cls.__name__}; {advice}")
+        settings = {}
         with reading(file):
-            about = {name: _setting(name, metadata[name], known) for name, known in settings.items()}
-        return Saved(file, state, metadata, about, sha256)
+            for name, form in cls.forms.items():
+                text = content.metadata[name]
+                if not re.fullmatch(form, text):
+                    raise ValueError(f"its {name} is {clipped(text, 60)}")
+                settings[name] = json.loads(text.lower())
+        return file, content, settings
 
-    @classmethod
-    def _build(cls: type[Network], saved: Saved) -> Network:
-        """The network of these settings with these weights, in eval mode.
+    def load(
+        self: Network, state: Mapping[str, Tensor], path: str | os.PathLike, sha256: str | None = None
+    ) -> Network:
+        """This network with these weights, read from the file `path` of this hash.
 
-        It takes memory only when every weight is known to fit: a file costs no more than it holds.
+        A network on "meta" takes memory only now, when every weight is known to fit: a file costs no more
+        than it holds. Errors: those of `require_fit`.
         """
-        with reading(saved.file), torch.device("meta"):
-            network = cls(**saved.about)
-        return network._filled(saved)
-
-    def _filled(self: Network, saved: Saved) -> Network:
-        """This network with these weights, ready to embed."""
-        self.load(saved.state, saved.file)
-        self.eval().sha256 = saved.sha256
-        return self
-
-    def load(self, state: Mapping[str, Tensor], path: str | os.PathLike, own: tuple[str, ...] = ()) -> None:
-        """Take these weights, read from `path`; own: beginnings of names that they need not hold.
-
-        Errors: those of `require_fit`.
-        """
-        require_fit(self.state_dict(), state, path, self.described(), own)
+        require_fit(self.state_dict(), state, path, self.described())
         if any(value.is_meta for value in self.state_dict().values()):
             for value in self.to_empty(device="cpu").state_dict().values():
                 value.zero_()
         self.load_state_dict(state, strict=False)
+        self.sha256 = sha256
+        return self
+
+    def start_from(
+        self,
+        path: str | os.PathLike,
+        homes: Mapping[str, tuple[str, ...]],
+        classifier: tuple[str, ...],
+        fit: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    ) -> None:
+        """Take the weights of the plain backbone, or all weights of a trained model like this one.
+
+        homes: the backbone's names, and our names that each becomes; a stem's weights become two.
+        classifier: beginnings of the names to leave out. fit: what else the backbone's weights need.
+        Errors: those of `read_foreign`; ValueError that lists what is missing, unknown or of another shape.
+        """
+        own = self.state_dict()
+        state = read_foreign(path, [*homes, *own])
+        if any(name in state for name in own if name not in homes and not name.startswith("bottleneck.")):
+            log.info("%s: a trained model; all its weights are taken, its neck too", path)
+            self.load(state, path)
+            return
+        try:
+            state = fit(state)
+        except Exception as e:  # a library's own filter, of a file that is not for this network
+            raise ValueError(f"{path} does not fit {self.described()}: {e}") from e
+        wanted = {name: own[name] for names in homes.values() for name in names}
+        renamed = {name: state[plain] for plain, names in homes.items() if plain in state for name in names}
+        unknown = {k: v for k, v in state.items() if k not in homes and not k.startswith(classifier)}
+        require_fit(wanted, {**renamed, **unknown}, path, self.described())
+        self.load_state_dict(renamed, strict=False)
         self.sha256 = None
 
 
-def _setting(name: str, text: str, known: Any) -> Any:
-    """The value among these that is written so; a list of them where `known` is (SIDE, SIDE)."""
-    if known == (SIDE, SIDE):
-        height, width = text.strip("[]").split(", ")
-        return [_setting(name, height, SIDE), _setting(name, width, SIDE)]
-    for value in known:
-        if str(value) == text:
-            return value
-    raise ValueError(f"its {name} is {clipped(text, 60)}")
+def read_foreign(path: str | os.PathLike, wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The weights in a file, without the dicts around them and the prefix before their names.
+
+    path: `.safetensors`, or what `torch.save` wrote, read with weights only; or a directory of ours. wanted:
+    names that the weights should have. The prefix is the one that leaves most of them: `module.`,
+    `backbone.`, `module.encoder_q.` and so on. A log line says what was unwrapped and what was left out.
+    Errors: those of `read_weights`; ValueError naming the file when it holds no state dict.
+    """
+    path, told = weights_file(path), ""
+    content = read_weights(path)
+    for _ in range(4):
+        if (name := _container(content)) is not None:
+            content, told = content[name], f" in {name!r}{told}"
+    with reading(path):
+        odd = [str(name) for name, value in content.items() if not is_weight(name, value)]
+        if odd or not content:
+            raise ValueError(f"it holds {f'{shorten(odd)}, no tensors of weights' if odd else 'no weights'}")
+    wanted = set(wanted)
+    hits = Counter(prefix for name in content for prefix, rest in _splits(name) if rest in wanted)
+    prefix = hits.most_common(1)[0][0] if hits else ""
+    others = [name for name in content if not name.startswith(prefix)]
+    told += f" behind {prefix!r}" if prefix else ""
+    if told:
+        left = f"; left out: {shorten(others, 3)}" if others else ""
+        log.info("%s: the weights are%s%s", path, told, left)
+    return {name.removeprefix(prefix): v for name, v in content.items() if name.startswith(prefix)}
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """ "a.b.c" as ("", "a.b.c"), ("a.", "b.c"), ("a.b.", "c")."""
+    parts = name.split(".", 5)
+    for i in range(len(parts)):
+        yield ".".join([*parts[:i], ""]), ".".join(parts[i:])
+
+
+def _container(content: Mapping) -> str | None:
+    """The name under which a dict holds a state dict, by custom or because it is the only one."""
+    inner = {name: part for name, part in content.items() if isinstance(part, dict)}
+    states = [k for k, v in inner.items() if v and all(isinstance(value, Tensor) for value in v.values())]
+    return next((name for name in (*CONTAINERS, *states) if name in inner), None)

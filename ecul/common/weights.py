@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ecul.common.arrays import as_tensor
-from ecul.common.files import draft, reading
+from ecul.common.files import reading, write_file
 from ecul.common.names import shorten
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,18 +32,14 @@ class Content(NamedTuple):
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a dict of tensors, or of arrays, as safetensors with a checksum; metadata values become strings.
+    """Write a dict of tensors as safetensors with a checksum; metadata values become strings.
 
     Tensors that share storage (tied weights) are written once each, as the format asks.
     """
-    dense = {k: as_tensor(k, v).detach().cpu() for k, v in tensors.items()}
-    copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in dense.items()}
+    copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     # a path may hold bytes that are not UTF-8: they are written as escapes
-    texts = {k: str(v).encode("utf-8", "surrogateescape") for k, v in (metadata or {}).items()}
-    about = {k: text.decode("utf-8", "backslashreplace") for k, text in texts.items()}
-    data = save(copies, {**about, CHECKSUM: _checksum(copies, about)})
-    with draft(path) as file:
-        file.write(data)
+    about = {k: str(v).encode("utf-8", "backslashreplace").decode() for k, v in (metadata or {}).items()}
+    write_file(path, save(copies, {**about, CHECKSUM: _checksum(copies, about)}))
 
 
 def read_tensors(path: str | os.PathLike) -> Content:
@@ -82,6 +77,23 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     return digest.hexdigest()
 
 
+class _Ignored:
+    """Takes the place of NumPy values and of argparse's options beside the weights: nothing of them is read.
+
+    NumPy's own constructors would trust the file about their memory.
+    """
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    __setstate__ = __init__
+
+
+MAKERS = ["numpy.ndarray", "numpy.dtype", "argparse.Namespace"]
+MAKERS += [f"numpy.{c}.multiarray.{name}" for c in ("core", "_core") for name in ("_reconstruct", "scalar")]
+BESIDE: list[Any] = [(_Ignored, maker) for maker in MAKERS]
+
+
 def read_weights(path: str | os.PathLike) -> dict:
     """The content of a weights file: `.safetensors`, or what `torch.save` wrote, read with weights only.
 
@@ -90,7 +102,7 @@ def read_weights(path: str | os.PathLike) -> dict:
     """
     if Path(path).suffix == ".safetensors":
         return read_tensors(path).tensors
-    with reading(path), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file, torch.serialization.safe_globals(BESIDE):
         if zipfile.is_zipfile(file):  # torch.save writes weights as they are, and never packs them
             held = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
             if held > os.fstat(file.fileno()).st_size:
@@ -107,43 +119,25 @@ def read_weights(path: str | os.PathLike) -> dict:
         return content
 
 
-def require_tensors(state: Mapping, path: str | os.PathLike) -> None:
-    """A ValueError unless this is a dict of weights: names, each with a tensor that the file holds whole."""
-    other = [k for k, v in state.items() if not _held(k, v)]
-    if other or not state:
-        told = f"{shorten(map(str, other))}, no tensors of weights" if other else "no weights"
-        raise ValueError(f"{path} is damaged: it holds {told}")
-
-
-def _held(name: Any, value: Any) -> bool:
-    """Whether it is a named tensor as networks hold them: dense, and whole in the file's memory."""
-    return (
-        isinstance(name, str)
-        and type(value) in (Tensor, nn.Parameter)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not (value.is_quantized or value.is_nested)
-        and value.nbytes <= value.untyped_storage().nbytes()
-    )
+def is_weight(name: Any, value: Any) -> bool:
+    """Whether it is a named tensor as networks hold them: dense, and whole in the memory of its file."""
+    if not isinstance(name, str) or type(value) not in (Tensor, nn.Parameter) or value.is_nested:
+        return False
+    held = value.layout == torch.strided and value.device.type == "cpu"
+    return held and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def require_fit(
-    mine: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    path: str | os.PathLike,
-    told: str = "this network",
-    own: tuple[str, ...] = (),
+    mine: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | os.PathLike, told: str
 ) -> None:
     """A ValueError unless the tensors that were read from `path` can take the place of these, all finite.
 
     mine: the names, shapes and kinds that are wanted, on any device ("meta" too). told: what they are, for
     the error, which lists the tensors that are missing, unknown, of another shape or kind, or not finite.
-    own: beginnings of names that the file need not hold.
     """
-    wanted = {k for k in mine if not k.startswith(own)} if own else set(mine)
-    wrong = [f"missing {k}" for k in sorted(wanted - set(state)) if not k.endswith("num_batches_tracked")]
-    wrong += [f"unknown {k}" for k in sorted(set(state) - wanted)]
-    for k in sorted(wanted & set(state)):
+    wrong = [f"missing {k}" for k in sorted(set(mine) - set(state)) if not k.endswith("num_batches_tracked")]
+    wrong += [f"unknown {k}" for k in sorted(set(state) - set(mine))]
+    for k in sorted(set(mine) & set(state)):
         if state[k].shape != mine[k].shape:
             wrong.append(f"{k} is {tuple(state[k].shape)}, expected {tuple(mine[k].shape)}")
         elif state[k].dtype != mine[k].dtype and not {state[k].dtype, mine[k].dtype} <= set(FLOATS):
