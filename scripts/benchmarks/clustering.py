@@ -28,7 +28,7 @@ def rows(device, quick):
         yield from (_compared(kind, 1_000, 2048, 25, device, 1, beside=True) for kind in NOISE)
     else:
         yield from (_compared(kind, 16_000, 2048, 395, device, 3, beside=True) for kind in NOISE)
-        if device == "cpu":
+        if device == "cpu" and _shortlist_cpu.BRAIN:
             yield from (
                 _compared(kind, 16_000, 2048, 395, device, 3, beside=False, half=False) for kind in NOISE
             )

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from ecul.kernels._shortlist_cpu import BRAIN
+
 
 def arguments(text):
     """A parser whose help is this text as it stands."""
@@ -24,6 +26,7 @@ def describe_machine(device="cpu"):
     """Processor, card, memory, versions, load and date, by name."""
     machine = {
         "CPU": _cpu_name(),
+        "bf16 instructions": "yes" if BRAIN else "no",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "GPU": torch.cuda.get_device_name() if device == "cuda" else "none used",
