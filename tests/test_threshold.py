@@ -18,15 +18,7 @@ from ecul.cli import main
 from ecul.features import FolderFeatures
 from ecul.report.pictures import RIGHT, draw_ranking
 from ecul.tools.search import Ranking
-from ecul.tools.threshold import (
-    SIDES,
-    Pairs,
-    Threshold,
-    estimate_threshold,
-    measure_pairs,
-    measure_threshold,
-    thresholds_table,
-)
+from ecul.tools.threshold import Threshold, estimate_threshold, measure_pairs, measure_threshold
 
 SIZE = (32, 16)
 
@@ -60,7 +52,8 @@ def test_a_network_that_has_learned_little_gets_smaller_clusters(dataset):
     torch.manual_seed(0)
     model = TwoStreamResNet(10, 8, False, SIZE)
     found = measure_threshold(model, blind(dataset), Config.preset("demo", size=SIZE))
-    assert "reach, by clusters; known" in found.told and np.isfinite([*found.tails.values()]).all()
+    assert "images, by clusters; known people missed" in found.told
+    assert np.isfinite([*found.tails.values()]).all()
 
 
 @pytest.mark.parametrize("sides", [(q, g) for q in MODALITIES for g in MODALITIES], ids="-".join)
@@ -73,32 +66,26 @@ def test_estimated_errors_are_the_true_ones(measured, sides):
         true = (cosines[other] >= location + scale * norm.isf(share)).mean()
         assert share / 3 < true < 2 * share
     best = np.where(other, cosines, -2).max(1)  # all are unknown people where their own images are left out
-    for unknown in (0.3, 0.1):
-        least = threshold.at(*sides, int(other.sum(1).mean()), unknown)
-        assert (best >= least).mean() < unknown + 0.13  # two deviations of a share of 24 people
+    least = threshold.at(*sides, int(other.sum(1).mean()))
+    assert (best >= least).mean() < 0.1 + 0.13  # two deviations of a share of 24 people
 
 
 def normal():
     return Threshold({f"{query}-{gallery}": (0.1, 0.2) for query in MODALITIES for gallery in MODALITIES})
 
 
-def test_a_threshold_grows_with_the_gallery_and_with_caution():
+def test_a_threshold_grows_with_the_gallery():
     found, sides = normal(), ("visible", "infrared")
-    assert found.at(*sides, 1, 0.1) == pytest.approx(0.1 + 0.2 * norm.isf(0.1))
-    assert found.at(*sides, 1000, 0.1) == pytest.approx(0.1 + 0.2 * norm.isf(1 - 0.9 ** (1 / 1000)))
-    assert found.at(*sides, 1000, 0.01) > found.at(*sides, 1000, 0.1) > found.at(*sides, 10, 0.1)
-    with pytest.raises(ValueError, match="unknown must be a share between 0 and 1, got 1.5"):
-        found.at(*sides, 10, 1.5)
-    with pytest.raises(ValueError, match="modality"):
-        found.at("thermal", "visible", 10)
+    assert found.at(*sides, 1) == pytest.approx(0.1 + 0.2 * norm.isf(0.1))
+    assert found.at(*sides, 1000) == pytest.approx(0.1 + 0.2 * norm.isf(1 - 0.9 ** (1 / 1000)))
 
 
 def test_own_people_are_other_images_of_the_same_label():
     rows = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [1, 1], [0, 1]]), dim=1)
     images = [rows, torch.tensor([0, 0, 1]), torch.zeros(3)]
     # 0 and 1 have each other, 2 nobody
-    assert np.allclose(measure_pairs(images, images).own, [0.5**0.5] * 2)
-    assert np.allclose(measure_pairs(images, [*images]).own, 1)  # of the other modality
+    assert np.allclose(measure_pairs(images, images)[1], [0.5**0.5] * 2)
+    assert np.allclose(measure_pairs(images, [*images])[1], 1)  # of the other modality
     parts = [dict.fromkeys(MODALITIES, part) for part in (rows, torch.tensor([0, 0, -1]), torch.zeros(3))]
     with pytest.raises(ValueError, match="needs images of two different people"):
         estimate_threshold(*parts, "clusters")
@@ -107,36 +94,27 @@ def test_own_people_are_other_images_of_the_same_label():
 def test_pairs_of_one_camera_are_too_much_alike_to_learn_from():
     """Each camera has a background that all its images share: other cameras alone tell people apart."""
     generator = torch.Generator().manual_seed(0)
-    people = torch.randn(40, 64, generator=generator).repeat_interleave(6, 0)
+    people = torch.arange(40).repeat_interleave(6)
+    rows = torch.randn(40, 64, generator=generator)[people]
     codes = torch.arange(240) % 3
-    rows = people + 3 * torch.randn(3, 64, generator=generator)[codes]
+    rows += 3 * torch.randn(3, 64, generator=generator)[codes]
     rows = torch.nn.functional.normalize(rows + torch.randn(240, 64, generator=generator), dim=1)
-    features, labels = dict.fromkeys(MODALITIES, rows), dict.fromkeys(MODALITIES, torch.arange(240) // 6)
-    found, blind = (
-        estimate_threshold(features, labels, dict.fromkeys(MODALITIES, cameras), "clusters")
-        for cameras in (codes, 0 * codes)
-    )
-    sides = ("visible", "visible")
-    people = labels["visible"]
+    (location, scale), own = measure_pairs([rows, people, codes], [rows, people, codes])
+    blind, alike = measure_pairs([rows, people, 0 * codes], [rows, people, 0 * codes])
     wrong = (rows @ rows.T)[(codes[:, None] != codes) & (people[:, None] != people)]
-    assert 0.01 < float((wrong >= found.at(*sides, 1, 0.03)).float().mean()) < 0.06
-    assert found.at(*sides, 100) < 0.5 < 0.8 < blind.at(*sides, 100)
-    both = [rows, people, codes], [rows, people, 0 * codes]
-    missed = [(measure_pairs(images, images).own < 0.5).mean() for images in both]
-    assert missed[0] > 0.9 > 0.1 > missed[1]
-    assert "of one camera" in blind.told and "of one camera" not in found.told
+    assert 0.01 < float((wrong >= location + scale * norm.isf(0.03)).float().mean()) < 0.06
+    assert location + 3 * scale < 0.5 < 0.8 < blind[0] + 3 * blind[1]
+    assert (own < 0.5).float().mean() > 0.9 > 0.1 > (alike < 0.5).float().mean()
 
 
-def test_a_threshold_of_little_use_says_so():
-    found = normal()
-    pairs = [Pairs((0.1, 0.2), np.full(9, own), True) for own in (0.1, 1.0)]
-    useless, useful = (thresholds_table(found, dict.fromkeys(SIDES, pair), "clusters") for pair in pairs)
-    assert useful.count("\n") == 5 and "(≥ 0%)" in useful and "(≥ 100%)" in useless
-    assert "of little use: most known" in useless
-    assert useless.endswith("visible-visible, visible-infrared, infrared-visible, infrared-infrared")
-    nobody = Pairs((0.6, 0.1), np.empty(0), True)
-    far = Threshold({"visible-infrared": nobody.tail})
-    assert "none  (unknown)" in thresholds_table(far, {("visible", "infrared"): nobody}, "clusters")
+@pytest.mark.parametrize(("noise", "told"), [(0.05, "  0 of 80"), (2.0, "of 80, of little use")])
+def test_the_table_counts_known_people_who_are_missed(noise, told):
+    generator, people = torch.Generator().manual_seed(0), torch.arange(20).repeat_interleave(4)
+    rows = torch.randn(20, 64, generator=generator)[people]
+    rows = torch.nn.functional.normalize(rows + noise * torch.randn(80, 64, generator=generator), dim=1)
+    images = [dict.fromkeys(MODALITIES, part) for part in (rows, people, torch.arange(80) % 4)]
+    table = estimate_threshold(*images, "identities").told
+    assert table.count(told) == 4 and ("of little use" in table) == (noise > 1)
 
 
 def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path, caplog):
@@ -151,21 +129,19 @@ def test_it_is_kept_with_the_model_and_forgotten_with_its_weights(tmp_path, capl
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "told"),
+    ("pair", "told"),
     [
-        (("pairs", "visible-infrared", "location"), math.nan, "its numbers are not finite"),
-        (("pairs", "visible-infrared", "scale"), "1", ""),
-        (("pairs", "infrared-infrared"), None, ""),
-        (("pairs",), {}, "'visible-visible' is missing"),
+        ({"location": math.nan, "scale": 1}, "its numbers are not finite"),
+        ({"location": 0, "scale": "1"}, ""),
+        ({"location": 0}, "'scale' is missing"),
+        (None, ""),
     ],
 )
-def test_a_damaged_threshold_is_named(tmp_path, place, value, told):
+def test_a_damaged_threshold_is_named(tmp_path, pair, told):
     TwoStreamResNet(10, 4, False, SIZE).save_pretrained(tmp_path)
     file = normal().save(tmp_path)
-    saved = inner = json.loads(file.read_text())
-    for name in place[:-1]:
-        inner = inner[name]
-    inner[place[-1]] = value
+    saved = json.loads(file.read_text())
+    saved["pairs"]["visible-infrared"] = pair
     file.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match=f"threshold.json is damaged: .*{told}"):
         Threshold.load(tmp_path)
@@ -201,7 +177,8 @@ def test_from_the_shell(world, tmp_path, capsys):
     assert main(command) == 0 and " =  " not in (out := capsys.readouterr().out) and "nobody" not in out
     assert main(["threshold", "sysu", world, "--model", str(tmp_path), "--preset", "demo"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("similarity that 10% of unknown people reach, by identities") and "kept in" in out
+    assert out.startswith("similarity of the same person among 1,000 images, by identities")
+    assert "kept in" in out
     assert main(command) == 0
     answers = capsys.readouterr().out
     assert answers.count(" =  ") + answers.count(": nobody (none reaches ") == len(answers.splitlines()) / 2

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +21,16 @@ from ecul.common.files import hash_file, read_json, reading, write_json
 from ecul.common.pretrained import weights_file
 from ecul.config import Config
 from ecul.data.dataset import Dataset
-from ecul.data.images import check_modality
 from ecul.features import extract
 from ecul.labels import cluster
 
 log = logging.getLogger("ecul")
 FILE = "threshold.json"  # beside the model
 SIDES = [(query, gallery) for query in MODALITIES for gallery in MODALITIES]
+UNKNOWN = 0.1  # share of unknown people whose best answer reaches the threshold
 TAIL = (0.1, 0.01)  # the normal variable has these shares of the pairs of different people in its tail
 MOST = 1000  # queries that are compared
-GALLERIES = (100, 1000, 10_000)  # images, of the table
+GALLERY = 1000  # images, of the table
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,13 @@ class Threshold:
     model_sha256: str | None = field(default=None, compare=False)
     told: str = field(default="", compare=False)
 
-    def at(self, query: str, gallery: str, images: int, unknown: float = 0.1) -> float:
-        """The similarity that the best of so many images reaches for a share `unknown` of unknown people.
+    def at(self, query: str, gallery: str, images: int) -> float:
+        """The similarity that the best of so many images reaches for 10 % of unknown people.
 
-        query, gallery: modalities; images: size of the gallery. Errors: ValueError for another modality, or a
-        share that is not between 0 and 1.
+        query, gallery: modalities; images: the size of the gallery.
         """
-        check_modality(query)
-        check_modality(gallery)
-        if not 0 < unknown < 1:
-            raise ValueError(f"unknown must be a share between 0 and 1, got {unknown!r}")
         location, scale = self.tails[f"{query}-{gallery}"]
-        share = -np.expm1(np.log1p(-unknown) / max(1, images))  # of pairs: 1 - (1 - share)^images = unknown
+        share = -np.expm1(np.log1p(-UNKNOWN) / images)  # of pairs: 1 - (1 - share)^images = UNKNOWN
         return float(location + scale * norm.isf(share))
 
     def save(self, model_path: str | os.PathLike) -> Path:
@@ -128,68 +123,45 @@ def estimate_threshold(
     """Thresholds from unit rows (N, D) by modality, their labels (N,), -1 = left out, and their cameras (N,).
 
     labels: joint clusters of both modalities (`emcc` with modalities) or identities, as `source` says. Images
-    that the model was not trained on are the better ones. Pairs of two cameras count where there are any,
-    else all pairs. Errors: ValueError for fewer than two labels.
+    that the model was not trained on are the better ones. The table also counts the known people whose best
+    image does not reach the threshold. By clusters they are too few: hard images are in no cluster.
+    Errors: ValueError for fewer than two labels.
     """
     rows = {m: [part[m][labels[m] >= 0] for part in (features, labels, cameras)] for m in MODALITIES}
-    pairs = {sides: measure_pairs(*(rows[m] for m in sides)) for sides in SIDES}
-    found = Threshold({"-".join(sides): pair.tail for sides, pair in pairs.items()})
-    return replace(found, told=thresholds_table(found, pairs, source))
+    measured = {sides: measure_pairs(*(rows[m] for m in sides)) for sides in SIDES}
+    found = Threshold({"-".join(sides): tail for sides, (tail, _) in measured.items()})
+    lines = [f"similarity of the same person among {GALLERY:,} images, by {source}; known people missed"]
+    for sides, (_, own) in measured.items():
+        least = found.at(*sides, GALLERY)
+        missed = int((own < least).sum())
+        weak = ", of little use" if 2 * missed > len(own) else ""
+        lines.append(f"{'-'.join(sides):17}  {least:.3f}  {missed} of {len(own)}{weak}")
+    return replace(found, told="\n".join(lines))
 
 
-class Pairs(NamedTuple):
-    """Queries of one modality and a gallery of another, or of the same.
+def measure_pairs(
+    query: Sequence[torch.Tensor], gallery: Sequence[torch.Tensor]
+) -> tuple[tuple[float, float], torch.Tensor]:
+    """The tail of queries and a gallery, as in `Threshold`, and (n,) each query's similarity to its person.
 
-    tail: as in `Threshold`. own: (n,) each query's best similarity to another image of its own person. apart:
-    whether all pairs are of two cameras.
+    query, gallery: features, labels and cameras. That similarity is the best one to another image of the same
+    label. Pairs of two cameras count where there are any, else all pairs.
     """
-
-    tail: tuple[float, float]
-    own: np.ndarray
-    apart: bool
-
-
-def measure_pairs(query: Sequence[torch.Tensor], gallery: Sequence[torch.Tensor]) -> Pairs:
-    """The statistics of queries and a gallery, each given as features, labels and cameras."""
-    (x, x_labels, x_cameras), (y, y_labels, y_cameras) = query, gallery
-    step = 1 + len(x) // MOST
-    cosines = x[::step] @ y.T
-    same = x_labels[::step, None] == y_labels
-    apart = x_cameras[::step, None] != y_cameras
-    known = bool((apart & ~same).any())
-    counted = apart if known else torch.ones_like(apart)
+    step = 1 + len(query[0]) // MOST
+    x, labels, cameras = (part[::step] for part in query)
+    y, y_labels, y_cameras = gallery
+    cosines, same, counted = x @ y.T, labels[:, None] == y_labels, cameras[:, None] != y_cameras
+    if not (counted & ~same).any():
+        counted = torch.ones_like(same)
     between = cosines[counted & ~same].numpy()
     if not len(between):
         raise ValueError("threshold: needs images of two different people, or clusters, at least")
+    own = counted & same
     if query is gallery:  # an image is no answer to itself
-        rows = torch.arange(len(cosines))
-        same[rows, rows * step] = False
-    own = cosines.masked_fill(~(same & counted), -2).amax(1)[(same & counted).any(1)].numpy()
-    low, high = (float(np.quantile(between, 1 - share)) for share in TAIL)
-    scale = max(float((high - low) / (norm.isf(TAIL[1]) - norm.isf(TAIL[0]))), 1e-6)
-    return Pairs((low - scale * float(norm.isf(TAIL[0])), scale), own, known)
-
-
-def thresholds_table(found: Threshold, pairs: dict[tuple[str, str], Pairs], source: str) -> str:
-    """The thresholds and the known people missed for galleries of several sizes, and cautions.
-
-    "none" stands for a threshold above 1, which no image reaches. By clusters the share of people missed is a
-    lower bound, because hard images are in no cluster.
-    """
-    lines = [f"similarity that 10% of unknown people reach, by {source}; known people missed"]
-    lines.append("query-gallery        100 images      1,000 images     10,000 images")
-    least, weak = "" if source == "identities" else "≥ ", []
-    for sides, pair in pairs.items():
-        cells = []
-        for images in GALLERIES:
-            reached = found.at(*sides, images)
-            missed = float((pair.own < reached).mean()) if len(pair.own) else None
-            told = "unknown" if missed is None else f"{least}{missed:.0%}"
-            cells.append(f"{f'{reached:.3f}' if reached <= 1 else 'none '} ({told})".ljust(18))
-            weak += ["-".join(sides)] * (images == GALLERIES[1] and (reached > 1 or (missed or 0) > 0.5))
-        lines.append(f"{'-'.join(sides):20} {''.join(cells)}".rstrip())
-    if weak:
-        lines.append(f"of little use: most known people are missed among 1,000 images: {', '.join(weak)}")
-    if same := ["-".join(sides) for sides, pair in pairs.items() if not pair.apart]:
-        lines.append(f"of one camera, or cameras are not known; others miss more: {', '.join(same)}")
-    return "\n".join(lines)
+        rows = torch.arange(len(x))
+        own[rows, step * rows] = False
+    best = cosines.masked_fill(~own, -2).amax(1)[own.any(1)]
+    low, high = np.quantile(between, [1 - share for share in TAIL])
+    at_low, at_high = norm.isf(TAIL)
+    scale = max(float((high - low) / (at_high - at_low)), 1e-6)
+    return (float(low - scale * at_low), scale), best
