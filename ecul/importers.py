@@ -11,7 +11,6 @@ One layout covers AGW and everything that grew from it (ADCA, PGM, MBCCM and the
 AGW: https://arxiv.org/abs/2001.04193, ADCA: https://arxiv.org/abs/2208.01711
 """
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -24,7 +23,6 @@ from ecul.common.names import shorten
 from ecul.common.pretrained import read_foreign
 from ecul.model import BLOCKS, TwoStreamResNet
 
-log = logging.getLogger("ecul")
 HOMES = ("visible_module.visible", "thermal_module.thermal", "base_resnet.base")
 USED = {  # theirs -> ours
     r"visible_module\.visible\.((?:conv1|bn1)\..+)": r"visible.\1",
@@ -62,12 +60,14 @@ def import_checkpoint(
     path = Path(path)
     if min(input_size) < 16:
         raise ValueError(f"input_size must be (height, width) of at least 16 pixels, got {tuple(input_size)}")
-    state = read_foreign(path, [*(f"{home}.conv1.weight" for home in HOMES), "visible.conv1.weight"])
-    if "visible.conv1.weight" in state:
-        raise ValueError(f"{path} is a model of this library already; use its directory as it is")
+    state = read_foreign(path, [f"{home}.conv1.weight" for home in HOMES])
     renamed, unused = _rename(state, path)
     settings = {**_settings(renamed, path), "input_size": (input_size[0], input_size[1])}
-    settings["gem"] = _uses_gem(pooling, settings["non_local"], state, path)
+    told = settings["non_local"] or any(name.startswith("gem.") for name in state)
+    if pooling not in ("gem", "avg", "file") or (pooling == "file" and not told):
+        needs = f"--pooling must be gem, or avg for AGW's base, got {pooling!r}"
+        raise ValueError(f"{path} does not say how the model pools; {needs}")
+    settings["gem"] = pooling != "avg"  # AGW turns GeM on together with its non-local blocks
     with reading(path), torch.device("meta"):
         model = TwoStreamResNet(**settings)
     placed = {_place(name, sorted(model.non_local)): value for name, value in renamed.items()}
@@ -81,33 +81,15 @@ def _rename(
     renamed: dict[str, torch.Tensor] = {}
     unused: dict[str, list[str]] = {}
     for name, value in state.items():
-        matches = (re.fullmatch(pattern, name) for pattern in USED)
-        reasons = (reason for reason, pattern in UNUSED.items() if re.fullmatch(pattern, name))
-        if match := next(filter(None, matches), None):
-            renamed[match.expand(USED[match.re.pattern])] = value
+        pattern = next((pattern for pattern in USED if re.fullmatch(pattern, name)), None)
+        reason = next((reason for reason, left in UNUSED.items() if re.fullmatch(left, name)), "unknown")
+        if pattern:
+            renamed[re.sub(pattern, USED[pattern], name)] = value
         else:
-            unused.setdefault(next(reasons, "unknown"), []).append(name)
+            unused.setdefault(reason, []).append(name)
     if unknown := unused.get("unknown"):
-        raise ValueError(
-            f"{path}: {len(unknown)} of {len(state)} names belong to no known layout, "
-            f"so nothing was imported: {shorten(unknown)}. Known are visible_module.visible.*, "
-            "thermal_module.thermal.*, base_resnet.base.*, NL_*, bottleneck.* and what only training uses"
-        )
+        raise ValueError(f"{path}: nothing was imported, for no known layout has {shorten(unknown)}")
     return renamed, unused
-
-
-def _uses_gem(pooling: str, non_local: bool, state: dict[str, torch.Tensor], path: Path) -> bool:
-    """Whether the model pools by GeM: AGW turns it on together with its non-local blocks."""
-    if pooling not in ("gem", "avg", "file"):
-        raise ValueError(f"pooling must be gem, avg or file, got {pooling!r}")
-    told = non_local or any(name.startswith("gem.") for name in state)
-    if pooling == "file" and not told:
-        raise ValueError(
-            f"{path} does not say how the model pools; give --pooling gem, or --pooling avg for AGW's base"
-        )
-    if pooling == "avg" and told:
-        log.warning("%s: avg is taken as you say; its non-local blocks or GeM weights speak of GeM", path)
-    return pooling != "avg"
 
 
 def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
@@ -118,10 +100,8 @@ def _settings(state: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     depths = [d for d, known in BLOCKS.items() if known == counts and (d >= 50) == bottlenecks]
     stem = state.get("visible.conv1.weight", torch.empty(0))
     if not depths or stem.ndim != 4:
-        raise ValueError(
-            f"{path}: no ResNet with {counts} blocks in its four layers is known; depths are "
-            f"{', '.join(map(str, BLOCKS))}, and the visible stem must be there"
-        )
+        told = f"{counts} blocks in its layers, a visible stem of shape {tuple(stem.shape)}"
+        raise ValueError(f"{path} holds no ResNet that is known: {told}")
     non_local = any(NON_LOCAL.fullmatch(name) for name in state)
     return {"depth": depths[0], "width": len(stem), "non_local": non_local}
 

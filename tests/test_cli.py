@@ -178,7 +178,7 @@ def test_import_names_what_it_leaves_out(model, saved, tmp_path, capsys):
     out = tmp_path / "imported"
     command = ["import", str(tmp_path / "agw.pth"), "-o", str(out), "--size", "32", "16"]
     assert main(command) == 2
-    assert "give --pooling gem, or --pooling avg for AGW's base" in capsys.readouterr().err
+    assert "--pooling must be gem, or avg for AGW's base" in capsys.readouterr().err
     assert main([*command, "--pooling", "gem"]) == 0
     assert "left out, what only training uses: classifier.weight\n" in capsys.readouterr().out
     pixels = torch.zeros(2, 3, 32, 16, dtype=torch.uint8)
