@@ -13,8 +13,8 @@ import torch
 from ecul.common.distributed import choose_device
 from ecul.common.names import shorten
 from ecul.common.tables import render_table
-from ecul.config import METHODS
-from ecul.evaluation.protocols import Results, evaluate
+from ecul.config import METHODS, Config
+from ecul.evaluation.protocols import evaluate
 from ecul.model import load_model
 from ecul.report.pictures import Curve, Panel, draw_curves
 from ecul.run.saved import SavedRun, find_trials, read_run
@@ -62,18 +62,15 @@ class Comparison:
 
     def table(self, form: str = "text") -> str:
         """As "text", "markdown" or "latex": mean ± deviation; as "csv" or "json" every figure, unrounded."""
-        settings = list(dict.fromkeys(name for group in self.groups for name in group.settings))
+        settings = list(self.groups[0].settings)
         headings = list(dict.fromkeys(name for group in self.groups for name in group.figures))
         lines = [["run", *settings, *headings]]
         for group in self.groups:
             lines.append([str(group), *(str(group.settings[name]) for name in settings)])
             lines[-1] += [_told(heading, group.figures.get(heading, [])) for heading in headings]
-        cautions = sorted({group.caution for group in self.groups} - {""})
-        several = any(len(group.runs) > 1 for group in self.groups)
-        spread = ["mean ± deviation over runs that differ in seed or trial"] if several else ["a run a row"]
-        measured = ["accuracy in percent"] if any("mAP" in heading for heading in headings) else []
-        head = "; ".join([*cautions, *measured, *spread])
-        return render_table(form, head, lines, [group.row() for group in self.groups])
+        told = [*sorted({group.caution for group in self.groups} - {""}), "accuracy in percent"]
+        told.append("mean ± deviation over runs that differ in seed or trial")
+        return render_table(form, "; ".join(told), lines, [group.row() for group in self.groups])
 
     __str__ = table
 
@@ -115,48 +112,43 @@ def compare(
 
 def _settings(run: SavedRun) -> dict[str, Any]:
     """The settings of a run without its seed, trial and paths: runs that share them are repetitions."""
-    options = {k: v for k, v in run.dataset["options"].items() if k not in ("trial", "pack")}
-    config = {k: v for k, v in run.config.to_dict().items() if k != "seed"}
-    return {"dataset": run.dataset["dataset"], **options, **config, "epochs done": len(run.history)}
+    every = {"dataset": run.dataset["dataset"], **run.dataset["options"], **run.config.to_dict()}
+    every["epochs done"] = len(run.history)
+    return {name: value for name, value in every.items() if name not in ("trial", "pack", "seed")}
 
 
 def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The settings that differ within a method, or that differ and were not set by the methods."""
-    texts = [{name: json.dumps(value) for name, value in own.items()} for own in settings]
-    presets = {json.dumps(m): {k: json.dumps(v) for k, v in own.items()} for m, own in METHODS.items()}
+    """The settings that differ, without those for which every run has its method's own value."""
+    presets = {method: Config.preset("sysu", method).to_dict() for method in METHODS}
     found = []
-    for name in dict.fromkeys(name for own in texts for name in own):
-        beyond = [own for own in texts if own.get(name) != presets[own["method"]].get(name, ...)]
-        within = [[own for own in texts if own["method"] == method] for method in presets]
-        if any(len({own.get(name) for own in runs}) > 1 for runs in (beyond, *within)):
+    for name in dict.fromkeys(name for own in settings for name in own):
+        own_value = all(own.get(name) == presets[own["method"]].get(name, ...) for own in settings)
+        differs = len({json.dumps(own.get(name)) for own in settings}) > 1
+        if differs and (name == "method" or not own_value):
             found.append(name)
     return found
 
 
 def _group(runs: Sequence[SavedRun], settings: dict, root: str | Path | None, device: torch.device) -> Group:
+    """The figures of runs; without accuracy, with a warning, where images, identities or a protocol lack."""
     figures: dict[str, list[float]] = {}
-    results = [found for run in runs if (found := accuracy(run, root, device)) is not None]
-    for found in results:
-        for label, row in zip(found.labels(), found.rows, strict=True):
-            for heading, measure in (("Rank-1", "rank1"), ("mAP", "mAP")):
-                if row[measure] is not None:
-                    figures.setdefault(f"{label} {heading}".strip(), []).append(row[measure])
+    results = []
+    for run in runs:
+        held = {"validation": None} if run.options.get("validation") else {}  # not the people held out
+        try:
+            results.append(evaluate(load_model(run.directory).to(device), run.open(root, **held)))
+        except (ValueError, OSError) as e:
+            log.warning("%s: no accuracy: %s", run.directory, e)
+    for label, row in (pair for found in results for pair in zip(found.labels(), found.rows, strict=True)):
+        for heading, measure in (("Rank-1", "rank1"), ("mAP", "mAP")):
+            if row[measure] is not None:
+                figures.setdefault(f"{label} {heading}".strip(), []).append(row[measure])
     cautions = {row["caution"] for found in results for row in found.rows} - {""}
     if 0 < len(results) < len(runs):
         cautions.add(f"accuracy of {len(results)} of {len(runs)} runs")
     figures["score"] = [run.history[-1]["score"] for run in runs]
     figures["minutes"] = [sum(row["seconds"] for row in run.history) / 60 for run in runs]
     return Group(tuple(runs), settings, figures, "; ".join(sorted(cautions)))
-
-
-def accuracy(run: SavedRun, root: str | Path | None, device: torch.device) -> Results | None:
-    """The protocol's figures of a run; None, with a warning, without images, identities or protocol."""
-    try:
-        held = {"validation": None} if run.options.get("validation") else {}  # not the people held out
-        return evaluate(load_model(run.directory).to(device), run.open(root, **held))
-    except (ValueError, OSError) as e:
-        log.warning("%s: no accuracy: %s", run.directory, e)
-        return None
 
 
 def _told(heading: str, values: Sequence[float]) -> str:
