@@ -1,5 +1,6 @@
 """Log lines for people, and progress: bars at a terminal, a line a minute elsewhere."""
 
+import io
 import logging
 import os
 import sys
@@ -16,30 +17,23 @@ MINUTE = 60.0  # seconds between two lines about a step, where there is no termi
 log = logging.getLogger("ecul")
 
 
-class _Stderr:
+class _Stderr(io.TextIOBase):
     """Standard error as it is now. It may be full or closed: then the text is lost, and the work goes on."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         with suppress(AttributeError, OSError, ValueError):  # it is None, full, or closed
             sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with suppress(AttributeError, OSError, ValueError):
             sys.stderr.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+        return len(text)
 
 
-class _Lines:
+class _Lines(io.TextIOBase):
     """Takes the text of a bar and logs it."""
 
-    def write(self, text: str) -> None:
-        if text := text.strip():
-            log.info("%s", text)
-
-    def flush(self) -> None:
-        pass
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.info("%s", text.strip())
+        return len(text)
 
 
 class _BesideBars(logging.Handler):
@@ -49,7 +43,7 @@ class _BesideBars(logging.Handler):
         tqdm.write(printable(self.format(record), "\n"), file=_STDERR)
 
 
-_STDERR = _Stderr()
+_STDERR = _Stderr()  # tqdm knows by this one object which bars share the stream
 
 
 def progress(
@@ -66,11 +60,12 @@ def progress(
     `update`. lines=False: nothing without a terminal.
     """
     terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-    options: dict[str, Any] = {"total": total, "desc": what, "disable": not (shown and (terminal or lines))}
+    options: dict[str, Any] = {"total": total, "desc": what, "leave": False}
+    options |= {"disable": not (shown and (terminal or lines))}
     if terminal:
-        return tqdm(items, unit=unit, delay=2, leave=False, file=_STDERR, **options)
+        return tqdm(items, unit=unit, delay=2, file=_STDERR, **options)
     options |= {"bar_format": "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left"}
-    options |= {"mininterval": MINUTE, "maxinterval": MINUTE, "miniters": 1, "delay": MINUTE, "leave": False}
+    options |= {"mininterval": MINUTE, "maxinterval": MINUTE, "miniters": 1, "delay": MINUTE}
     return tqdm(items, file=_Lines(), **options)
 
 
@@ -85,8 +80,8 @@ def logging_to_stderr() -> Iterator[None]:
         return
     handler, level = _BesideBars(), log.level
     log.addHandler(handler)
-    if level == logging.NOTSET:
-        log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    first = os.environ.get("RANK", "0") == "0"
+    log.setLevel(level or (logging.INFO if first else logging.ERROR))
     try:
         yield
     finally:

@@ -20,7 +20,6 @@ LEGEND = (
     "clusters and outliers: visible/infrared/joint; score: separation of the clusters, without identities; "
     "loss: the sum of the stage's terms (stage 2 has more), then the mean of each, visible/infrared/joint"
 )
-PARTS = ("extract", "labels", "train")  # of an epoch's seconds
 
 
 def label_score(features: torch.Tensor, labels: Labels) -> float:
@@ -39,21 +38,17 @@ def fell_apart(row: dict, history: list[dict], images: int) -> dict[str, int]:
     That is: the separation is lower, and there are half as many clusters, or three times as many outliers,
     a tenth of all images. A learning rate that is too high does that to a good start.
     """
-    if not history:
+    if not history or row["score"] >= history[-1]["score"]:
         return {}
-    (clusters, outliers, score), (clusters_now, outliers_now, score_now) = (
-        (*(sum(r[f"{kind}_{m}"] for m in MODALITIES) for kind in ("clusters", "outliers")), r["score"])
-        for r in (history[-1], row)
+    clusters, outliers = (
+        [sum(r[f"{kind}_{m}"] for m in MODALITIES) for r in (history[-1], row)]
+        for kind in ("clusters", "outliers")
     )
-    scattered = outliers_now >= max(3 * outliers, images / 10)
-    if score_now >= score or not (scattered or 2 * clusters_now <= clusters):
+    if 2 * clusters[1] > clusters[0] and outliers[1] < max(3 * outliers[0], images / 10):
         return {}
-    told = (row["epoch"] + 1, clusters, clusters_now, outliers, outliers_now, score, score_now)
-    log.warning(
-        "epoch %d: the clusters fell apart: %d, then %d clusters; %d, then %d outliers; separation %.2f, "
-        "then %.2f. Lower lr, which may change on resume, or start from other weights",
-        *told,
-    )
+    told = "epoch %d: the clusters fell apart: %d, then %d clusters; %d, then %d outliers"
+    advice = "Lower lr, which may change on resume, or start from other weights"
+    log.warning(f"{told}. {advice}", row["epoch"] + 1, *clusters, *outliers)
     return {"fell_apart": 1}
 
 
@@ -63,9 +58,10 @@ def monitors(labels: Labels, identities: np.ndarray | None) -> dict[str, float]:
         return {}
     people = dict(zip(MODALITIES, np.split(identities, [labels.num_visible]), strict=True))
     joint = {} if labels.joint is None else {"joint": labels.joint}
-    named = (labels.sides | joint).items()
-    found = {name: adjusted_rand(own.cpu(), people.get(name, identities)) for name, own in named}
-    return {f"monitor_ari_{name}": value for name, value in found.items() if not np.isnan(value)}
+    found = {}
+    for name, own in (labels.sides | joint).items():
+        found[f"monitor_ari_{name}"] = adjusted_rand(own.cpu(), people.get(name, identities))
+    return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
 def describe(history: list[dict], epochs: int) -> str:
@@ -78,10 +74,8 @@ def describe(history: list[dict], epochs: int) -> str:
     if losses:
         kinds = dict.fromkeys(name.split("_")[0] for name in losses)
         parts = [f"{kind} {_joined(losses, kind, '.2f')}" for kind in kinds]
-        shares = "/".join(f"{100 * row[f'seconds_{part}'] / row['seconds']:.0f}" for part in PARTS)
         text += f" loss {sum(losses.values()):.3f} ({', '.join(parts)})"
-        text += f" {row['seconds']:.1f} s ({'/'.join(PARTS)} {shares} %)"
-        text += f" {row['images_per_second']:.0f} images/s"
+        text += f" {row['seconds']:.1f} s {row['images_per_second']:.0f} images/s"
     if told := _joined(row, "monitor_", ".2f"):
         text += f" (monitor: ARI {told})"
     if told := _joined(row, "valid", ".1f"):
@@ -97,24 +91,18 @@ def _joined(row: dict, kind: str, form: str) -> str:
 def logger(kind: str, directory: Path) -> Callable[[dict], None]:
     """An `on_epoch` that writes `log.csv`, or TensorBoard's files, into a run's directory.
 
-    kind: "csv" or "tensorboard". TensorBoard counts epochs from 1. Errors: ImportError that says what
-    to install.
+    kind: "csv" or "tensorboard". TensorBoard counts epochs from 1. Errors: ImportError without its package.
     """
-
-    def write_csv(row: dict) -> None:
-        rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-        write_file(directory / "log.csv", render_table("csv", "", [], rows).encode())
-
-    if kind == "csv":
-        return write_csv
-    try:
+    if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise ImportError("TensorBoard's files need its package: pip install tensorboard") from e
 
-    def write_scalars(row: dict) -> None:
+    def write(row: dict) -> None:
+        if kind == "csv":
+            rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+            write_file(directory / "log.csv", render_table("csv", "", [], rows).encode())
+            return
         with SummaryWriter(str(directory / "tensorboard")) as writer:
             for name, value in row.items():
                 writer.add_scalar(name.replace("_", "/", 1), value, row["epoch"] + 1)
 
-    return write_scalars
+    return write

@@ -23,7 +23,6 @@ from ecul.augment import ERASED, MEAN, STD
 from ecul.batches import draw_batches, make_batches
 from ecul.labels import Labels
 from ecul.optim import build_model, build_optimizer, trainable, uses_bf16
-from ecul.run.log import PARTS
 from ecul.stages import make_terms
 from ecul.training import State, run_epoch, train_batches
 from ecul.trainset import load_images
@@ -184,7 +183,10 @@ def epochs(work, dataset, config, device):
     images = load_images(dataset, config.size, device)
     for stage, epoch in ((1, 1), (2, config.epochs_intra)):
         row = run_epoch(state, images, config, epoch)
-        parts = ", ".join(f"{100 * row.get(f'seconds_{p}', 0) / row['seconds']:.0f} % {p}" for p in PARTS)
+        shares = {
+            part: row.get(f"seconds_{part}", 0) / row["seconds"] for part in ("extract", "labels", "train")
+        }
+        parts = ", ".join(f"{share:.0%} {part}" for part, share in shares.items())
         sizes = f"{len(images)} images: {parts}"
         if row.get("skipped"):
             sizes += "; skipped, for want of clusters"
