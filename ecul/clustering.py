@@ -21,7 +21,7 @@ import torch
 from ecul.common import distributed, logs
 from ecul.common.arrays import check_codes, check_points, check_ranks, check_sizes, same_kind
 from ecul.common.density import Density
-from ecul.common.duplicates import distinct_encodings, distinct_rows, nearest_members
+from ecul.common.duplicates import distinct_rows, nearest_members, without_repeats
 from ecul.common.exact import exp, on_grid, unit_rows
 from ecul.common.sparse import CSR, STRIP_ROWS, coalesced, entries, lengths, product, stacked, times
 from ecul.kernels import jaccard_neighbors, pair_similarity
@@ -97,7 +97,8 @@ def emcc(
         del points
         encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2, k3, together)
         bar.update()
-        encodings, first = distinct_encodings(encodings, eps, together)
+        codes = 2 * cameras + modalities
+        encodings, first = without_repeats(encodings, ranks, k3 or k2, codes, eps)
         found = Density(first.bincount(minlength=len(first)).cpu().numpy(), min_samples)
         turn = (distributed.rank(), distributed.size()) if together else (0, 1)
         for pairs in jaccard_pairs(encodings, eps, lambda: found.groups, *turn):
