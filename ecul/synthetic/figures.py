@@ -37,6 +37,7 @@ def _checks(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 # The signed distance of a cloth's second tone, from x and y (0 in its middle), a period and the half width.
+# None: the cloth is plain.
 PATTERNS: dict[str, Callable[..., np.ndarray | None]] = {
     "plain": lambda x, y, period, half: None,
     "rings": lambda x, y, period, half: _wave(y, period),
@@ -161,10 +162,6 @@ class Canvas(NamedTuple):
         half = half + down * (half_below - half)
         return np.maximum(np.abs(self.x - cx) - half, np.maximum(top - self.y, self.y - bottom))
 
-    def cloth(self, kind: str, period: float, cx: Length, cy: Length, half: float) -> np.ndarray | None:
-        """The signed distance of the second tone of cloth around (cx, cy); None where cloth is plain."""
-        return PATTERNS[kind](self.x - cx, self.y - cy, period, half)
-
 
 class Pose(NamedTuple):
     """How a person stands to the camera: (images, 1, 1) arrays."""
@@ -189,7 +186,8 @@ def draw_person(canvas: Canvas, person: Person, tones: Tones, yaw: np.ndarray, p
     if person["bag"] == "backpack":
         canvas.paint(backpack, tones["bag"])
     _draw_legs(canvas, person, tones, pose)
-    cloth = canvas.cloth(person["upper"], person["upper_period"], 0.03 * side, 0.31, person["shoulders"])
+    middle = (canvas.x - 0.03 * side, canvas.y - 0.31)
+    cloth = PATTERNS[person["upper"]](*middle, person["upper_period"], person["shoulders"])
     garment = (tones["upper"], tones["upper2"], cloth)
     _draw_trunk(canvas, person, tones, pose, garment)
     hands = _draw_arms(canvas, person, tones, pose, garment[: 1 if person["upper"] == "open" else 3])
@@ -209,8 +207,8 @@ def _draw_legs(canvas: Canvas, person: Person, tones: Tones, pose: Pose) -> None
     """Legs, shoes and the lower garment."""
     cover, limb, hips = LOWER[person["lower"]], person["limb"], person["hips"]
     skirt, wide = person["lower"] in ("skirt", "gown"), limb * person["lower_width"]
-    middle = (0.02 * pose.side, 0.5 + 0.23 * cover)
-    cloth = canvas.cloth(person["lower_pattern"], person["lower_period"], *middle, hips)
+    middle = (canvas.x - 0.02 * pose.side, canvas.y - (0.5 + 0.23 * cover))
+    cloth = PATTERNS[person["lower_pattern"]](*middle, person["lower_period"], hips)
     garment = (tones["lower"], tones["lower2"], cloth)
     for leg in (-1, 1):
         hip = leg * 0.5 * hips * pose.front

@@ -6,21 +6,19 @@ less, and infrared differs in three ways: by a law of hue, by chance, and by a w
 (`GAP`). A figure measured on this world is a figure of this world only.
 """
 
-import glob
 import os
 import secrets
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ecul.common import logs
-from ecul.common.files import lock, read_json, write_json
+from ecul.common.files import read_json, write_json
 from ecul.common.names import printable
 from ecul.data.decode import pillow
 from ecul.data.layouts import SYSU_CAMERAS
@@ -68,7 +66,7 @@ def synthesize(
 
     The layout is SYSU-MM01's: RGB files ``cam{1..6}/{id:04d}/{n:04d}.jpg`` (cameras 1, 2, 4, 5 are visible; 3
     and 6 are infrared, with equal channels) and ``exp/{train,val,test}_id.txt``. ``synthetic.json`` holds the
-    parameters and the number of images of each split and camera.
+    parameters.
 
     identities: people in training (train + val), at least 2. test_identities: people held out, at least 1,
     default ``max(2, identities // 2)``. images: per person and camera; some people miss one or two cameras.
@@ -77,22 +75,25 @@ def synthesize(
     `GAP` by name, 0 to 1, where a missing one is 0. An image depends on the seed, the gap, its person,
     camera and number only.
 
-    The world is built beside `root` and renamed when complete; the next call removes what a killed one left.
-    A complete world with the same parameters is left as it is. Raises ValueError for a parameter out of
-    range, or when `root` holds something else.
+    The world is built in a folder ``.synthetic-*`` beside `root`, which is renamed when complete. A killed
+    call leaves that folder: remove it by hand. A complete world with the same parameters is left as it is.
+    Raises ValueError for a parameter out of range, or when `root` holds something else.
     """
     parameters = _check_parameters(identities, test_identities, images, size, seed, gap)
     home = Path(root).absolute()
-    if not _holds_world(home, parameters):
-        with _draft(home) as draft:
-            _write_world(draft, parameters, progress)
-            try:
-                if home.is_dir():
-                    home.rmdir()
-                draft.rename(home)
-            except OSError:  # another process was first
-                if not _holds_world(home, parameters):
-                    raise
+    if _holds_world(home, parameters):
+        return str(root)
+    draft = home.with_name(f".synthetic-{secrets.token_hex(8)}")
+    try:
+        _write_world(draft, parameters, progress)
+        if home.is_dir():
+            home.rmdir()
+        draft.rename(home)
+    except OSError:
+        if not _holds_world(home, parameters):  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return str(root)
 
 
@@ -100,24 +101,21 @@ def _check_parameters(
     identities: Any, test_identities: Any, images: Any, size: Any, seed: Any, gap: Any
 ) -> dict[str, Any]:
     """The parameters as synthetic.json holds them, or a ValueError that names the first wrong one."""
-    if not isinstance(size, (tuple, list)) or len(size) != 2:
+    if np.shape(size) != (2,):
         raise ValueError(f"size must be (height, width), got {size!r}")
-    numbers = {"identities": (identities, 2), "test_identities": (test_identities, 1), "images": (images, 1)}
-    numbers |= {"size: height": (size[0], 32), "size: width": (size[1], 16), "seed": (seed, 0)}
-    if test_identities is None:
-        del numbers["test_identities"]
+    numbers = {"identities": (identities, 2), "images": (images, 1), "seed": (seed, 0)}
+    numbers |= {"size: height": (size[0], 32), "size: width": (size[1], 16)}
+    numbers["test_identities"] = (1 if test_identities is None else test_identities, 1)
     for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        if not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     held_out = max(2, identities // 2) if test_identities is None else test_identities
     if identities + held_out > 9999:
         raise ValueError(f"identities + test_identities must be at most 9999, got {identities} + {held_out}")
-    values = gap if isinstance(gap, Mapping) else {"law": gap}
-    known = all(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in values.values())
-    if not known or not all(0 <= v <= 1 for v in values.values()) or not values.keys() <= GAP.keys():
-        raise ValueError(
-            f"gap must be a number from 0 to 1, or such numbers by {', '.join(GAP)}, got {gap!r}"
-        )
+    values = gap if isinstance(gap, Mapping) else dict.fromkeys(GAP, gap)
+    if not all(name in GAP and isinstance(v, Real) and 0 <= v <= 1 for name, v in values.items()):
+        named = ", ".join(GAP)
+        raise ValueError(f"gap must be a number from 0 to 1, or such numbers by {named}, got {gap!r}")
     gap = {name: float(v) for name, v in gap.items()} if isinstance(gap, Mapping) else float(gap)
     whole = {"identities": identities, "test_identities": held_out, "images": images, "seed": seed}
     return {name: int(n) for name, n in whole.items()} | {"size": [*map(int, size)], "gap": gap}
@@ -142,55 +140,21 @@ def _holds_world(root: Path, parameters: dict[str, Any]) -> bool:
     )
 
 
-@contextmanager
-def _draft(home: Path) -> Iterator[Path]:
-    """A new folder beside `home`, removed in the end unless renamed. First removes drafts of killed calls."""
-    prefix = f".{home.name[:50]}.partial-"  # a long name would leave no room
-    draft = home.with_name(prefix + secrets.token_hex(8))
-    with ExitStack() as stack:
-        for other in home.parent.glob(f"{glob.escape(prefix)}*"):
-            with suppress(OSError):  # an empty one may be about to be locked
-                if any(other.iterdir()) and _lock(other, stack):
-                    shutil.rmtree(other)
-        stack.callback(shutil.rmtree, draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        _lock(draft, stack)
-        yield draft
-
-
-def _lock(folder: Path, stack: ExitStack) -> bool:
-    """Lock a folder until `stack` ends. False: a living process holds the lock, or there are no locks."""
-    try:
-        stack.callback(os.close, held := os.open(folder, os.O_RDONLY))
-    except OSError:  # Windows opens no folders
-        return False
-    return lock(held) is True
-
-
 def _write_world(root: Path, parameters: dict[str, Any], progress: bool) -> None:
     seed, gap = parameters["seed"], parameters["gap"]
     splits = _split(seed, parameters["identities"], parameters["test_identities"])
     jobs = [(pid, camid) for pid in sorted(sum(splits.values(), [])) for camid in _cameras_of(seed, pid)]
     cameras = {camid: draw_camera(seed, camid, gap) for camid in CAMERAS}
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        done = [pool.submit(_write_job, root, parameters, pid, cameras[camid]) for pid, camid in jobs]
-        with logs.progress(len(done), "render", "folder", progress) as bar:
-            for job in as_completed(done):
-                job.result()
-                bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        logs.progress(len(jobs), "render", "folder", progress) as bar,
+    ):
+        for _ in pool.map(lambda job: _write_job(root, parameters, job[0], cameras[job[1]]), jobs):
+            bar.update()
     (root / "exp").mkdir()
     for name, pids in splits.items():
         (root / "exp" / f"{name}_id.txt").write_text(",".join(map(str, pids)) + "\n")
-    counts: dict[str, dict[str, Any]] = {}
-    for name, people in (("train", {*splits["train"], *splits["val"]}), ("test", {*splits["test"]})):
-        seen = Counter(camid for pid, camid in jobs if pid in people)
-        number = {camid: parameters["images"] * seen[camid] for camid in CAMERAS}
-        sides = {side: sum(number[camid] for camid in camids) for side, camids in SYSU_CAMERAS.items()}
-        counts[name] = {"identities": len(people), "cameras": number, **sides}
-    about = {"generator": "ecul synthesize", "version": VERSION, "parameters": parameters, "counts": counts}
+    about = {"generator": "ecul synthesize", "version": VERSION, "parameters": parameters}
     write_json(root / "synthetic.json", about)
 
 
