@@ -393,60 +393,32 @@ def test_every_format_is_listed_and_read(tmp_path):
     assert dataset.visible.names[3:] == names and dataset.visible.load(SIZE).shape == (10, 3, *SIZE)
 
 
-def deep_png(pixels):
-    """16 bits a channel, (H, W, C), which Pillow cannot write; rows are stored as differences."""
-    height, width, channels = pixels.shape
-    rows = pixels.astype(">u2").view(np.uint8).reshape(height, width, 2 * channels)
-    left = np.diff(rows, axis=1, prepend=np.zeros((height, 1, 2 * channels), np.uint8))
-    body = b"".join(b"\x01" + row.tobytes() for row in left)
-    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
-    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(body)), (b"IEND", b""))
-    packed = (struct.pack(">I", len(b)) + t + b + struct.pack(">I", zlib.crc32(t + b)) for t, b in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+THERMAL = np.linspace(7000, 9000, 72).reshape(12, 6).round().astype(np.uint16)
 
 
-def deep_tiff(pixels, order, planar=1):
-    """16 bits a channel, one strip."""
-    height, width, channels = pixels.shape
-    data = (pixels if planar == 1 else pixels.transpose(2, 0, 1)).astype(f"{order}u2").tobytes()
-    bits = struct.pack(f"{order}3H", 16, 16, 16)
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 3, 8), (259, 4, 1, 1), (262, 4, 1, 2)]
-    tags += [(273, 4, 1, 14), (277, 4, 1, 3), (278, 4, 1, height), (279, 4, 1, len(data))]
-    tags += [(284, 4, 1, planar)]
-    if planar == 2:
-        tags[5] = (273, 4, 3, 14 + len(data))
-        data += struct.pack(f"{order}3I", *(14 + 2 * height * width * c for c in range(3)))
-    directory = struct.pack(f"{order}H", len(tags)) + b"".join(struct.pack(f"{order}HHII", *t) for t in tags)
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 14 + len(data))
-    return head + bits + data + directory + bytes(4)
-
-
-THERMAL = np.linspace(7000, 9000, 72).reshape(12, 6, 1).round().astype(np.uint16)
-COLOURS = np.concatenate([THERMAL, THERMAL[::-1], THERMAL // 2], axis=2)
-ALPHA = np.full_like(THERMAL, 65535)
-DEEP = {
-    "gray.png": (deep_png(THERMAL), THERMAL),
-    "gray and alpha.png": (deep_png(np.concatenate([THERMAL, ALPHA], 2)), THERMAL),
-    "colour.png": (deep_png(COLOURS), COLOURS),
-    "colour and alpha.png": (deep_png(np.concatenate([COLOURS, ALPHA], 2)), COLOURS),
-    "intel.tif": (deep_tiff(COLOURS, "<"), COLOURS),
-    "motorola.tif": (deep_tiff(COLOURS, ">"), COLOURS),
-    "gray.pgm": (b"P5 6 12 65535\n" + THERMAL.astype(">u2").tobytes(), THERMAL),
-    "colour.ppm": (b"P6 6 12 65535\n" + COLOURS.astype(">u2").tobytes(), COLOURS),
-    "ten bits.ppm": (b"P6 6 12 9999\n" + COLOURS.astype(">u2").tobytes(), COLOURS),
-}
-
-
-@pytest.mark.parametrize("name", DEEP)
-def test_deep_pixels_are_scaled_by_their_range_without_its_ends(tmp_path, name):
-    content, values = DEEP[name]
-    (tmp_path / name).write_bytes(content)
-    ordered = np.sort(values, axis=None)
-    low, high = (float(ordered[place]) for place in (values.shape[2], -1 - values.shape[2]))  # one pixel less
-    expected = ((values - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "u2"), ("a.tif", "u2"), ("a.pgm", "u2"), ("a.tif", "i4"), ("a.tif", "f4")]
+)
+def test_deep_pixels_are_scaled_by_their_range_without_its_ends(tmp_path, name, kind):
+    Image.fromarray(THERMAL.astype(kind)).save(tmp_path / name)
+    low, high = np.sort(THERMAL, axis=None)[[1, -2]].astype(float)
+    expected = ((THERMAL - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
     found = load_pixels(tmp_path / name, (12, 6))
-    np.testing.assert_array_equal(found, np.broadcast_to(expected, (12, 6, 3)))
+    np.testing.assert_array_equal(found, np.broadcast_to(expected[..., None], (12, 6, 3)))
+
+
+def deep_colours():
+    """(name, content) of files with 16 bits a channel, which Pillow cannot write: images with another head."""
+    for mode in ("LA", "RGB", "RGBA"):
+        Image.new(mode, (6, 12)).save(saved := io.BytesIO(), "PNG")
+        png = saved.getvalue()
+        head = png[12:24] + b"\x10" + png[25:29]
+        yield f"{mode}.png", png[:12] + head + struct.pack(">I", zlib.crc32(head)) + png[33:]
+    Image.new("RGB", (6, 12)).save(saved := io.BytesIO(), "TIFF")
+    yield "a.tif", saved.getvalue().replace(struct.pack("<3H", 8, 8, 8), struct.pack("<3H", 16, 16, 16))
+    for largest in (65535, 9999):
+        yield f"{largest}.ppm", b"P6 6 12 %d\n" % largest + bytes(6 * 12 * 6)
+        yield f"plain {largest}.ppm", b"P3 6 12 %d\n" % largest + b"9 " * 6 * 12 * 3
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
@@ -463,8 +435,7 @@ def test_a_dead_and_a_hot_pixel_change_nothing_but_themselves(tmp_path, suffix):
 
 
 def test_images_that_cannot_be_taken_are_refused(tmp_path, monkeypatch):
-    plain = b"P3 6 12 65535\n" + b" ".join(b"%d" % value for value in COLOURS.ravel())
-    for name, content in (("plain.ppm", plain), ("planes.tif", deep_tiff(COLOURS, "<", planar=2))):
+    for name, content in deep_colours():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}': it has more than 8 bits a channel"):
             load_pixels(tmp_path / name, SIZE)

@@ -1,8 +1,8 @@
 """Image files to pixels: one image, or many on every core."""
 
 import os
+import re
 import stat
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +44,9 @@ def load_pixels(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
 
     size: (H, W). Returns (H, W, 3) uint8; `pixels.transpose(2, 0, 1)[None].astype("float32")` is what an
     exported model takes. EXIF orientation is applied, one channel is repeated three times, alpha is dropped.
-    An image of 16 or 32 bits a channel is scaled linearly to 0..255 by its own range. The range
+    An image of one channel with 16 or 32 bits is scaled linearly to 0..255 by its own range. The range
     leaves out the 0.5 % of the pixels that are lowest and highest, at least one each: a dead or hot pixel.
+    Colours with more than 8 bits a channel are refused.
     LANCZOS is what the field's preparation scripts and test loaders use (`Image.ANTIALIAS` there).
     Raises ValueError with the path when it is no regular file, cannot be decoded to its end, has more than
     2**26 pixels or some that are not finite.
@@ -57,11 +58,7 @@ def load_pixels(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
         with opened(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
-            tiles = list(getattr(image, "tile", ()))
-            image.load()
-            values = _deep_values(image, tiles, lambda: opened(path))
-            eight_bits = image if values is None else pillow().fromarray(_scaled(values))
-            return resize(_upright(eight_bits.convert("RGB"), image), size)
+            return resize(_upright(_eight_bits(image).convert("RGB"), image), size)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything; people need the path
@@ -88,48 +85,24 @@ def _upright(pixels: Any, image: Any) -> Any:
     return pixels
 
 
-def _deep_values(image: Any, tiles: list, reopened: Callable[[], Any]) -> np.ndarray | None:
-    """(H, W) or (H, W, 3) values of an image with more than 8 bits a channel, else None.
-
-    Pillow keeps one byte of each value of 16-bit colour: the first as big-endian, the second as
-    little-endian. So the file is decoded once for each. `tiles` tell the decoder where and how.
-    """
+def _eight_bits(image: Any) -> Any:
+    """The image with 8 bits a channel. Errors: ValueError for deeper colours, of which Pillow keeps a byte."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return np.asarray(image, dtype=np.float64)
-    decoder, _, _, args = tiles[0][:4] if tiles else ("", (), 0, None)
-    rawmode, *more = args if isinstance(args, tuple | list) and args else (args,)
-    if decoder == "ppm" and more[0] > 255:  # `more` is the largest value; each is two big-endian bytes
-        decoder, rawmode, more = "raw", f"{rawmode};16B", [0, 1]
-    colours, _, order = str(rawmode).partition(";16")
-    tags = getattr(image, "tag_v2", {})  # of TIFF: 258 the bits a channel, 284 is 2 for a plane a channel
-    if not order and np.max(tags.get(258, 8)) <= 8 and not (decoder == "ppm_plain" and more[0] > 255):
-        return None
-    if colours not in ("LA", "RGB", "RGBA", "RGBX") or not order or tags.get(284) == 2:
-        raise ValueError("it has more than 8 bits a channel, in a form that is not supported")
-
-    def decoded(rawmode: str) -> np.ndarray:
-        settings = (rawmode, *more) if more else rawmode
-        as_tile = getattr(type(tiles[0]), "_make", tuple)  # a named tuple since Pillow 11
-        with reopened() as again:
-            again.tile = [as_tile((decoder, box, offset, settings)) for _, box, offset, _ in tiles]
-            again.load()
-            return np.asarray(again, dtype=np.float64)
-
-    if colours == "LA":  # four bytes a pixel, as RGBA has
-        high, low = np.moveaxis(decoded("RGBA"), 2, 0)[:2]
-        return 256 * high + low
-    first, second = (decoded(f"{colours};16{end}")[..., :3] for end in "BL")
-    little = order == "L" or (order == "N" and sys.byteorder == "little")
-    return 256 * second + first if little else 256 * first + second
+        return pillow().fromarray(_scaled(np.asarray(image, dtype=np.float64)))
+    decoder, _, _, coded = image.tile[0][:4] if image.tile else ("", (), 0, "")  # how it will be decoded
+    bits = getattr(image, "tag_v2", {}).get(258, 8)  # of TIFF, for each channel
+    portable = decoder.startswith("ppm") and isinstance(coded, tuple) and coded[1] > 255  # its largest value
+    if portable or np.max(bits) > 8 or re.search(";16[BLN]", str(coded)):
+        raise ValueError("it has more than 8 bits a channel; save it with one channel, or with 8 bits")
+    return image
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
     """uint8 of finite values: their range, without a few at its ends, becomes 0 to 255."""
     if not np.isfinite(values).all():
         raise ValueError("its pixels are not finite")
-    pixels = values.shape[0] * values.shape[1]
-    cut = min(1 + pixels // CLIPPED, (pixels - 1) // 2) * (values.size // pixels)
     ordered = np.sort(values, axis=None)
+    cut = min(1 + len(ordered) // CLIPPED, (len(ordered) - 1) // 2)
     low, high = ordered[cut], ordered[-1 - cut]
     if low == high:
         low, high = ordered[0], ordered[-1]
