@@ -7,7 +7,6 @@ import os
 import re
 import struct
 import sys
-import time
 import tracemalloc
 import warnings
 import zlib
@@ -105,18 +104,20 @@ LONG, DIGITS = "9" * 20, "at most 18 digits, not '9"
 SYSU_LIST, REGDB_LIST = (layouts.sysu, "exp/train_id.txt"), (layouts.regdb, "idx/test_thermal_1.txt")
 BAD_LISTS = [
     (*SYSU_LIST, "1,2,3,", "entry 4 .*not ''"),
-    (*SYSU_LIST, "1,2\n3,5\n", "one line .*not 2"),
-    (*SYSU_LIST, "", "one line .*not 0"),
+    (*SYSU_LIST, "1,2\n3,5\n", r"entry 2 .*not '2\\\\n3'"),
+    (*SYSU_LIST, "", "entry 1 .*not ''"),
     (*SYSU_LIST, "1,two,3", "entry 2 .*'two'"),
     (*SYSU_LIST, f"4,{LONG}", f"entry 2 .*{DIGITS}"),
-    (*SYSU_LIST, "1,77", "train identities without an image: 0077"),
+    (*SYSU_LIST, "1,77", "listed without an image: 0077"),
     (*REGDB_LIST, f"a.bmp {LONG}", f"line 1: the label .*{DIGITS}"),
     (*REGDB_LIST, "a.bmp 0\n\nb.bmp x", "line 3: the label .* not 'x'"),
-    (*REGDB_LIST, "no-label.bmp", "line 1: expected 'relative/path label'"),
+    (*REGDB_LIST, "no-label.bmp", "line 1: expected 'path label' .*not 'no-label.bmp'"),
     (layouts.llcm, "idx/train_vis.txt", f"a_c{LONG}_s1.jpg 0", f"line 1: the camera .*{DIGITS}"),
 ]
 OUTSIDE = ("../outside.bmp", "{}/outside.bmp", "Visible/link.bmp", "away/outside.bmp", "a\0b")
-BAD_LISTS += [(*REGDB_LIST, f"a.bmp 0\n{name} 3", "line 2: .* no path inside .*root") for name in OUTSIDE]
+BAD_LISTS += [
+    (*REGDB_LIST, f"a.bmp 0\n{name} 3", "line 2: expected .* with a path inside .*root") for name in OUTSIDE
+]
 
 
 @pytest.mark.parametrize(("make", "file", "content", "problem"), BAD_LISTS)
@@ -129,7 +130,7 @@ def test_a_list_with_rubbish_is_named_with_the_place(tmp_path, make, file, conte
     (root / "Visible" / "own.bmp").symlink_to(root / "Visible" / "near.bmp")
     (root / "away").symlink_to(tmp_path)
     layouts.text(root / file, content.replace("{}", str(tmp_path)))
-    with pytest.raises(ValueError, match=f"(?s)({Path(file).name}|exp/ names).*{problem}"):
+    with pytest.raises(ValueError, match=f"(?s)({Path(file).name}|1 train ident).*{problem}"):
         open_dataset(make.__name__, root, subset=True)
     if make is layouts.regdb:
         layouts.text(root / file, "Visible/own.bmp 3")
@@ -342,8 +343,9 @@ def test_arrays_that_do_not_fit_are_refused():
             Dataset.from_arrays(pixels, gray)
     for kind, message, options in (
         (ValueError, "camids: 3 for 2", {"visible_cameras": [1, 2, 3]}),
-        (TypeError, "camids: .* row of int", {"visible_cameras": ["a", "b"]}),
-        (ValueError, "camids: .* int64, not 18446744073", {"visible_cameras": huge}),
+        (TypeError, "camids must be .* real numbers", {"visible_cameras": ["a", "b"]}),
+        (TypeError, "camids: .* row of int", {"visible_cameras": [1.0, 2.0]}),
+        (ValueError, "camids must be .* int64, got 18446744073", {"visible_cameras": huge}),
         (ValueError, "protocol: expected 'sysu'", {"protocol": "market"}),
     ):
         with pytest.raises(kind, match=message):
@@ -408,7 +410,7 @@ def test_deep_pixels_are_scaled_by_their_range_without_its_ends(tmp_path, name, 
 
 
 def deep_colours():
-    """(name, content) of files with 16 bits a channel, which Pillow cannot write: images with another head."""
+    """(name, content) of files with 16 bits a channel, which Pillow cannot write."""
     for mode in ("LA", "RGB", "RGBA"):
         Image.new(mode, (6, 12)).save(saved := io.BytesIO(), "PNG")
         png = saved.getvalue()
@@ -580,14 +582,10 @@ def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
         patch.setattr(ecul.data.decode, "load_pixels", Mock(side_effect=KeyboardInterrupt))
         pile.load(SIZE)
     assert packs_in(root / ".ecul-pack") == []
-    folder, old = root / ".ecul-pack", time.time() - 7200
-    abandoned = folder / f".{'0a' * 8}.tmp"
-    kept = [folder / name for name in ("notes.tmp", "sysu-visible-8x4-00.npy", f".{'1b' * 8}.tmp")]
-    for file in (abandoned, *kept):
-        file.write_bytes(b"half")
-        os.utime(file, (old, old) if file != kept[-1] else None)
-    assert len(pile.load(SIZE)) == len(pile)
-    assert not abandoned.exists() and all(file.exists() for file in kept)
+    kept = [root / ".ecul-pack" / name for name in ("notes.tmp", "sysu-visible-8x4-00.npy")]
+    for file in kept:
+        file.write_bytes(b"another")
+    assert len(pile.load(SIZE)) == len(pile) and all(file.exists() for file in kept)
 
 
 @pytest.mark.parametrize("harm", ["a file in its way", "a full disk"])
@@ -629,7 +627,7 @@ def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
     report = open_dataset("sysu", root).check()
     assert not report.ok and "NOT OK" in str(report) and report.expected == LAYOUTS["sysu"].counts
     assert "visible: 60 images, expected 22,258" in report.errors
-    assert str(report).count("subset=True (--option subset=true)") == 1 and "subset" in report.verdict
+    assert str(report).count("subset=True (--option subset=true)") == 1
     assert report.counts["test_infrared"] == {"identities": 3, "images": 18, "cameras": {"3": 9, "6": 9}}
     subset = open_dataset("sysu", root, subset=True).check()
     assert subset.ok and "counts of its own, as asked for" in subset.verdict
@@ -641,7 +639,7 @@ def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
     told = "visible: 61 images, expected 60"
     for option, errors in ((False, [told]), (True, [])):
         more = open_dataset("sysu", root, subset=option).check()
-        assert more.errors == errors and "61 images (expected 60)" in str(more)
+        assert more.errors == errors and "61 images; by camera 1: " in str(more)
     layouts.text(root / "synthetic.json", "{}")  # a rendered world may have any number
     assert (
         open_dataset("sysu", root).check().verdict

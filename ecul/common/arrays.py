@@ -14,7 +14,8 @@ def as_tensor(name: str, values: Any, device: torch.device | str | None = None) 
 
     Nested lists, data frames, and reversed, big-endian or read-only arrays are taken. Memory is shared where
     torch can read it. Unsigned integers of more than a byte become int64, long doubles float64.
-    Errors: TypeError for other values, and for sparse or meta tensors; ValueError for lists of uneven length.
+    Errors: TypeError for other values, and for sparse or meta tensors; ValueError for lists of uneven length
+    or numbers beyond int64.
     """
     if isinstance(values, torch.Tensor):
         if values.layout != torch.strided or values.is_meta:
@@ -26,6 +27,8 @@ def as_tensor(name: str, values: Any, device: torch.device | str | None = None) 
         raise ValueError(f"{name} must be an array of numbers: {error}") from error
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must be an array of real numbers, got {array.dtype}")
+    if array.dtype.kind == "u" and array.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be numbers of int64, got {array.max()}")
     wide = {"u": "i8" if array.itemsize > 1 else "u1", "f": f"f{min(array.itemsize, 8)}"}
     native = np.dtype(wide.get(array.dtype.kind, array.dtype.newbyteorder("=")))
     flags, steps = array.flags, array.strides

@@ -25,7 +25,7 @@ class CheckResult:
     """The result of `check_dataset`: `ok` without errors, `str()` for people, `to_dict()` for JSON.
 
     counts and expected: split -> {"identities", "images", "cameras": {camera: images}}. missing, unreadable,
-    extra: all the paths; `errors` and `warnings` name the first few. hint: advice about the errors.
+    extra: all the paths; `errors` and `warnings` name the first few.
     """
 
     name: str
@@ -37,7 +37,6 @@ class CheckResult:
     missing: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
-    hint: str = ""
 
     @property
     def ok(self) -> bool:
@@ -48,8 +47,7 @@ class CheckResult:
     def verdict(self) -> str:
         """One line."""
         if self.errors:
-            found = f"NOT OK: {len(self.errors)} error{'s' * (len(self.errors) > 1)} in {self.name!r}"
-            return "; ".join(filter(None, [found, self.hint]))
+            return f"NOT OK: {len(self.errors)} error{'s' * (len(self.errors) > 1)} in {self.name!r}"
         return f"OK: {self.name!r}, {sum(c['images'] for c in self.counts.values()):,} images, {self.source}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,14 +57,10 @@ class CheckResult:
     def __str__(self) -> str:
         lines = []
         for split, count in self.counts.items():
+            people = "no" if count["identities"] is None else f"{count['identities']:,}"
             cameras = ", ".join(f"{camera}: {images:,}" for camera, images in count["cameras"].items())
-            told = f"by camera {cameras}" if cameras else "cameras unknown"
-            wanted = dict(_differences(count, self.expected.get(split, {})))
-            figures = [
-                _figure(count, kind) + (f" (expected {wanted[kind]:,})" if kind in wanted else "")
-                for kind in ("identities", "images")
-            ]
-            lines.append(f"{split.replace('_', ' '):14} {', '.join(figures)}; {told}")
+            told = f"{people} identities, {count['images']:,} images; by camera {cameras or 'unknown'}"
+            lines.append(f"{split.replace('_', ' '):14} {told}")
         lines += [f"error: {text}" for text in self.errors]
         lines += [f"warning: {text}" for text in self.warnings]
         return printable("\n".join([*lines, self.verdict]), "\n")
@@ -88,14 +82,14 @@ def check_dataset(dataset: Any, decode: bool = False, progress: bool = True) -> 
         result.source = "counts of its own, as asked for" if dataset.subset else "as published"
     files: dict[str, dict[tuple[int, int], str]] = {}
     for split, images in dataset.splits().items():
-        count, files[split] = count_images(images), {}
+        count, told, files[split] = count_images(images), split.replace("_", " "), {}
         result.counts[split] = count
-        differs = [] if dataset.subset else list(_differences(count, result.expected.get(split, {})))
-        found = [f"{_figure(count, kind)}, expected {number:,}" for kind, number in differs]
-        found += [*_look_at_files(images, result, files[split], decode, progress)]
-        found += [] if len(images) else ["no images"]
-        result.errors += [f"{split.replace('_', ' ')}: {text}" for text in found]
-        result.hint = ON_PURPOSE if differs and len(images) else result.hint
+        expected = {} if dataset.subset else result.expected.get(split, {})
+        differ = [(kind, number) for kind, number in expected.items() if count[kind] != number]
+        found = [f"{count[kind]:,} {kind}, expected {number:,}" for kind, number in differ]
+        found += _look_at_files(images, result, files[split], decode, progress)
+        result.errors += [f"{told}: {text}" for text in found]
+        result.warnings = [ON_PURPOSE] if differ else result.warnings
     for (a, of_a), (b, of_b) in combinations(files.items(), 2):
         if both := sorted(of_a[file] for file in of_a.keys() & of_b.keys()):
             told = f"{a} and {b}".replace("_", " ")
@@ -115,19 +109,12 @@ def count_images(images: Images) -> dict[str, Any]:
     }
 
 
-def _figure(count: dict, kind: str) -> str:
-    return f"no {kind}" if count[kind] is None else f"{count[kind]:,} {kind}"
-
-
-def _differences(count: dict, wanted: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Each kind of count that is not as wanted, and the number that is."""
-    return ((kind, number) for kind, number in wanted.items() if count[kind] != number)
-
-
 def _look_at_files(
     images: Images, result: CheckResult, found: dict[tuple[int, int], str], decode: bool, progress: bool
 ) -> Iterator[str]:
     """The problems of a split's files; `found` gets the name of each, by its device and number."""
+    if not len(images):
+        yield "no images"
     if twice := [path for path, times in Counter(images.names).items() if times > 1]:
         yield f"{len(twice)} images are listed twice: {shorten(twice)}"
     if not isinstance(images.source, Files):

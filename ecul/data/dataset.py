@@ -164,22 +164,20 @@ def open_dataset(name: str, root: str | os.PathLike, **options: Any) -> Dataset:
 
 
 def _open_layout(name: str, root: Path, subset: bool, validation: Any, pack: Any, **options: Any) -> Dataset:
-    layout, trial = LAYOUTS[name], options.get("trial")
-    folder = Folder(root, layout.holds)
-    found, splits = layout.reader(folder, **options), {}
+    layout, trial, pack = LAYOUTS[name], options.get("trial"), _absolute(pack)
+    folder, splits = Folder(root, layout.holds), {}
+    found = layout.reader(folder, **options)
     for split, entries in found.items():
         if not entries:
             folder.fail(f"no image for {split.replace('_', ' ')} in {str(root)!r}")
         names, pids, camids = (list(column) for column in zip(*entries, strict=True))
-        modality, label = split.removeprefix("test_"), f"{name}{trial or ''}-{split.replace('_', '-')}"
-        held = names
+        modality, label, held = split.removeprefix("test_"), f"{name}{trial or ''}-{split}", names
         if layout.shared:
             held = sorted({entry.name for part in (modality, f"test_{modality}") for entry in found[part]})
             label = f"{name}-{modality}"
         row = {path: place for place, path in enumerate(held)}
-        rows = [row[path] for path in names]
-        splits[split] = Images(modality, names, Files(root, held, label, pack), camids, pids, rows)
-    given = {"subset": subset or None, "pack": _absolute(pack), **options}
+        source, rows = Files(root, held, label.replace("_", "-"), pack), [row[path] for path in names]
+        splits[split] = Images(modality, names, source, camids, pids, rows)
     whole = Dataset(
         name,
         str(root),
@@ -187,18 +185,17 @@ def _open_layout(name: str, root: Path, subset: bool, validation: Any, pack: Any
         protocol=layout.protocol or options.get("protocol"),
         trial=trial,
         subset=subset,
-        extra=tuple(folder.extra),
-        options={option: value for option, value in given.items() if value is not None},
+        extra=folder.extra,
+        options={**options, "subset": subset, "pack": pack},
     )
     return whole if validation is None else _hold_out(whole, validation)
 
 
 def _hold_out(dataset: Dataset, share: Any) -> Dataset:
     """This data set with a share of its training people, always the same, as the test people."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
-        raise ValueError(
-            f"validation: expected a share of the training people, above 0 and below 1, got {share!r}"
-        )
+    if not isinstance(share, float) or not 0 < share < 1:
+        told = "expected a share of the training people, above 0 and below 1"
+        raise ValueError(f"validation: {told}, got {share!r}")
     people = np.union1d(dataset.visible.people(), dataset.infrared.people())
     held = np.random.default_rng(0).permutation(people)[: max(1, round(share * len(people)))]
     splits: dict[str, Any] = {}
@@ -206,10 +203,9 @@ def _hold_out(dataset: Dataset, share: Any) -> Dataset:
         images = getattr(dataset, modality)
         tested = np.isin(images.identities(), held)
         splits |= {modality: images.subset(~tested), f"test_{modality}": images.subset(tested)}
-    options = {**dataset.options, "validation": share}
-    return replace(dataset, **splits, subset=True, options=options)
+    return replace(dataset, **splits, subset=True, options={**dataset.options, "validation": share})
 
 
-def _absolute(pack: Any) -> bool | str:
-    """The option `pack` for `Dataset.options`."""
-    return bool(pack) if pack in (True, False, None) else os.path.abspath(pack)
+def _absolute(pack: Any) -> Any:
+    """The option `pack`, with the folder that it may name as an absolute path."""
+    return pack if isinstance(pack, bool) else os.path.abspath(pack)

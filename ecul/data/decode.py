@@ -86,7 +86,7 @@ def _upright(pixels: Any, image: Any) -> Any:
 
 
 def _eight_bits(image: Any) -> Any:
-    """The image with 8 bits a channel. Errors: ValueError for deeper colours, of which Pillow keeps a byte."""
+    """The image with 8 bits a channel. Errors: ValueError for deeper colours: Pillow keeps a byte of each."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return pillow().fromarray(_scaled(np.asarray(image, dtype=np.float64)))
     decoder, _, _, coded = image.tile[0][:4] if image.tile else ("", (), 0, "")  # how it will be decoded

@@ -19,17 +19,9 @@ Column = ArrayLike | None  # one integer for each image
 
 
 def as_numpy(name: str, values: Any) -> np.ndarray:
-    """The argument `name` as an array: a dense tensor (bfloat16 as float32), or what NumPy reads.
-
-    Errors: TypeError for a sparse or meta tensor; ValueError for lists of uneven length.
-    """
-    if isinstance(values, torch.Tensor):
-        values = as_tensor(name, values).detach().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    """The argument `name` as an array of real numbers; errors are those of `as_tensor`."""
+    values = as_tensor(name, values).detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
 def check_modality(modality: Any) -> None:
@@ -65,23 +57,20 @@ class Images:
             raise TypeError(f"{name}: expected a row of integers, not {values.dtype} of shape {values.shape}")
         if len(values) != len(self):
             raise ValueError(f"{name}: {len(values)} for {len(self)} {self.modality} images")
-        if values.size and values.max() > np.iinfo(np.int64).max:
-            raise ValueError(f"{name}: expected numbers of int64, not {values.max()}")
         return values.astype(np.int64)
 
     @classmethod
     def from_array(cls, pixels: Pixels, modality: str, camids: Column = None, pids: Column = None) -> Images:
         """Images in memory: uint8 (N, H, W, 3), (N, 3, H, W) or (N, H, W), NumPy or torch."""
-        pixels = as_numpy(modality, pixels)
+        pixels = as_numpy(modality, pixels) if isinstance(pixels, torch.Tensor) else np.asarray(pixels)
         if pixels.ndim == 4 and pixels.shape[1] == 3 and pixels.shape[3] != 3:
             pixels = pixels.transpose(0, 2, 3, 1)
-        if pixels.dtype != np.uint8 or not (pixels.ndim == 3 or pixels.ndim == 4 and pixels.shape[3] == 3):
+        gray = pixels.ndim == 3 and pixels.shape[2] != 3  # one colour image has 3 there
+        if pixels.dtype != np.uint8 or not (gray or pixels.ndim == 4 and pixels.shape[3] == 3):
             raise ValueError(
                 f"{modality}: expected uint8 images, N x H x W x 3 or N x H x W, "
                 f"not {pixels.dtype} {' x '.join(map(str, pixels.shape))}"
             )
-        if pixels.ndim == 3 and pixels.shape[2] == 3:
-            raise ValueError(f"{modality}: got one image of {pixels.shape}; for one image give images[None]")
         if min(pixels.strides) < 0:  # BGR turned to RGB by [..., ::-1], which torch cannot hold
             pixels = pixels.copy()
         names = [f"{modality}/{row:06d}" for row in range(len(pixels))]

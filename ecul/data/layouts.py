@@ -8,11 +8,12 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ecul import MODALITIES
-from ecul.common.names import clipped
+from ecul.common.names import clipped, shorten
 from ecul.data.folders import list_folder
 
 SYSU_CAMERAS = {"visible": (1, 2, 4, 5), "infrared": (3, 6)}
@@ -33,13 +34,19 @@ Splits = dict[str, list[Entry]]
 class Folder:
     """The root of a data set while it is read; all paths are relative to it.
 
-    `extra` collects unexpected files; an error of `fail` ends with the expected content of the root.
+    listed: what lies in the folders that were looked at, except images of the splits. opened: the folders
+    whose images were taken. An error of `fail` ends with the expected content of the root.
     """
 
     def __init__(self, root: Path, holds: str):
         self.root, self.holds = root, holds
-        self.real = os.path.join(os.path.realpath(root), "")
-        self.extra: list[str] = []
+        self.listed: set[str] = set()
+        self.opened: set[str] = set()
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """The unexpected paths."""
+        return tuple(sorted(self.listed - self.opened))
 
     def fail(self, problem: str) -> NoReturn:
         """A ValueError about the structure of this folder."""
@@ -53,97 +60,80 @@ class Folder:
     def images(self, folder: str) -> list[str]:
         """The sorted images of one folder; whatever else lies there is unexpected."""
         images, others, inner = list_folder(self.root / folder, self.root)
-        self.extra += others + inner
+        self.opened.add(folder)
+        self.listed.update(others, inner)
         return images
 
-    def lines(self, file: str) -> list[tuple[int, str]]:
-        """The lines of an index file that are not blank, and their numbers; paths need not be UTF-8."""
+    def text(self, file: str) -> str:
+        """The text of an index file; paths in it need not be UTF-8."""
         path = self.root / file
         if not path.is_file():
             self.fail(f"missing file {str(path)!r}")
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-        return [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+        return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
 
-    def ids(self, file: str) -> list[int]:
+    def ids(self, file: str) -> set[int]:
         """The identities of a file with one comma-separated line."""
-        path = repr(str(self.root / file))
-        lines = self.lines(file)
-        if len(lines) != 1:
-            raise ValueError(f"{path} should hold one line of comma-separated identities, not {len(lines)}")
-        entries = lines[0][1].split(",")
-        return [whole_number(text, f"{path}: entry {n} (an identity)") for n, text in enumerate(entries, 1)]
+        entries, path = self.text(file).split(","), repr(str(self.root / file))
+        return {whole_number(text, f"{path}: entry {n} (an identity)") for n, text in enumerate(entries, 1)}
 
-    def entries(self, file: str, camid: int | None = None) -> list[Entry]:
-        """The images of a file with lines `relative/path label`; the camera is given, or in the path.
+    def entries(self, file: str, camid: int = 0) -> list[Entry]:
+        """The images of a file with lines `relative/path label`; the camera is given, or `_c03` in the name.
 
         A path that leaves the root, by `..` or by a link, is an error.
         """
-        found = []
-        for number, line in self.lines(file):
+        found, root = [], os.path.join(os.path.realpath(self.root), "")
+        for number, line in enumerate(map(str.strip, self.text(file).splitlines()), 1):
+            if not line:
+                continue
             place = f"{str(self.root / file)!r}, line {number}"
             name, label = (part.strip() for part in ("", *line.rsplit(" ", 1))[-2:])
-            if not name:
-                raise ValueError(f"{place}: expected 'relative/path label', not {line[:200]!r}")
-            if "\0" in name or not os.path.realpath(self.root / name).startswith(self.real):
-                raise ValueError(f"{place}: {name[:200]!r} is no path inside {str(self.root)!r}")
-            camera = _camera_of(name, f"{place}: the camera") if camid is None else camid
+            if "\0" in name or not os.path.realpath(self.root / name).startswith(root):
+                expected = f"expected 'path label' with a path inside {str(self.root)!r}"
+                raise ValueError(f"{place}: {expected}, not {line[:200]!r}")
+            match = None if camid else re.search(r"_c(\d+)(?![a-z0-9])[^/]*$", name)
+            camera = whole_number(match[1], f"{place}: the camera") if match else camid
             found.append(Entry(name, whole_number(label, f"{place}: the label"), camera))
         return found
 
-    def identities(self, cameras: dict[str, dict[str, int]], ids: dict[str, set[int]], file: str) -> Splits:
-        """The splits of a layout with identity folders in camera folders, in the published order.
+    def identities(self, prefix: str, cameras: dict[str, dict[str, int]], pids: set[int]) -> Splits:
+        """The splits of these identities, each a folder in the folder of each camera, in the published order.
 
-        cameras: {modality: {folder: camera}}; ids: {prefix of the split: its identities}, listed in `file`.
-        The order: identities as sorted 4-digit strings, then cameras as given, then file names. Other files
-        in the folders are unexpected; an identity without an image is an error.
+        cameras: {modality: {folder: camera}}. The order: identities as sorted 4-digit strings, then cameras
+        as given, then file names. Other files and folders there are unexpected; an identity without an image
+        is an error.
         """
-        known = {f"{pid:04d}" for pids in ids.values() for pid in pids}
-        found: Splits = {}
-        for modality, folders in cameras.items():
-            found[modality] = []
-            for folder, camid in folders.items():
-                images, others, inner = list_folder(self.root / folder, self.root)
-                self.extra += images + others
-                for path in inner:
-                    pid = path.rsplit("/", 1)[1]
-                    if pid in known:
-                        found[modality] += [Entry(name, int(pid), camid) for name in self.images(path)]
-                    else:
-                        self.extra.append(path)
-            found[modality].sort(key=lambda entry: f"{entry.pid:04d}")
         splits: Splits = {}
-        for prefix, pids in ids.items():
-            own = {prefix + m: [entry for entry in found[m] if entry.pid in pids] for m in cameras}
-            if empty := sorted(pids - {entry.pid for entries in own.values() for entry in entries}):
-                names, whose = ", ".join(f"{pid:04d}" for pid in empty[:10]), "test" if prefix else "train"
-                self.fail(f"{file} names {len(empty)} {whose} identities without an image: {names}")
-            splits |= own
+        for modality, folders in cameras.items():
+            splits[prefix + modality] = []
+            for folder in folders:
+                self.listed.update(*list_folder(self.root / folder, self.root))
+            for pid, folder in product(sorted(f"{pid:04d}" for pid in pids), folders):
+                if (self.root / folder / pid).is_dir():
+                    images = self.images(f"{folder}/{pid}")
+                    splits[prefix + modality] += [Entry(name, int(pid), folders[folder]) for name in images]
+        if empty := pids - {entry.pid for entries in splits.values() for entry in entries}:
+            names, whose = shorten(f"{pid:04d}" for pid in sorted(empty)), "test" if prefix else "train"
+            self.fail(f"{len(empty)} {whose} identities are listed without an image: {names}")
         return splits
 
 
-def whole_number(value: Any, where: str) -> int:
+def whole_number(value: str, where: str) -> int:
     """The number that a file states in at most 18 digits, so that int64 holds it.
 
     Errors: ValueError that begins with `where`: the file, and the place in it.
     """
-    text = str(value).strip()
+    text = value.strip()
     if text.isascii() and text.isdecimal() and len(text.lstrip("0")) <= 18:
         return int(text)
     raise ValueError(f"{where} should be a whole number of at most 18 digits, not {clipped(text, 60)!r}")
-
-
-def _camera_of(name: str, where: str) -> int:
-    """The camera in a path: a folder `cam3`, or `_c3` / `_c03` in the file name; 0 if neither."""
-    match = re.search(r"(?:^|/)cam(\d+)/", name) or re.search(r"_c(\d+)(?![a-z0-9])[^/]*$", name)
-    return whole_number(match[1], where) if match else 0
 
 
 def _read_sysu(folder: Folder) -> Splits:
     """Training is train + val."""
     cameras = {m: {f"cam{camid}": camid for camid in camids} for m, camids in SYSU_CAMERAS.items()}
     folder.require("exp", *sorted(name for folders in cameras.values() for name in folders))
-    train, val, test = (set(folder.ids(f"exp/{split}_id.txt")) for split in ("train", "val", "test"))
-    return folder.identities(cameras, {"": train | val, "test_": test}, "exp/")
+    train, val, test = (folder.ids(f"exp/{split}_id.txt") for split in ("train", "val", "test"))
+    return folder.identities("", cameras, train | val) | folder.identities("test_", cameras, test)
 
 
 def _read_regdb(folder: Folder, trial: Any) -> Splits:
@@ -163,9 +153,9 @@ def _read_llcm(folder: Folder) -> Splits:
     members = {"visible": ("vis", (1, 2, 3, 4, 5, 6, 7, 8, 9)), "infrared": ("nir", (1, 2, 4, 5, 6, 7, 8, 9))}
     cameras = {m: {f"test_{w}/cam{c}": c for c in camids} for m, (w, camids) in members.items()}
     folder.require("idx", *(name for folders in cameras.values() for name in folders))
-    ids = set(folder.ids("idx/test_id.txt"))
+    ids = folder.ids("idx/test_id.txt")
     train = {m: folder.entries(f"idx/train_{word}.txt") for m, (word, _) in members.items()}
-    return train | folder.identities(cameras, {"test_": ids}, "idx/test_id.txt")
+    return train | folder.identities("test_", cameras, ids)
 
 
 def _read_market(folder: Folder, trial: Any, protocol: Any) -> Splits:
@@ -188,11 +178,11 @@ def _read_named(folder: Folder, *places: str) -> list[Entry]:
     found = []
     for name in (n for place in places if (folder.root / place).is_dir() for n in folder.images(place)):
         file = name.rsplit("/", 1)[1]
-        if match := re.match(r"(\d+)_c(\d+)(?!\d)", file):
+        if match := re.match(r"(\d+)_c(\d+)", file):
             pid, camid = (whole_number(digits, f"a number in the name {name!r}") for digits in match.groups())
             found.append(Entry(name, pid or -1, camid))
         elif not file.startswith("-1_"):
-            folder.extra.append(name)
+            folder.listed.add(name)
     return sorted(found, key=lambda entry: (entry.pid, entry.camid, entry.name.rsplit("/", 1)[1], entry.name))
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -25,8 +24,6 @@ log = logging.getLogger("ecul")
 Place = str | os.PathLike
 Size = tuple[int, int]
 
-ABANDONED = 3600  # seconds without a write after which a draft is removed
-
 
 class Arrays:
     """Pixels in memory: uint8 (N, H, W, 3) or (N, H, W)."""
@@ -39,15 +36,20 @@ class Arrays:
 
         Rows that follow one another, in their own size, are a view, not a copy.
         """
-        if self.pixels.shape[1:3] == tuple(size):
-            chosen = _taken(self.pixels, rows)
-            chosen = chosen if chosen.ndim == 4 else chosen[..., None].expand(-1, -1, -1, 3)
-            return chosen.permute(0, 3, 1, 2)
 
         def resized(row: int) -> np.ndarray:
             return resize(pillow().fromarray(self.pixels[row]).convert("RGB"), size)
 
-        return _stack(in_parallel(resized, rows, progress, "resizing"), len(rows), size)
+        if self.pixels.shape[1:3] != tuple(size):
+            return _stack(in_parallel(resized, rows, progress, "resizing"), len(rows), size)
+        first = int(rows[0]) if len(rows) else 0
+        following = np.array_equal(rows, np.arange(first, first + len(rows)))
+        with warnings.catch_warnings():  # pixels may be read-only; nothing here writes to them
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            taken = torch.from_numpy(
+                self.pixels[first : first + len(rows)] if following else self.pixels[rows]
+            )
+        return (taken if taken.ndim == 4 else taken[..., None].expand(-1, -1, -1, 3)).permute(0, 3, 1, 2)
 
 
 class Files:
@@ -75,7 +77,7 @@ class Files:
         pixels = self._packed(self.folder, size, progress) if self.folder else None
         if pixels is None:
             return _stack(self._read(rows, size, progress, "reading"), len(rows), size)
-        return _taken(pixels, rows).permute(0, 3, 1, 2)
+        return Arrays(pixels).load(rows, size)
 
     def _packed(self, folder: Path, size: Size, progress: bool) -> np.ndarray | None:
         """The (N, H, W, 3) memory map of all images, packed where no pack matches; None: read directly.
@@ -100,7 +102,10 @@ class Files:
             why = error.strerror or error  # without the pack's name: one warning a folder
             warnings.warn(f"cannot pack into {str(folder)!r}: {why}; {told}", stacklevel=2)
             return None
-        _remove_others(path, kind)
+        for other in folder.glob(f"{escape(kind)}*"):  # of images that have changed since
+            if other != path:
+                with suppress(OSError):  # another process may have it open, or have removed it
+                    other.unlink()
         return _mapped(path, shape)  # None where another process removed it
 
     def _read(self, rows: np.ndarray, size: Size, progress: bool, what: str) -> Iterator:
@@ -132,24 +137,6 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         if (pixels.dtype, pixels.shape) == (np.uint8, shape) and pixels.flags.c_contiguous:
             return pixels
     return None
-
-
-def _remove_others(path: Path, kind: str) -> None:
-    """Remove the packs of this kind that no longer match, and abandoned drafts."""
-    folder, old = path.parent, time.time() - ABANDONED
-    for other in (*folder.glob(f"{escape(kind)}*"), *folder.glob(f".{'[0-9a-f]' * 16}.tmp")):
-        with suppress(OSError):  # another process may have it open, or have removed it
-            if other != path and (other.suffix != ".tmp" or other.stat().st_mtime < old):
-                other.unlink()
-
-
-def _taken(pixels: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-    """`pixels[rows]`: a view where the rows follow one another, else a copy."""
-    first = int(rows[0]) if len(rows) else 0
-    following = np.array_equal(rows, np.arange(first, first + len(rows)))
-    with warnings.catch_warnings():  # pixels may be read-only; nothing here writes to them
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-        return torch.from_numpy(pixels[first : first + len(rows)] if following else pixels[rows])
 
 
 def _stack(images: Iterator[np.ndarray], count: int, size: Size) -> torch.Tensor:
