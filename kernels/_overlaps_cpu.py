@@ -22,8 +22,8 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from ._overlaps import CSR, UNIT, Groups, in_units, least_overlap, rare_first, rarity, share_of
-from ._shortlist import largest_error, power_of_two, random_order, round_rows
-from ._shortlist_cpu import COARSE, product_dtype
+from ._shortlist import COARSE, largest_error, power_of_two, random_order, round_rows
+from ._shortlist_cpu import product_dtype
 
 COMPARED = 256  # rows that are compared with all others at a time
 SPLIT = 8  # parts of the other rows, one sparse product each

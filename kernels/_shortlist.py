@@ -2,7 +2,7 @@
 
 Every pair needs a product. Selecting the k best in every tile would take longer than the products, so lists
 are made in three steps, on rows rounded to float16 (on CPUs: to bfloat16, or not at all):
-  1. Multiply every row with a part of the columns, and keep the maximum of each group of W columns. The k-th
+  1. Multiply every row with a part of the columns, and keep the maximum of each group of columns. The k-th
      largest maximum is b: at least k columns reach it.
   2. Multiply all pairs, and list the columns that reach the bound: a few times k for each row. The k-th
      largest product in the list is a better b.
@@ -28,81 +28,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._triton import TensorDescriptor, has_tma, jit, tl, triton
+from ._triton import TensorDescriptor, has_tma, jit, product, tl
 
 
 @jit
-def _place(m_tiles, n_tiles, TALL: tl.constexpr):
-    """Tile (m, n) of this program. TALL row tiles at a time share the column tiles in the cache."""
-    band = tl.program_id(0) // (TALL * n_tiles)
-    height = tl.minimum(m_tiles - band * TALL, TALL)
-    within = tl.program_id(0) % (TALL * n_tiles)
-    return band * TALL + within % height, within // height
-
-
-@jit
-def _original(order, position, count):
-    """The caller's numbers of the rows at these positions, or `count` in the padding."""
-    return tl.load(order + position, mask=position < count, other=count)
-
-
-@jit
-def _similarities(
-    x, y, m, n, row, column, M, N, D: tl.constexpr, EXCLUDE: tl.constexpr, TMA: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """A tile of products of the rounded rows; -inf in the padding, and for a row with itself if EXCLUDE."""
-    s = tl.zeros((BLOCK, BLOCK), tl.float32)
-    if not TMA:
-        features = tl.arange(0, BLOCK_D)
-        x_rows = x + (m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None] * D + features[None, :]
-        y_rows = y + (n * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None] * D + features[None, :]
-    for start in range(0, D, BLOCK_D):
-        if TMA:
-            s = tl.dot(x.load([m * BLOCK, start]), y.load([n * BLOCK, start]).T, s)
-        else:
-            s = tl.dot(tl.load(x_rows + start), tl.load(y_rows + start).T, s)
-    valid = (row < M)[:, None] & (column < N)[None, :]
-    if EXCLUDE:
-        valid &= row[:, None] != column[None, :]
-    return tl.where(valid, s, -float("inf"))
-
-
-@jit
-def _maxima_kernel(
-    x, y, maxima, m_tiles, n_tiles, first, M, N, x_order, y_order, turn, turns,
-    D: tl.constexpr, EXCLUDE: tl.constexpr, TMA: tl.constexpr, W: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TALL: tl.constexpr,
-):  # fmt: skip
-    m, n = _place(m_tiles, n_tiles, TALL)
-    if m % turns == turn:
-        row = _original(x_order, m * BLOCK + tl.arange(0, BLOCK), M)
-        column = _original(y_order, (first + n) * BLOCK + tl.arange(0, BLOCK), N)
-        s = _similarities(x, y, m, first + n, row, column, M, N, D, EXCLUDE, TMA, BLOCK, BLOCK_D)
-        top = tl.max(tl.reshape(s, (BLOCK, BLOCK // W, W)), 2)
-        group = n * (BLOCK // W) + tl.arange(0, BLOCK // W)
-        place = row.to(tl.int64)[:, None] * (n_tiles * (BLOCK // W)) + group[None, :]
-        tl.store(maxima + place, top, mask=(row < M)[:, None])
-
-
-@jit
-def _append(
-    s, bounds, lists, scores, counts, owner, count, entries,
-    ROOM: tl.constexpr, BLOCK: tl.constexpr, AXIS: tl.constexpr,
-):  # fmt: skip
+def _append(s, bounds, lists, scores, counts, owner, first, room, BLOCK: tl.constexpr, AXIS: tl.constexpr):
     """Append the products that reach the bound of their owner to its list; each turn takes the best of each.
 
-    Products of one owner lie along AXIS of `s`; `entries` are their numbers. A full list only counts them.
+    Products of one owner lie along AXIS of `s`, from number `first` on. A full list only counts them.
     """
     none = -float("inf")
-    bound = tl.load(bounds + owner, mask=owner < count, other=float("inf"))
-    left = tl.where(s >= tl.expand_dims(bound, AXIS), s, none)
+    left = tl.where(s >= tl.expand_dims(tl.load(bounds + owner), AXIS), s, none)
     best, at = tl.max(left, AXIS, return_indices=True)
     while tl.max(best, 0) > none:
         slot = tl.atomic_add(counts + owner, 1, mask=best > none, sem="relaxed")
-        place, room = owner.to(tl.int64) * ROOM + slot, (best > none) & (slot < ROOM)
-        tl.store(lists + place, tl.load(entries + at, mask=room, other=0), mask=room)
-        tl.store(scores + place, best, mask=room)
+        place, fits = owner.to(tl.int64) * room + slot, (best > none) & (slot < room)
+        tl.store(lists + place, first + at, mask=fits)
+        tl.store(scores + place, best, mask=fits)
         taken = tl.expand_dims(tl.arange(0, BLOCK), 1 - AXIS) == tl.expand_dims(at, AXIS)
         left = tl.where(taken, none, left)
         best, at = tl.max(left, AXIS, return_indices=True)
@@ -110,28 +52,40 @@ def _append(
 
 @jit
 def _candidates_kernel(
-    x, y, bounds, lists, scores, counts, m_tiles, n_tiles, M, N, x_order, y_order, turn, turns,
-    ROOM: tl.constexpr, SYMMETRIC: tl.constexpr,
-    D: tl.constexpr, EXCLUDE: tl.constexpr, TMA: tl.constexpr,
+    x, y, bounds, lists, scores, counts, M, N, m_tiles, n_tiles, room, turn, turns,
+    SYMMETRIC: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    m, n = _place(m_tiles, n_tiles, TALL)
+    band = tl.program_id(0) // (TALL * n_tiles)  # TALL row tiles share the column tiles in the cache
+    height = tl.minimum(m_tiles - band * TALL, TALL)
+    within = tl.program_id(0) % (TALL * n_tiles)
+    m, n = band * TALL + within % height, within // height
     if (m + n) % turns == turn and (not SYMMETRIC or n >= m):
-        row = _original(x_order, m * BLOCK + tl.arange(0, BLOCK), M)
-        column = _original(y_order, n * BLOCK + tl.arange(0, BLOCK), N)
-        s = _similarities(x, y, m, n, row, column, M, N, D, EXCLUDE, TMA, BLOCK, BLOCK_D)
-        _append(s, bounds, lists, scores, counts, row, M, y_order + n * BLOCK, ROOM, BLOCK, 1)
+        row, column = m * BLOCK + tl.arange(0, BLOCK), n * BLOCK + tl.arange(0, BLOCK)
+        s = tl.zeros((BLOCK, BLOCK), tl.float32)
+        if not TMA:
+            features = tl.arange(0, BLOCK_D)
+            x_rows = x + row.to(tl.int64)[:, None] * D + features[None, :]
+            y_rows = y + column.to(tl.int64)[:, None] * D + features[None, :]
+        for start in range(0, D, BLOCK_D):
+            if TMA:
+                s = tl.dot(x.load([m * BLOCK, start]), y.load([n * BLOCK, start]).T, s)
+            else:
+                s = tl.dot(tl.load(x_rows + start), tl.load(y_rows + start).T, s)
+        s = tl.where((row < M)[:, None] & (column < N)[None, :], s, -float("inf"))
+        _append(s, bounds, lists, scores, counts, row, n * BLOCK, room, BLOCK, 1)
         if SYMMETRIC and n > m:
-            _append(s, bounds, lists, scores, counts, column, N, x_order + m * BLOCK, ROOM, BLOCK, 0)
+            _append(s, bounds, lists, scores, counts, column, m * BLOCK, room, BLOCK, 0)
 
 
 OPTIONS = {"BLOCK": 128, "BLOCK_D": 64, "TALL": 8, "num_warps": 8}
-PART = {"cpu": 4, "cuda": 8}  # the first bound comes from one column in so many
-MAXIMA = 8  # and from so many times k maxima a row at a time
+PART = 8  # the first bound comes from one column in so many
+MAXIMA = 8  # and from so many times k maxima a row, or more
+PRODUCTS = 2**27  # of these columns, held at a time
 ROOM = 256  # columns that a list holds at least; 16 * k if that is more
-ROUNDED = {"cpu": 512, "cuda": 8192}  # rows that are rounded at a time; few stay in the cache of a processor
-CLOSEST = {"cpu": 512, "cuda": 65536}  # lists that are shortened at a time
+PORTION = {"cpu": 512, "cuda": 16384}  # rows that are rounded, and lists that are shortened, at a time
 LOWEST = torch.finfo(torch.float32).min  # a bound below all products, and above minus infinity
+COARSE = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # the share of a product that rounding may change
 Shortlist = tuple[Tensor, Tensor]  # (M, few) int32 columns, -1 for none; (M,) whether a list was too short
 
 
@@ -149,10 +103,77 @@ class Team(NamedTuple):
         return self.join(best[None]).movedim(0, 1).flatten(1).topk(best.shape[1]).values
 
 
+ALONE = Team()
+
+
+class Search:
+    """Rounded rows; for each row of x a bound, and a list of the columns that reach it.
+
+    Rows and columns are shuffled. Zeros fill them up to whole blocks. A list has room for `room` columns, and
+    counts all that reach the bound. If x is y, rows are rounded once.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, k: int, team: Team, dtype: torch.dtype, block: int, block_d: int = 1
+    ):
+        self.k, self.team, self.columns = k, team, len(y)
+        self.x_order, self.y_order = (random_order(len(matrix), matrix.device) for matrix in (x, y))
+        self.y, *y_norms = round_rows(y, self.y_order, dtype, block, block_d)
+        self.x, *x_norms = self.y, *y_norms
+        if x is not y:
+            self.x, *x_norms = round_rows(x, self.x_order, dtype, block, block_d)
+        unit = 2.0**-22 if dtype == torch.float16 else 2.0**-23
+        self.margin = largest_error(x_norms, y_norms, x.shape[1], unit)
+        self.room = min(len(y), max(ROOM, 4 * k + 12 * k // team.turns))
+        shape, kind = (len(self.x), self.room), dtype if dtype in COARSE else torch.float32
+        self.bounds = self.margin.new_full(shape[:1], LOWEST).to(kind)
+        self.lists, self.scores = (x.new_empty(shape, dtype=each) for each in (torch.int32, kind))
+        self.counts = x.new_zeros(shape[:1], dtype=torch.int32)
+
+    def bound(self, start: int, products: Tensor) -> None:
+        """Bound the rows from `start` on by their products, (columns, rows), with a part of the columns.
+
+        The bound is infinite if more columns would reach it than a list holds.
+        """
+        fold = max(1, len(products) // (MAXIMA * self.k))
+        maxima = products[: len(products) // fold * fold].unflatten(0, (fold, -1)).amax(0).T.contiguous()
+        rows = slice(start, start + len(maxima))
+        best = maxima.topk(self.k).values.float()  # of different columns
+        bound = bounds(best, self.margin[rows], products.dtype)
+        reached = (maxima >= bound[:, None]).sum(1) * (self.columns / len(products))
+        self.bounds[rows] = bound.masked_fill(reached > self.room, torch.inf)
+
+    def join(self) -> None:
+        """Take the best bounds of all processes."""
+        self.bounds.copy_(self.team.largest(self.bounds.float()[:, None])[:, 0])
+
+    def shortest(self) -> Shortlist:
+        """The columns of each list that reach the bound of its scores, in the order of the caller's rows."""
+        found, entries = [], torch.arange(self.room, device=self.x.device)
+        for rows in self.x_order.argsort().split(PORTION[self.x.device.type]):
+            counts, scores = self.counts[rows], self.scores[rows]
+            scores = scores.float().masked_fill_(entries >= counts[:, None], -torch.inf)
+            best, order = scores.topk(min(self.room, max(128, 4 * self.k)))
+            kth = self.team.largest(best[:, : self.k])
+            within = best >= bounds(kth, self.margin[rows], self.scores.dtype)[:, None]
+            short = (counts > self.room) | (within[:, -1] & (counts > best.shape[1]))
+            columns = torch.where(within, self.lists[rows].gather(1, order), 0)
+            columns = torch.where(within, self.y_order[columns], -1)
+            found.append((columns, short | self.bounds[rows].isposinf(), within.sum(1)))
+        columns, short, lengths = map(torch.cat, zip(*found, strict=True))
+        longest = int(self.team.largest(lengths.amax().reshape(1, 1)))
+        return columns[:, : max(self.k, longest)], self.team.largest(short.int()[:, None])[:, 0] > 0
+
+
 def random_order(count: int, device: torch.device | str = "cpu") -> Tensor:
     """(count,) int32, the same in every run."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randperm(count, generator=generator, device=device).int()
+
+
+def whole(count: int, size: int) -> int:
+    """The smallest multiple of size that is not below count, and one at least."""
+    return max(1, -(-count // size)) * size
 
 
 def power_of_two(matrix: Tensor) -> Tensor:
@@ -166,18 +187,18 @@ def round_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows times `power_of_two`, in this order and dtype, with zeros up to whole blocks.
 
-    Also the norms of the rows and of their errors, in the order of `matrix`.
+    Also the norms of these rows before they are rounded, and of their errors.
     """
     count, D = matrix.shape
-    shape = -(-count // block) * block, -(-D // block_d) * block_d
+    shape = whole(count, block), whole(D, block_d)
     rounded = torch.zeros(shape, dtype=dtype, device=matrix.device)
-    sizes, errors = torch.empty(2, count, dtype=torch.float32, device=matrix.device)
-    scale = power_of_two(matrix)
-    portion = ROUNDED[matrix.device.type]
-    for index, part in zip(order.split(portion), rounded.split(portion), strict=False):
-        rows = matrix[index].float().mul_(scale)
-        sizes[index] = rows.norm(dim=1)
-        errors[index] = rows.sub_(part[: len(rows), :D].copy_(rows)).norm(dim=1)
+    sizes, errors = torch.zeros(2, shape[0], dtype=torch.float32, device=matrix.device)
+    scale, portion = power_of_two(matrix), PORTION[matrix.device.type]
+    for start in range(0, count, portion):
+        rows = matrix[order[start : start + portion]].float().mul_(scale)
+        part = slice(start, start + len(rows))
+        sizes[part] = rows.norm(dim=1)
+        errors[part] = rows.sub_(rounded[part, :D].copy_(rows)).norm(dim=1)
     return rounded, sizes, errors
 
 
@@ -194,70 +215,33 @@ def largest_error(x_norms: list[Tensor], y_norms: list[Tensor], D: int, unit: fl
     return margin + (D + 64) * unit * rounded_size * (y_sizes + y_errors).amax()
 
 
-def bounds(best: Tensor, k: int, margin: Tensor, coarse: float = 0.0) -> Tensor:
-    """The bound of each row, from its best products in descending order: the k best columns reach it.
+def bounds(best: Tensor, margin: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The bound of each row from its k best products, (rows, k), in descending order: k columns reach it.
 
-    coarse: the share that a product or the bound may lose when it is rounded to bfloat16 after its sum.
+    dtype: what products and bounds are rounded to after their sums.
     """
-    if best.shape[1] < k:
-        return best.new_full(best.shape[:1], LOWEST)
-    kth = best[:, k - 1].clamp_min(LOWEST)  # minus infinity if groups hold fewer than k columns
+    coarse, kth = COARSE[dtype], best[:, -1].clamp_min(LOWEST)  # minus infinity if there are fewer than k
     return (kth - 2 * margin - 3 * (coarse * kth.abs()) - 4 * coarse * margin).clamp_min(LOWEST)
 
 
-def closest(
-    lists: Tensor, scores: Tensor, counts: Tensor, k: int, margin: Tensor, team: Team, coarse: float = 0.0
-) -> Shortlist:
-    """The columns of each list, (M, room) with `counts` entries, that reach the bound of the row's scores."""
-    room, portion, found = scores.shape[1], CLOSEST[scores.device.type], []
-    for start in range(0, len(scores), portion):
-        rows = slice(start, start + portion)
-        empty = torch.arange(room, device=scores.device) >= counts[rows, None]
-        best, order = scores[rows].float().masked_fill_(empty, -torch.inf).topk(min(room, max(128, 4 * k)))
-        within = best >= bounds(team.largest(best[:, :k]), k, margin[rows], coarse)[:, None]
-        overflowed = (counts[rows] > room) | (within[:, -1] & (counts[rows] > best.shape[1]))
-        found.append((torch.where(within, lists[rows].gather(1, order), -1), overflowed))
-    columns, overflows = map(torch.cat, zip(*found, strict=True))
-    return columns, team.largest(overflows.int()[:, None])[:, 0] > 0
-
-
-def shortlist(
-    x: Tensor, y: Tensor, k: int, exclude_self: bool, symmetric: bool, team: Team | None = None
-) -> Shortlist:
-    """The short lists of the rows of x; those of a team hold what this process found.
-
-    Without a team the host does not wait for the device.
-    """
-    (M, D), N, team = x.shape, y.shape[0], team or Team()
-    width = next((w for w in (128, 32) if 2 * k * w <= N // PART[x.device.type]), 4)
-    x_order, y_order = random_order(M, x.device), random_order(N, x.device)
-    block, block_d = tile = OPTIONS["BLOCK"], OPTIONS["BLOCK_D"]
-    y_rounded, *y_norms = round_rows(y, y_order, torch.float16, *tile)
-    x_rounded, *x_norms = (y_rounded, *y_norms) if symmetric else round_rows(x, x_order, torch.float16, *tile)
-    margin = largest_error(x_norms, y_norms, D, 2.0**-22)
-    tiles = x_rounded.shape[0] // block, y_rounded.shape[0] // block
-    shapes = (M, N, x_order, y_order, team.turn, team.turns)
-    rows, tma = [x_rounded, y_rounded], has_tma()
+def shortlist(x: Tensor, y: Tensor, k: int, team: Team = ALONE) -> Shortlist:
+    """The short lists of the rows of x; those of a team hold what this process found."""
+    block, block_d = OPTIONS["BLOCK"], OPTIONS["BLOCK_D"]
+    search = Search(x, y, k, team, torch.float16, block, block_d)
+    rows, part = len(search.x), min(len(y), max(len(y) // PART, MAXIMA * k))
+    edges = rows * team.turn // team.turns, rows * (team.turn + 1) // team.turns
+    for strip in torch.arange(*edges).split(max(1, PRODUCTS // part)):
+        start, stop = int(strip[0]), int(strip[-1]) + 1
+        search.bound(start, product(search.y[:part], search.x[start:stop].T))
+    search.join()
+    matrices, tma = [search.x, search.y], has_tma()
     if tma:
-        rows = [TensorDescriptor.from_tensor(matrix, [block, block_d]) for matrix in rows]
-    options = {"D": x_rounded.shape[1], "EXCLUDE": exclude_self, "TMA": tma, **OPTIONS}
-    options["num_stages"] = 2 if torch.version.hip else 3
-
-    best = margin.new_empty((M, 0))
-    part = min(tiles[1], triton.cdiv(max(N // PART[x.device.type], 2 * k * width), block))
-    step = triton.cdiv(MAXIMA * k * width, block)
-    for first in range(0, part, step):
-        some = min(step, part - first)
-        maxima = margin.new_full((M, some * block // width), -torch.inf)
-        sizes = tiles[0], some, first
-        _maxima_kernel[(tiles[0] * some,)](*rows, maxima, *sizes, *shapes, W=width, **options)
-        best = torch.cat([best, maxima], 1)
-        best = best.topk(min(k, best.shape[1])).values
-
-    room = triton.next_power_of_2(max(ROOM, 4 * k + 12 * k // team.turns))
-    lists, scores = x.new_empty((M, room), dtype=torch.int32), margin.new_empty((M, room))
-    counts = x.new_zeros(M, dtype=torch.int32)
-    kept = (team.largest(bounds(best, k, margin)[:, None])[:, 0], lists, scores, counts)
-    options |= {"ROOM": room, "SYMMETRIC": symmetric}
-    _candidates_kernel[(tiles[0] * tiles[1],)](*rows, *kept, *tiles, *shapes, **options)
-    return closest(lists, scores, counts, k, margin, team)
+        matrices = [TensorDescriptor.from_tensor(matrix, [block, block_d]) for matrix in matrices]
+    tiles = rows // block, len(search.y) // block
+    _candidates_kernel[(tiles[0] * tiles[1],)](
+        *matrices, search.bounds, search.lists, search.scores, search.counts,
+        len(x), len(y), *tiles, search.room, team.turn, team.turns,
+        SYMMETRIC=x is y, D=search.x.shape[1], TMA=tma,
+        num_stages=2 if torch.version.hip else 3, **OPTIONS,
+    )  # fmt: skip
+    return search.shortest()

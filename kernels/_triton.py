@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -28,6 +29,7 @@ except ImportError:
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 REFERENCE = os.environ.get("ECUL_KERNELS") == "reference"
 ENABLED = triton is not None and not REFERENCE
+MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
 
 
 def jit(function: Callable) -> Any:
@@ -56,3 +58,10 @@ def rows_contiguous(matrix: Tensor) -> Tensor:
 def same_rows(x: Tensor, y: Tensor) -> bool:
     """Whether x and y are one matrix in memory."""
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` summed and returned in float32."""
+    if a.dtype != torch.float32 and a.is_cuda and MIXED:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_matrix, check_number, check_vector
-from ._triton import jit, tl, use_triton
+from ._triton import jit, product, tl, use_triton
 
 HOTTEST = 1e6  # above this temperature float32 gives every slot the same weight
 
@@ -151,15 +151,7 @@ def _log_sum(tops, sums):
 
 
 OPTIONS = {"BLOCK": 1024, "num_warps": 4, "num_stages": 2}
-MIXED = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()  # since torch 2.8
 SCORES = 2**26  # held at a time, in float32; at least one row
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` summed and returned in float32."""
-    if a.dtype != torch.float32 and a.is_cuda and MIXED:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def _launch(
@@ -175,14 +167,14 @@ def _launch(
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         for start in range(0, B, rows):
             strip = slice(start, min(start + rows, B))
-            scores = _product(x[strip], bank.T)
+            scores = product(x[strip], bank.T)
             weights = scores if x.dtype == torch.float32 else torch.empty_like(scores, dtype=x.dtype)
             _weights_kernel[(strip.stop - start,)](
                 scores, weights, bank_labels, labels[strip], loss[strip], factors[strip], C, 1 / temperature,
                 WEIGHTS=with_gradient, debug=True, sanitize_overflow=False, **OPTIONS,
             )  # fmt: skip
             if with_gradient:
-                gradient[strip] = _product(weights, bank)
+                gradient[strip] = product(weights, bank)
     return loss, factors, gradient
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_device, check_matrix, check_number
-from ._shortlist import Team, shortlist
+from ._shortlist import ALONE, Team, shortlist
 from ._shortlist_cpu import shortlist as shortlist_on_cpu
 from ._triton import REFERENCE, rows_contiguous, same_rows, use_triton
 from .pairs import pair_similarity
@@ -51,7 +51,7 @@ def topk_similarity_reference(
     x: Tensor, y: Tensor, k: int, exclude_self: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`topk_similarity` in plain torch: the specification."""
-    return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device), Team())
+    return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device), ALONE)
 
 
 def _by_strips(
@@ -88,16 +88,9 @@ def _by_strips(
     return team.join(values), team.join(indices)
 
 
-def _finite(x: Tensor, y: Tensor) -> Tensor:
-    """(2,) bool on the device: whether all features of x are finite, and all of y."""
-    nothing = x.new_zeros(1)  # `aminmax` refuses empty tensors
-    extremes = [torch.aminmax(matrix if matrix.numel() else nothing) for matrix in (x, y)]
-    return torch.stack([torch.stack(pair).isfinite().all() for pair in extremes])
-
-
-def _require_finite(finite: Tensor | list[bool]) -> None:
-    for name, is_finite in zip(("x", "y"), finite, strict=True):
-        if not is_finite:
+def _require_finite(**matrices: Tensor) -> None:
+    for name, matrix in matrices.items():
+        if matrix.numel() and not torch.stack(torch.aminmax(matrix)).isfinite().all():
             raise ValueError(f"{name} holds NaN or infinite features")
 
 
@@ -106,32 +99,24 @@ LISTED = 2**21  # entries of short lists whose exact products are held at a time
 
 
 def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tuple[Tensor, Tensor]:
-    """The k best of short lists. One GPU sync checks that inputs are finite and which lists overflowed."""
-    keys = torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device)
-    finite = _finite(x, y)
-    if not x.is_cuda:
-        _require_finite(finite)
-    if x.shape[0] == 0:
+    """The k best of short lists, which hold the row itself, too."""
+    keys = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    if len(x) == 0:
         return _ranked(keys)
-    symmetric = same_rows(x, y)
-    x, y = rows_contiguous(x), rows_contiguous(y)
+    one_set, x, y = same_rows(x, y), rows_contiguous(x), rows_contiguous(y)
     find = shortlist if use_triton(x) else shortlist_on_cpu
-    lists, overflowed = find(x, y, k, exclude_self, symmetric, team)
-    rows = max(1, LISTED // lists.shape[1])
-    for start in range(0, len(lists), rows):
-        listed = lists[start : start + rows].long()
-        owners = torch.arange(start, start + len(listed), device=x.device).repeat_interleave(listed.shape[1])
+    lists, short = find(x, x if one_set else y, k + exclude_self, team)
+    for rows in torch.arange(len(x), device=x.device).split(max(1, LISTED // lists.shape[1])):
+        listed, owners = lists[rows].long(), rows.repeat_interleave(lists.shape[1])
+        if exclude_self:
+            listed = listed.masked_fill(listed == rows[:, None], -1)
         products = pair_similarity(x, y, owners, listed.flatten()).view(listed.shape)
-        keys[start : start + rows] = _keys(products.float(), listed).topk(k).values
-    for part in keys.split(LISTED // k + 1):
-        part.copy_(team.largest(part))
+        keys[rows] = team.largest(_keys(products.float(), listed).topk(k).values)
     values, indices = _ranked(keys)
     last = values[:, -1].abs()  # float32 cannot rank products that are tiny or infinite
-    overflowed |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
-    *known, repeated = torch.cat([finite, overflowed.any()[None]]).tolist()
-    _require_finite(known)
-    if repeated:
-        again = overflowed.nonzero()[:, 0]
+    short |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
+    again = short.nonzero()[:, 0]
+    if len(again):
         values[again], indices[again] = _by_strips(x, y, k, exclude_self, again, team)
     return values, indices
 
@@ -154,16 +139,16 @@ def _ranked(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def topk_together(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tuple[Tensor, Tensor]:
     """`topk_similarity` by a team: all give equal arguments and get the whole result."""
+    _require_finite(x=x, y=y)
     if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
             return _search(x, y, k, exclude_self, team)
-    _require_finite(_finite(x, y))
     return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device), team)
 
 
 @torch.library.custom_op("ecul::topk_similarity", mutates_args=())
 def _topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    return topk_together(x, y, k, exclude_self, Team())
+    return topk_together(x, y, k, exclude_self, ALONE)
 
 
 @_topk_similarity.register_fake

@@ -118,8 +118,7 @@ def test_finds_the_neighbours_of_unit_rows(dtype, device):
 
 def test_rows_with_crowded_lists_leave_the_others_alone(device, monkeypatch):
     """Every other row is the same point, seventy times: more than the lists hold."""
-    for module in (_shortlist, _shortlist_cpu):
-        monkeypatch.setattr(module, "ROOM", 1)
+    monkeypatch.setattr(_shortlist, "ROOM", 1)
     x = quarters(140, 5, 17, device=device)
     x[::2] = torch.tensor([0.75, -0.75, 0.75, 0.75, -0.75], device=device)
     assert_exact(topk_similarity(x, x, 3), sorted_pairs(x, x, 3), device)
@@ -183,14 +182,15 @@ def test_many_rows_and_few_columns():
 
 
 FEW = {"cpu": 60, "cuda": 60}
-PORTIONS = [(neighbors, "LISTED", 60 * 128), (_shortlist, "CLOSEST", FEW), (_shortlist, "MAXIMA", 1)]
+PORTIONS = [(neighbors, "LISTED", 60 * 128), (_shortlist, "PORTION", FEW), (_shortlist, "MAXIMA", 1)]
 ON_HOST = [(_shortlist_cpu, "HEIGHT", 64), (_shortlist_cpu, "PRODUCTS", 2**13), (_shortlist_cpu, "EVEN", 16)]
-ON_HOST += [(_shortlist_cpu, "PRODUCTS", 2**15)]
+ON_HOST += [(_shortlist_cpu, "PRODUCTS", 2**15), (_shortlist_cpu, "PART", 100)]
 
 
 @pytest.mark.parametrize(
     "module, name, size, rows",
     [(*PORTIONS[0], 140), (*PORTIONS[1], 140), (*PORTIONS[2], 1100)]
+    + [pytest.param(_shortlist, "PRODUCTS", 2**13, 1100, marks=pytest.mark.interpreted)]
     + [pytest.param(*portion, 1100, marks=pytest.mark.host) for portion in ON_HOST],
 )
 def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, module, name, size, rows):
@@ -209,19 +209,16 @@ def test_finds_the_same_without_tensor_descriptors(monkeypatch, dtype):
     assert_as_reference(y, y, 3, True)
 
 
-def test_bounds_count_the_maxima():
-    """The bound is the k-th largest, less twice the error. Fewer than k maxima give no bound."""
+def test_bounds_are_below_the_last_of_the_best_by_twice_the_error():
     best, margin = torch.tensor([[0.9, 0.5, 0.25], [0.75, 0.5, -torch.inf]]), torch.tensor([0.125, 0.0])
-    lowest = torch.finfo(torch.float32).min
-    assert _shortlist.bounds(best, 3, margin).tolist() == [0.0, lowest]
-    assert _shortlist.bounds(best, 2, margin).tolist() == [0.25, 0.5]
-    assert _shortlist.bounds(best, 4, margin).tolist() == [lowest, lowest]
+    assert _shortlist.bounds(best, margin).tolist() == [0.0, torch.finfo(torch.float32).min]
+    assert _shortlist.bounds(best[:, :2], margin).tolist() == [0.25, 0.5]
 
 
 def shortest(monkeypatch, dtype, x, k):
     """The mean length of the short lists from products in this dtype. No neighbour may be lost."""
     monkeypatch.setattr(_shortlist_cpu, "product_dtype", lambda: dtype)
-    lists, overflowed = _shortlist_cpu.shortlist(x, x, k, True, True)
+    lists, overflowed = _shortlist_cpu.shortlist(x, x, k + 1)
     best = topk_similarity_reference(x, x, k, True)[1]
     assert not overflowed.any()
     assert all(set(own) <= set(row) for own, row in zip(best.tolist(), lists.tolist(), strict=True))
@@ -243,7 +240,7 @@ def test_short_lists_lose_no_neighbour_and_are_short(monkeypatch, dtype, spread)
 def test_short_lists_hold_more_neighbours_than_a_part_has_columns(monkeypatch, size, k):
     """With sizes that are no multiple of a group: the padding, zeros, is nearer than most rows."""
     x = on_grid(unit(size, 24, 30))
-    assert k <= shortest(monkeypatch, torch.float32, x, k) <= size - 1
+    assert k < shortest(monkeypatch, torch.float32, x, k) <= size
 
 
 @pytest.mark.host
@@ -253,7 +250,7 @@ def test_rows_too_close_for_bfloat16_are_told_apart_in_float32(monkeypatch, prec
     monkeypatch.setattr(_shortlist_cpu, "BRAIN", True)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     x = on_grid(unit(2, 64, 27).repeat(400, 1) + 0.04 * unit(800, 64, 28))
-    assert _shortlist_cpu.shortlist(x, x, 9, True, True)[1].all() == (precision == "medium")
+    assert _shortlist_cpu.shortlist(x, x, 9)[1].all() == (precision == "medium")
     assert_as_reference(x, x, 9, True)
 
 
@@ -267,15 +264,16 @@ def test_products_are_float32_only_where_torch_keeps_them_so(monkeypatch, brain)
 
 
 @pytest.mark.host
-def test_full_lists_take_no_more():
+def test_full_lists_take_no_more(monkeypatch):
     """Else equal rows, each in the list of each, would cost the time and the room of all pairs."""
-    lists = _shortlist_cpu._Lists(2, 20, torch.float32)
-    lists.bounds[:] = 0.5
+    monkeypatch.setattr(_shortlist, "ROOM", 20)
+    search = _shortlist.Search(unit(2, 3, 0), unit(64, 3, 1), 1, Team(), torch.float32, 1)
+    search.bounds[:] = 0.5
     products = torch.tensor([1.0, 0.0]).repeat(32, 1)
     products[7, 1] = 0.5
-    lists.add(products, 0, 0)
-    lists.add(products, 0, 32)
-    assert lists.counts.tolist() == [32, 2] and lists.columns[1, :2].tolist() == [7, 39]
+    _shortlist_cpu._list(search, products, 0, 0)
+    _shortlist_cpu._list(search, products, 0, 32)
+    assert search.counts.tolist() == [32, 2] and search.lists[1, :2].tolist() == [7, 39]
 
 
 @pytest.mark.host
@@ -299,7 +297,7 @@ def test_hardly_a_product_is_made_twice(monkeypatch, symmetric):
     x = unit(1600, 24, 20)
     y = x if symmetric else unit(1600, 24, 21)
     with FlopCounterMode(display=False) as counter:
-        _shortlist_cpu.shortlist(x, y, 5, symmetric, symmetric)
+        _shortlist_cpu.shortlist(x, y, 5)
     share = counter.get_total_flops() / (2 * 24 * len(x) * len(y))
     assert 0.5 <= share <= 0.56 if symmetric else share == 1
 
@@ -343,7 +341,7 @@ def test_a_team_finds_what_one_finds(device, few, turns, size, k):
 def test_a_team_with_too_short_lists_or_of_references_finds_the_same(monkeypatch):
     x = on_grid(unit(300, 24, 31))
     want = topk_similarity_reference(x, x, 5)
-    for module, name, value in ((_shortlist_cpu, "ROOM", 1), (neighbors, "REFERENCE", True)):
+    for module, name, value in ((_shortlist, "ROOM", 1), (neighbors, "REFERENCE", True)):
         monkeypatch.setattr(module, name, value)
         for got in by_team(3, lambda team: topk_together(x, x, 5, False, team)):
             assert all(map(torch.equal, got, want))
@@ -351,10 +349,10 @@ def test_a_team_with_too_short_lists_or_of_references_finds_the_same(monkeypatch
 
 @pytest.mark.host
 def test_a_team_of_unequal_processors_multiplies_in_one_dtype(monkeypatch):
-    turns, used, search = 2, [], _shortlist_cpu._search
+    turns, used, search = 2, [], _shortlist_cpu._shortlist
     kinds = iter([torch.float32, torch.bfloat16, torch.bfloat16, torch.float32])
     monkeypatch.setattr(_shortlist_cpu, "product_dtype", lambda: next(kinds))
-    monkeypatch.setattr(_shortlist_cpu, "_search", lambda *a: used.append(a[-1]) or search(*a))
+    monkeypatch.setattr(_shortlist_cpu, "_shortlist", lambda *a: used.append(a[-1]) or search(*a))
     x = on_grid(unit(300, 24, 31))
     for got in by_team(turns, lambda team: topk_together(x, x, 5, False, team)):
         assert all(map(torch.equal, got, topk_similarity_reference(x, x, 5)))
@@ -369,7 +367,7 @@ def test_a_team_shares_the_products_equally(turns):
 
     def products(team):
         with FlopCounterMode(display=False) as counter:
-            _shortlist_cpu.shortlist(x, x, 5, True, True, team)
+            _shortlist_cpu.shortlist(x, x, 5, team)
         return counter.get_total_flops() / (2 * 8 * len(x) ** 2)
 
     (alone,), shares = by_team(1, products), by_team(turns, products)
