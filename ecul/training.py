@@ -26,8 +26,9 @@ from ecul.data.dataset import Dataset
 from ecul.features import embed_pixels
 from ecul.labels import assign_labels
 from ecul.optim import set_lr, uses_bf16
+from ecul.run.checkpoint import State
 from ecul.run.log import fell_apart, label_score, monitors
-from ecul.run.session import State, open_run
+from ecul.run.session import open_run
 from ecul.stages import Term, make_terms
 from ecul.trainset import TrainImages
 

@@ -10,8 +10,9 @@ is written last: it alone says which epoch was finished. The other files are for
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,22 @@ from ecul.common.names import shorten
 from ecul.common.pretrained import Pretrained
 from ecul.common.weights import read_tensors, require_fit, write_tensors
 from ecul.config import Config
+from ecul.data.dataset import Dataset
 from ecul.run.saved import FILE, parse_run
+from ecul.trainset import dataset_fingerprint
 
 # Fields that may change on resume; `load_run` has the whole rule.
 MAY_CHANGE = ("lr", "lr_gamma", "weights", "precision", "compile", "checkpointing", "batch_extract")
+
+
+@dataclass
+class State:
+    """All that an epoch changes, and all that a run needs to go on."""
+
+    model: torch.nn.Module
+    forward: torch.nn.Module  # the model as the batches see it: compiled, or one of several processes
+    optimizer: torch.optim.Optimizer
+    history: list = field(default_factory=list)  # a row of the log for each epoch
 
 
 @contextmanager
@@ -41,12 +54,9 @@ def run_directory(output: str | os.PathLike | None, hold: bool = True) -> Iterat
     if output is None or not hold:
         yield output
         return
-    held = output / ".lock"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if held.exists() and not held.is_file():
-            raise ValueError(f"output: {held} is no file; remove it, or choose another directory")
-        file = open(held, "a")  # noqa: SIM115 - held for the whole run
+        file = open(output / ".lock", "ab+", buffering=0)  # noqa: SIM115 - even a pipe opens at once so
     except OSError as e:
         raise ValueError(f"output: cannot write to {output} ({e.strerror}); choose another directory") from e
     with file:
@@ -74,26 +84,23 @@ def holds_run(directory: Path) -> bool:
     return False
 
 
-def save_run(output: Path, state: Any, config: Config, data: Mapping, source: Mapping) -> None:
-    """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
-
-    state: `model`, `optimizer` and `history` (a dict an epoch). data: the data set's fingerprint. source:
-    where it lies and how it was opened, for `ecul report`.
-    """
-    model, history = state.model, state.history
-    metadata = {"method": config.method, "dataset": data["dataset"], "epoch": len(history)}
+def save_run(output: Path, state: State, config: Config, dataset: Dataset) -> None:
+    """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts."""
+    model, history, settings = state.model, state.history, config.to_dict()
+    metadata = {"method": config.method, "dataset": dataset.name, "epoch": len(history)}
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
     if isinstance(model, Pretrained):
-        model.save_pretrained(output, metadata, config.to_dict())
+        model.save_pretrained(output, metadata, settings)
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
-        write_json(output / "config.json", config.to_dict())
+        write_json(output / "config.json", settings)
+    data = {**dataset_fingerprint(dataset), "root": dataset.root, "options": dataset.options}
+    about = {"config": settings, "dataset": data, "model": _network(model), "history": history}
     tensors = _tensors(model, state.optimizer.state_dict()["state"])
-    about = {"config": config.to_dict(), "dataset": {**data, **source}, "model": _settings(model)}
-    write_tensors(output / FILE, tensors, {"run": json.dumps({**about, "history": history})})
+    write_tensors(output / FILE, tensors, {"run": json.dumps(about)})
 
 
-def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
+def load_run(output: Path, state: State, config: Config, dataset: Dataset) -> None:
     """Put the state of `save_run` back to the last finished epoch.
 
     What may change on resume: the fields in MAY_CHANGE, and the schedule of the epochs to come
@@ -105,17 +112,13 @@ def load_run(output: Path, state: Any, config: Config, data: Mapping) -> None:
     tensors, metadata, _ = read_tensors(file)
     with reading(file):
         run = parse_run(output, metadata)
-    epoch, network = len(run.history), _settings(state.model)
-    before = {k: run.dataset.get(k) for k in data}
-    then, now = {**run.config.to_dict(), **before}, {**config.to_dict(), **data}
-    past = ({**_settled(run.config, epoch), **before}, {**_settled(config, epoch), **data})
-    told = [f"{k}: {then[k]!r} then, {now[k]!r} now" for k in past[0] if past[0][k] != past[1][k]]
+    then = {**run.dataset, **run.config.to_dict(), "network (model=)": run.model}
+    now = {**dataset_fingerprint(dataset), **config.to_dict(), "network (model=)": _network(state.model)}
+    past, present = (_settled(values, len(run.history)) for values in (then, now))
+    told = [f"{k}: {then.get(k)!r} then, {now[k]!r} now" for k in present if past.get(k) != present[k]]
     if told:
         listed = shorten(told, len(told), "; ")
         raise ValueError(f"{output} holds a run that cannot be continued with other settings: {listed}")
-    if run.model != network:
-        both = f"{run.model} then, {network} now; give model="
-        raise ValueError(f"{output} holds a run of another network: {both}")
     moments = {  # of Adam, in the parameter's memory format: a fused step relies on it
         i: {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         for i, p in enumerate(state.optimizer.param_groups[0]["params"])
@@ -137,15 +140,16 @@ def _tensors(model: torch.nn.Module, moments: dict[int, dict[str, Any]]) -> dict
     }
 
 
-def _settled(config: Config, epochs: int) -> dict[str, Any]:
-    """The settings that must stay once these epochs are finished, with the schedule cut to them."""
-    values = {name: value for name, value in config.to_dict().items() if name not in MAY_CHANGE}
-    values |= {name: min(values[name], epochs) for name in ("epochs_intra", "tsmem_switch")}
-    values["epochs_cross"] = min(config.epochs, epochs) - values["epochs_intra"]
-    values["lr_milestones"] = [milestone for milestone in config.lr_milestones if milestone < epochs]
-    return values
+def _settled(values: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """What must stay once these epochs are finished, with the schedule cut to them."""
+    kept = {name: value for name, value in values.items() if name not in MAY_CHANGE}
+    total = values["epochs_intra"] + values["epochs_cross"]
+    kept |= {name: min(values[name], epochs) for name in ("epochs_intra", "tsmem_switch")}
+    kept["epochs_cross"] = min(total, epochs) - kept["epochs_intra"]
+    kept["lr_milestones"] = [milestone for milestone in values["lr_milestones"] if milestone < epochs]
+    return kept
 
 
-def _settings(model: torch.nn.Module) -> dict[str, Any]:
+def _network(model: torch.nn.Module) -> dict[str, Any]:
     """The network's class and its own settings, as JSON gives them back."""
     return json.loads(json.dumps({"architecture": type(model).__name__, **getattr(model, "settings", {})}))

@@ -4,8 +4,8 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ecul.data.dataset import Dataset
 from ecul.evaluation.protocols import check_validation, validation_figures
 from ecul.features import out_of_memory
 from ecul.optim import build_model, build_optimizer, trainable, warn_about_start
-from ecul.run.checkpoint import holds_run, load_run, run_directory, save_run
+from ecul.run.checkpoint import State, holds_run, load_run, run_directory, save_run
 from ecul.run.log import LEGEND, describe
 from ecul.trainset import TrainImages, dataset_fingerprint, load_images
 
@@ -27,21 +27,10 @@ Hook = Callable[[dict, torch.nn.Module], object]
 
 
 @dataclass
-class State:
-    """All that an epoch changes, and all that a run needs to go on."""
-
-    model: torch.nn.Module
-    forward: torch.nn.Module  # the model as the batches see it: compiled, or one of several processes
-    optimizer: torch.optim.Optimizer
-    history: list = field(default_factory=list)  # a row of the log for each epoch
-
-
-@dataclass
 class Session:
     """An open run. An epoch works on `state` and `images`; all else is done here, between the epochs."""
 
     dataset: Dataset
-    data: dict  # the fingerprint of the data set
     config: Config
     directory: Path | None
     hook: Hook
@@ -70,17 +59,13 @@ class Session:
             self._require_finite(epoch, {})
             raise
         except (RuntimeError, MemoryError) as error:
-            if out_of_memory(error):
-                told = f"does not fit the memory of {self.images.device}; "
-                if getattr(self.state.model, "checkpointing", None) is False:
-                    told += "set checkpointing=True and resume, or "
-                told += "train anew with fewer identities or instances"
-            elif distributed.size() > 1:
-                told = f"failed in process {distributed.rank()}, maybe because another ended: {error}. "
-                told += "Start again with resume=True: it goes on from the last finished epoch"
-            else:
+            if not out_of_memory(error):
                 raise
-            raise RuntimeError(f"epoch {epoch + 1} {told}") from error
+            advice = "train anew with fewer identities or instances"
+            if getattr(self.state.model, "checkpointing", None) is False:
+                advice = f"set checkpointing=True and resume, or {advice}"
+            told = f"epoch {epoch + 1} does not fit the memory of {self.images.device}; {advice}"
+            raise RuntimeError(told) from error
 
     def finish(self, row: dict) -> None:
         """Save an epoch; then validate it, log it and call on_epoch with a copy of its row."""
@@ -102,8 +87,7 @@ class Session:
     def save(self) -> None:
         """Write the run's files after an epoch; nothing without a directory."""
         if self.directory is not None and distributed.rank() == 0:
-            source = {"root": self.dataset.root, "options": self.dataset.options}
-            save_run(self.directory, self.state, self.config, self.data, source)
+            save_run(self.directory, self.state, self.config, self.dataset)
 
     def _require_finite(self, epoch: int, row: dict) -> None:
         bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
@@ -132,30 +116,26 @@ def open_run(
     _check(dataset, config)
     check_validation(dataset, validate)
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
-    data = dataset_fingerprint(dataset)
-    hold = distributed.rank() == 0
     # off for the caller's autocast, and for the cache of every autocast in here: it would keep old weights
     plain = torch.autocast(place.type, enabled=False, cache_enabled=False)
-    with run_directory(output, hold) as directory, plain:
+    with run_directory(output, distributed.rank() == 0) as directory, plain:
         goes_on = directory is not None and holds_run(directory)
         if goes_on and not resume:
             told = "holds a run; resume it (--resume, resume=True) or choose another"
             raise ValueError(f"output: {directory} {told}")
-        if resume and directory is not None and not goes_on:
-            log.info("there is no run in %s yet: starting anew", directory)
         if model is None and not goes_on:
             warn_about_start(config, place)
         model = build_model(config.replace(weights=None) if goes_on else config, place, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
-        distributed.require_same(data["names_and_cameras"], "the data set's images and cameras")
+        names = dataset_fingerprint(dataset)["names_and_cameras"]
+        distributed.require_same(names, "the data set's images and cameras")
         if goes_on:
-            load_run(directory, state, config, data)
+            load_run(directory, state, config, dataset)
             log.info("going on after epoch %d of %d", len(state.history), config.epochs)
         distributed.wait()
         images = load_images(dataset, config.size, place)
-        run = Session(dataset, data, config, directory, hook, validate, state, images)
-        lost = directory is not None and not (directory / "model.safetensors").exists()
-        if lost and len(state.history) >= config.epochs:
+        run = Session(dataset, config, directory, hook, validate, state, images)
+        if len(state.history) >= config.epochs:  # a run of no epochs, or one that may have lost its model
             run.save()
         yield run
         if state.history and all(row.get("skipped") for row in state.history):
@@ -164,15 +144,16 @@ def open_run(
 
 
 def as_hook(on_epoch: Callable[..., object] | None) -> Hook:
-    """on_epoch as a function of a row and the model. Errors: TypeError unless it takes a row, or both."""
+    """on_epoch as a function of a row and the model, of which it may take the row alone."""
     if on_epoch is None:
         return lambda row, model: None
-    for given in ((None,), (None, None)):
-        with suppress(TypeError):
-            with suppress(ValueError):  # a built-in function without a signature takes the row
-                inspect.signature(on_epoch).bind(*given)
-            return lambda *both: on_epoch(*both[: len(given)])
-    raise TypeError(f"on_epoch must be a function of a row, or of a row and the model, got {on_epoch!r}")
+    try:
+        inspect.signature(on_epoch).bind("row")
+    except TypeError:  # it needs both
+        return on_epoch
+    except ValueError:  # a built-in function without a signature
+        pass
+    return lambda row, model: on_epoch(row)
 
 
 def _check(dataset: Any, config: Any) -> None:
