@@ -91,38 +91,37 @@ def draw_batches(
     if config.pairs == "joint" and labels.joint is not None and count_clusters(labels.joint) >= 2:
         table, choose = labels.joint, joint_clusters
     of, cameras, modalities = (x.cpu().numpy() for x in (table, images.cameras, images.modalities))
-    visible, infrared = (Clusters(np.where(modalities == m, of, -1), cameras) for m in (0, 1))
-    chosen = choose([*visible.rows], [*infrared.rows], config.identities, rng)
+    visible, infrared = (_members(np.where(modalities == m, of, -1)) for m in (0, 1))
+    chosen = choose([*visible], [*infrared], config.identities, rng)
     if labels.pairing is not None:
         chosen = matched_clusters(labels.pairing, config.identities, rng)
     for _ in range(config.iterations):
-        first, second = (side.draw(next(chosen), config.instances, rng) for side in (visible, infrared))
-        yield first, second
+        drawn = []
+        for members in (visible, infrared):  # in joint batches a modality may lack a cluster
+            found = [members[c] for c in next(chosen) if c in members]
+            parts = [_draw_images(rows, cameras, config.instances, rng) for rows in found]
+            drawn.append(np.concatenate([np.empty(0, dtype=np.int64), *parts]))
+        yield drawn[0], drawn[1]
 
 
-class Clusters:
-    """`rows`: the images of each cluster, from labels (N,) int64, -1 = none, and cameras (N,) int64."""
+def _members(labels: np.ndarray) -> dict[int, np.ndarray]:
+    """The images of each cluster, from labels (N,) int64, -1 = none."""
+    order = np.argsort(labels, kind="stable")
+    found, starts = np.unique(labels[order], return_index=True)
+    members = dict(zip(found.tolist(), np.split(order, starts[1:]), strict=True))
+    return {cluster: rows for cluster, rows in members.items() if cluster >= 0}
 
-    def __init__(self, labels: np.ndarray, cameras: np.ndarray):
-        order = np.argsort(labels, kind="stable")
-        order = order[labels[order] >= 0]
-        found, starts = np.unique(labels[order], return_index=True)
-        self.rows = dict(zip(found.tolist(), np.split(order, starts)[1:], strict=True))
-        self.cameras = cameras
 
-    def draw(self, clusters: Iterable[int], instances: int, rng: np.random.Generator) -> np.ndarray:
-        """`instances` images of each of these clusters, cluster after cluster; an absent one gives none."""
-        drawn = [self._draw_one(self.rows[c], instances, rng) for c in clusters if c in self.rows]
-        return np.concatenate(drawn) if drawn else np.empty(0, dtype=np.int64)
-
-    def _draw_one(self, rows: np.ndarray, instances: int, rng: np.random.Generator) -> np.ndarray:
-        anchor = rng.integers(len(rows))
-        cameras = self.cameras[rows]
-        others = rows[cameras != cameras[anchor]]
-        if len(others) == 0:
-            others = np.delete(rows, anchor) if len(rows) > 1 else rows
-        rest = rng.choice(others, instances - 1, replace=len(others) < instances - 1)
-        return np.concatenate([rows[anchor : anchor + 1], rest])
+def _draw_images(
+    rows: np.ndarray, cameras: np.ndarray, instances: int, rng: np.random.Generator
+) -> np.ndarray:
+    """K of a cluster's images `rows`: an anchor, then images of other cameras, if there are any."""
+    anchor = rng.choice(rows)
+    others = rows[cameras[rows] != cameras[anchor]]
+    if len(others) == 0:
+        others = rows[rows != anchor] if len(rows) > 1 else rows
+    rest = rng.choice(others, instances - 1, replace=len(others) < instances - 1)
+    return np.concatenate([[anchor], rest])
 
 
 def _deal(cards: Iterable[int], count: int, rng: np.random.Generator) -> Iterator[list[int]]:

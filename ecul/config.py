@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ecul import MODALITIES
-from ecul.common.files import read_json
+from ecul.common.files import read_json, reading
 from ecul.common.names import did_you_mean
 
 # Stage 2 of the three methods: ECUL has joint clusters and no matched pairs, MBCCM pairs and consistency.
@@ -76,12 +76,8 @@ def _or_none(rule: Rule) -> Rule:
 
 
 def _one_of(*choices: str | int) -> Rule:
-    # 50.0 and True equal whole numbers, and are none
-    return Rule(
-        f"be one of {', '.join(map(str, choices))}",
-        lambda v: any(type(v) is type(c) and v == c for c in choices),
-        choices,
-    )
+    told = f"be one of {', '.join(map(str, choices))}"  # the type too: 50.0 and True are no whole numbers
+    return Rule(told, lambda v: type(v) is type(choices[0]) and v in choices, choices)
 
 
 FLAG = Rule("be True or False", lambda v: isinstance(v, bool))
@@ -90,10 +86,7 @@ NOT_NEGATIVE = Rule("be a number of at least 0", lambda v: _is_number(v) and v >
 DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: _is_number(v) and 0 < v <= 1)
 MOMENTUM = Rule("be a number in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
 FILE = Rule("be the path of a file", lambda v: isinstance(v, str))
-BACKBONE = Rule(
-    "be timm:NAME or torchvision:NAME",
-    lambda v: isinstance(v, str) and v.startswith(("timm:", "torchvision:")),
-)
+BACKBONE = Rule("be timm:NAME or torchvision:NAME", lambda v: str(v).startswith(("timm:", "torchvision:")))
 EPOCHS = Rule("be whole numbers like (20, 40, 60)", lambda v: isinstance(v, tuple) and all(map(_is_whole, v)))
 SEED = Rule("be a whole number from 0 to 2**63 - 1", lambda v: _is_whole(v) and v < 2**63)
 PIXELS = Rule(
@@ -256,9 +249,7 @@ class Config:
 def read_fields(path: str | os.PathLike) -> dict[str, Any]:
     """The fields of Config in a JSON file, for example the `config.json` of a run.
 
-    Errors: those of `reading`; ValueError for a file that is no JSON object.
+    Errors: those of `reading`.
     """
-    fields = read_json(path)
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} should hold fields of Config by name, not {type(fields).__name__}")
-    return {name: value for name, value in fields.items() if name != "model"}
+    with reading(path):
+        return {name: value for name, value in read_json(path).items() if name != "model"}

@@ -58,15 +58,11 @@ def extract(
     if isinstance(images, Images):
         pixels = images.load(model.input_size, progress)
         return embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu()
-    if isinstance(images, str | os.PathLike):
-        told = "give a list of paths, or those of a folder from ecul.tools.search.image_files"
-        raise TypeError(f"images: got the one path {os.fspath(images)!r}; {told}")
-    if not isinstance(images, Iterable):
-        kinds = "an Images, a list of paths, or a uint8 array or tensor"
+    listed = isinstance(images, Iterable) and not isinstance(images, str)
+    paths = list(images) if listed else [None]
+    if not all(isinstance(path, str | os.PathLike) for path in paths):
+        kinds = "an Images, a list of paths, or one uint8 array or tensor"
         raise TypeError(f"images must be {kinds}, got {type(images).__name__}")
-    paths = list(images)
-    if other := [type(path).__name__ for path in paths if not isinstance(path, str | os.PathLike)]:
-        raise TypeError(f"images: a list must hold paths, not {other[0]}; stack arrays into one")
     return extract_files(model, paths, modality, batch_size=batch_size, flip=flip, progress=progress).features
 
 
@@ -108,12 +104,10 @@ def warn_if_other(pixels: torch.Tensor, modality: str) -> None:
     """Warn where images, uint8 (N, 3, H, W), look like the other modality's: nearly all gray, or coloured."""
     looked = pixels[:: 1 + len(pixels) // LOOKED_AT]
     spread = (looked.amax(1) - looked.amin(1)).float().mean((1, 2))
-    odd, kind, other = spread >= COLOURED, "coloured", "visible"
-    if modality == "visible":
-        odd, kind, other = spread <= GRAY, "gray", "infrared"
+    odd, kind = (spread <= GRAY, "gray") if modality == "visible" else (spread >= COLOURED, "coloured")
     if 10 * int(odd.sum()) > 9 * len(looked):
-        told = (modality, int(odd.sum()), len(looked), kind, other)
-        log.warning("%s: %d of %d images looked at are %s, as %s ones are; is the modality right?", *told)
+        told = (modality, int(odd.sum()), len(looked), kind)
+        log.warning("%s: %d of %d images looked at are %s; is the modality right?", *told)
 
 
 def require_model(model: Any) -> None:

@@ -32,11 +32,17 @@ def consistency_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 0.5 * ((log_a.exp() - log_b.exp()) * (log_a - log_b)).sum(dim=1).mean()
 
 
-def _whole(name: str, values: Whole, device: torch.device, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """int64 on this device, from whole numbers of any kind; one for each of these rows, if given."""
-    numbers = as_tensor(name, values, device)
-    if rows is not None and numbers.shape != rows.shape[:1]:
+def _each(name: str, values: torch.Tensor | ArrayLike, rows: torch.Tensor) -> torch.Tensor:
+    """A number for each of these rows, on their device."""
+    numbers = as_tensor(name, values, rows.device)
+    if numbers.shape != rows.shape[:1]:
         raise ValueError(f"{name}: expected {len(rows)}, one a row, got {tuple(numbers.shape)}")
+    return numbers
+
+
+def _whole(name: str, values: Whole, rows: torch.Tensor) -> torch.Tensor:
+    """int64 from whole numbers of any kind, one for each of these rows."""
+    numbers = _each(name, values, rows)
     if numbers.numel() and (numbers.is_floating_point() or numbers.dtype == torch.bool):
         raise TypeError(f"{name} must be whole numbers, got {numbers.dtype}")
     return numbers.long()
@@ -49,8 +55,6 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
 
 class _Memory(nn.Module):
     """A bank of unit rows, one per `num_samples`, with the label of each row."""
-
-    _saves_labels = False  # labels that count from 0 need no place in a state dict
 
     def __init__(
         self,
@@ -65,15 +69,12 @@ class _Memory(nn.Module):
         rule = "hard" if use_hard else rule
         check_temperature(temp)
         check_rule(momentum, rule)
-        if num_features < 1 or num_samples < 1:
-            sizes = f"{num_features} and {num_samples}"
-            raise ValueError(f"num_features and num_samples must be at least 1, got {sizes}")
         self.num_features, self.num_samples = num_features, num_samples
         self.temp, self.momentum, self.rule = temp, momentum, rule
         self.features: torch.Tensor
         self.labels: torch.Tensor
         self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
-        self.register_buffer("labels", torch.arange(num_samples), persistent=self._saves_labels)
+        self.register_buffer("labels", torch.arange(num_samples))
 
     def forward(
         self, x: torch.Tensor, labels: Whole, weights: torch.Tensor | ArrayLike | None = None, **others: Any
@@ -85,13 +86,10 @@ class _Memory(nn.Module):
         if others:
             told = "a memory moves in update(x, labels, momentum=...) alone, weights= are per sample"
             raise TypeError(f"the loss takes x, labels and weights, not {', '.join(others)}: {told}")
-        labels = _whole("labels", labels, x.device)
+        labels = _whole("labels", labels, x)
         loss = memory_contrast(_unit(x), self.features, self.labels, labels, self.temp)
         if weights is not None:
-            weights = as_tensor("weights", weights, loss.device).to(loss.dtype)
-            if weights.shape != loss.shape:
-                raise ValueError(f"weights must be ({len(loss)},), one a sample, got {tuple(weights.shape)}")
-            loss = loss * weights
+            loss = loss * _each("weights", weights, loss).to(loss.dtype)
         return loss.sum() / (labels >= 0).sum().clamp(min=1)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +114,7 @@ class _Memory(nn.Module):
         generator: draws the member for the rule "instance"; momentum: in place of the memory's own.
         Source: ECUL and MBCCM.
         """
-        labels = _whole("labels", labels, self.features.device)
+        labels = _whole("labels", labels, x)
         kept = self.momentum if momentum is None else momentum
         momentum_update_(self.features, _unit(x).float(), labels, kept, self.rule, generator=generator)
 
@@ -131,8 +129,8 @@ class ClusterMemory(_Memory):
     starting rows, or use `from_clusters`. Published memories move in `backward`; this one moves in
     `update(x, labels)` alone, so call that after every step of the optimiser.
     labels are whole numbers of any kind: a tensor, an array, a list. `use_hard=True` is the published name of
-    rule="hard". Errors: ValueError for sizes, momentum, temp or rule out of range; TypeError for labels that
-    are no whole numbers. Source: ECUL and MBCCM, cluster memories.
+    rule="hard". Errors: ValueError for momentum, temp or rule out of range; TypeError for labels that are no
+    whole numbers. Source: ECUL and MBCCM, cluster memories.
     """
 
     @classmethod
@@ -157,8 +155,6 @@ class InstanceMemory(_Memory):
     their clusters). Kinds of labels and errors: as in `ClusterMemory`. Source: ECUL, instance-level contrast.
     """
 
-    _saves_labels = True
-
     @classmethod
     def from_features(
         cls, features: torch.Tensor, labels: Whole, temp: float = 0.05, momentum: float = 0.1
@@ -167,7 +163,7 @@ class InstanceMemory(_Memory):
 
         An outlier (-1) gets a label of its own: nobody's positive. Errors: as in `ClusterMemory`.
         """
-        labels = _whole("labels", labels, features.device, features)
+        labels = _whole("labels", labels, features)
         memory = cls(features.shape[1], features.shape[0], temp, momentum).to(features.device)
         memory.features.copy_(_unit(features))
         memory.labels.copy_(torch.where(labels < 0, -2 - memory.labels, labels))
@@ -194,7 +190,7 @@ def cluster_means(features: torch.Tensor, labels: Whole, groups: Whole | None = 
     """
     labels, count = _numbered(labels, features)
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    groups = _whole("groups", 0 * labels if groups is None else groups, features.device, features)
+    groups = _whole("groups", 0 * labels if groups is None else groups, features)
     means, present = features.new_zeros(count, features.shape[1]), features.new_zeros(count, 1)
     for group in groups[labels >= 0].unique():
         rows = ((groups == group) & (labels >= 0)).nonzero().flatten()
@@ -223,11 +219,10 @@ def random_members(
 
 def _numbered(labels: Whole, features: torch.Tensor) -> tuple[torch.Tensor, int]:
     """int64 labels, and the number of clusters. Errors: ValueError where a number from 0 on is absent."""
-    labels = _whole("labels", labels, features.device, features)
+    labels = _whole("labels", labels, features)
     present = labels[labels >= 0].unique()
-    count = int(present[-1]) + 1 if len(present) else 0
-    if len(present) < count:
-        first = int((present != torch.arange(len(present), device=labels.device)).nonzero()[0])
-        told = f"{count - len(present)} of 0 to {count - 1} are absent, the first is {first}"
-        raise ValueError(f"labels must count from 0 without gaps: {told}; number the clusters anew")
-    return labels, count
+    absent = (present != torch.arange(len(present), device=labels.device)).nonzero()
+    if len(absent):
+        told = f"{int(absent[0])} is absent; number the clusters anew"
+        raise ValueError(f"labels must count from 0 without gaps: {told}")
+    return labels, len(present)

@@ -1,18 +1,19 @@
 """The network of a run, its optimiser and its learning rate."""
 
 import logging
+import threading
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ecul.common import distributed
-from ecul.common.draws import drawing
 from ecul.config import Config
 from ecul.features import require_model
 from ecul.model import TwoStreamResNet
 from ecul.streams import Backbone, TwoStream, row_size
 
 log = logging.getLogger("ecul")
+DRAWING = threading.Lock()  # one network at a time draws its weights from torch's default generator
 
 
 def build_model(
@@ -20,7 +21,8 @@ def build_model(
 ) -> torch.nn.Module:
     """The user's network, or the one of this configuration, initialised from its seed only."""
     if model is None:
-        with drawing(config.seed):
+        with DRAWING, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(config.seed)
             if config.backbone is None:
                 sizes = (config.depth, config.width, config.non_local, config.size, config.stem_stride)
                 model = TwoStreamResNet(*sizes)
@@ -59,10 +61,9 @@ def _own_model(model: torch.nn.Module, config: Config) -> torch.nn.Module:
 
 def trainable(model: torch.nn.Module, config: Config) -> torch.nn.Module:
     """The model as the batches see it: in parallel over processes, compiled if asked for."""
-    forward: torch.nn.Module = model
     if distributed.size() > 1:  # joint batches may hold one modality alone, and leave the other's stem unused
-        forward = DistributedDataParallel(model, find_unused_parameters=config.pairs == "joint")
-    return torch.compile(forward) if config.compile else forward  # type: ignore[return-value]
+        model = DistributedDataParallel(model, find_unused_parameters=config.pairs == "joint")
+    return torch.compile(model) if config.compile else model  # type: ignore[return-value]
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -4,9 +4,8 @@ Two streams and BNNeck as in ECUL: https://arxiv.org/abs/2412.19134
 """
 
 import copy
-import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ecul.common.draws import drawing
 from ecul.common.names import printable
 from ecul.common.pretrained import SIZE, Pretrained
 from ecul.data.images import check_modality
-
-LIBRARIES: dict[str, tuple[str, dict[str, Any], Callable[[tuple[int, int]], dict[str, Any]]]] = {
-    # the function that builds a network by its name, its arguments, and those for the image size
-    "timm": ("timm.create_model", {"pretrained": False, "num_classes": 0}, lambda size: {"img_size": size}),
-    "torchvision": ("torchvision.models.get_model", {"weights": None}, lambda size: {"image_size": size[0]}),
-}
 
 
 def make_neck(features: int) -> nn.BatchNorm1d:
@@ -66,16 +58,13 @@ class Backbone(Pretrained):
     network: a module with `num_features` that maps (N, 3, H, W) to (N, num_features), in training too. It is
     not copied: training changes its weights. input_size: (H, W), to which `extract` resizes.
     `train(..., model=network)` makes a `Backbone`; afterwards `Backbone.from_pretrained(run, network)` is a
-    model for `extract`, `export` and `report`. Errors: TypeError for a network without `num_features`;
+    model for `extract`, `export` and `report`. Errors: AttributeError for a network without `num_features`;
     ValueError, before any work, where a batch gives other rows, in training or in evaluation.
     """
 
     forms = {"input_size": SIZE}
 
     def __init__(self, network: nn.Module, input_size: tuple[int, int]) -> None:
-        if not hasattr(network, "num_features"):
-            told = f"{type(network).__name__} has none"
-            raise TypeError(f"model must have num_features, the size of its rows; {told}")
         self._wrap(network, input_size, type(network).__name__)
         if self.num_features != network.num_features:
             told = f"{self.num_features} features where num_features says {network.num_features}"
@@ -83,13 +72,10 @@ class Backbone(Pretrained):
 
     def _wrap(self, network: nn.Module, input_size: tuple[int, int], name: str) -> None:
         super().__init__()
-        kind = type(network).__name__
-        if any(isinstance(module, PerModality) for module in network.modules()):
-            raise ValueError(f"model: {kind} has a stem for each modality already; give the plain network")
         size, learning = (row_size(network, input_size, mode) for mode in ("evaluation", "training"))
         if size != learning:
-            told = f"gives rows of {size} features in evaluation and of {learning} in training"
-            raise ValueError(f"model: {kind} {told}; both must be the features, without the classifier")
+            told = f"{name} gives rows of {size} features in evaluation and of {learning} in training"
+            raise ValueError(f"model: {told}; both must be the features, without the classifier")
         self.num_features = size
         self.network, self.input_size = network, tuple(input_size)
         self.settings = {"network": name, "input_size": [*input_size]}
@@ -123,8 +109,8 @@ class Backbone(Pretrained):
         if network is None and ":" not in name:
             told = f"{cls.__name__}.from_pretrained(path, network) loads it"
             raise ValueError(f"{file} holds one's own {printable(name)}: {told}")
-        with drawing(0):
-            made_of: Any = name if network is None else network  # `TwoStream` takes a name
+        made_of: Any = name if network is None else network  # `TwoStream` takes a name
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = cls(made_of, tuple(settings["input_size"]))
         return model.load(content.tensors, file, content.sha256).eval()
 
@@ -214,19 +200,21 @@ def row_size(network: nn.Module, size: tuple[int, int], mode: str, streams: int 
 
 def _build(name: str, size: tuple[int, int]) -> nn.Module:
     library, _, architecture = name.partition(":")
-    if library not in LIBRARIES or not architecture:
+    if library == "timm":
+        from timm import create_model as build
+
+        options, sized = {"pretrained": False, "num_classes": 0}, {"img_size": size}
+    elif library == "torchvision":
+        from torchvision.models import get_model as build
+
+        options, sized = {"weights": None}, {"image_size": size[0]}
+    else:
         raise ValueError(f"backbone must be timm:NAME or torchvision:NAME, got {name!r}")
-    function, arguments, sized = LIBRARIES[library]
-    module, _, attribute = function.rpartition(".")
-    try:
-        build = getattr(importlib.import_module(module), attribute)
-    except ImportError as e:
-        raise ImportError(f"backbone {name!r} needs {library}: pip install {library}") from e
     try:
         try:
-            return build(architecture, **arguments, **sized(size))
+            return build(architecture, **options, **sized)
         except TypeError:  # most networks take any size, and no argument for it
-            return build(architecture, **arguments)
+            return build(architecture, **options)
     except (RuntimeError, ValueError, KeyError) as e:
         raise ValueError(f"backbone {name!r} cannot be built: {e}") from e
 

@@ -12,7 +12,7 @@ ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +35,13 @@ from ecul.trainset import TrainImages
 log = logging.getLogger("ecul")
 
 
-@dataclass(repr=False)
+@dataclass
 class Run:
     """What `train` returns: the model (in eval mode), a dict per epoch, the run directory or None."""
 
-    model: torch.nn.Module
-    history: list[dict]
+    model: torch.nn.Module = field(repr=False)
+    history: list[dict] = field(repr=False)
     output: Path | None
-
-    def __repr__(self) -> str:
-        where = "no directory" if self.output is None else str(self.output)
-        return f"Run({type(self.model).__name__}, {len(self.history)} epochs, {where})"
 
 
 @logging_to_stderr()

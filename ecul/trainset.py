@@ -5,7 +5,6 @@ the visible ones come first, so that `table[:num_visible]` is theirs.
 """
 
 import hashlib
-import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,6 @@ from ecul import MODALITIES
 from ecul.common import distributed
 from ecul.data.dataset import Dataset
 from ecul.features import warn_if_other
-
-log = logging.getLogger("ecul")
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,6 @@ def load_images(dataset: Dataset, size: tuple[int, int], device: torch.device) -
         distributed.wait()
     needed = sum(p.numel() for p in pixels)
     on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 4
-    place = f"on {device}" if on_device else "on the host, each batch goes through pinned memory"
-    log.info("%.1f MB of images are kept %s", needed / 1e6, place)
     visible, infrared = (p.to(device) if on_device else p for p in pixels)
     cameras = torch.from_numpy(np.concatenate([side.camids for side in sides])).to(device)
     pids = [side.pids for side in sides if side.pids is not None]

@@ -187,7 +187,7 @@ def test_settings_come_back_from_a_file(world, tmp_path, capsys):
     (tmp_path / "e.json").write_text("{")
     assert main(["train", "folders", str(tmp_path), "-o", str(tmp_path / "x"), "--validate", "1"]) == 2
     assert "validation" not in capsys.readouterr().err
-    told = {"d.json": "should hold fields of Config", "e.json": "e.json is damaged", "f": "there is no file"}
+    told = {"d.json": "d.json is damaged", "e.json": "e.json is damaged", "f": "there is no file"}
     for name, message in told.items():
         assert main(command("x", "--config", str(tmp_path / name))) == 2
         assert message in capsys.readouterr().err

@@ -33,7 +33,7 @@ def test_the_instance_loss_equals_the_oracle(b, slots, seed):
     assert torch.equal(memory(x.float(), np.where(labels < 0, -7, labels)), loss)  # any negative: no loss
     want = (weights[labels >= 0] * each.numpy()).sum() / max(len(each), 1)
     assert memory(x.float(), labels, weights).item() == pytest.approx(want, abs=1e-5)
-    with pytest.raises(ValueError, match="weights must be .*one a sample"):
+    with pytest.raises(ValueError, match="weights: expected .*, one a row"):
         memory(x.float(), labels, weights[:, None])
 
 
@@ -143,20 +143,12 @@ def test_random_members_are_members_and_every_member_is_drawn():
     assert set(drawn[:, 0].tolist()) == {0, 2} and set(drawn[:, 1].tolist()) == {1, 4, 5}
 
 
-@pytest.mark.parametrize(
-    ("labels", "absent"),
-    [
-        ([2, 7, 10, 2], "8 of 0 to 10 are absent, the first is 0"),
-        ([1, 2, 1, 2], "1 of 0 to 2 are absent, the first is 0"),
-        ([0, -1, 2, 3], "1 of 0 to 3 are absent, the first is 1"),
-        ([10**15, 0, -1, -1], "are absent, the first is 1"),
-    ],
-)
-def test_labels_with_gaps_are_refused_by_what_makes_a_row_of_each(labels, absent):
-    for function in (cluster_means, random_members):
-        with pytest.raises(ValueError, match=f"must count from 0 without gaps: .*{absent}"):
+@pytest.mark.parametrize("function", [cluster_means, random_members])
+def test_labels_with_gaps_are_refused_by_what_makes_a_row_of_each(function):
+    for labels, absent in (([2, 7, 10, 2], 0), ([1, 2, 1, 2], 0), ([0, -1, 2, 3], 1), ([9**15, 0, 0, 0], 1)):
+        with pytest.raises(ValueError, match=f"must count from 0 without gaps: {absent} is absent"):
             function(torch.eye(4), labels)
-        assert function(torch.eye(4), [-1] * 4).shape == (0, 4) == function(torch.empty(0, 4), []).shape
+    assert function(torch.eye(4), [-1] * 4).shape == (0, 4) == function(torch.empty(0, 4), []).shape
 
 
 def test_tsmem_has_two_steps():
@@ -167,8 +159,6 @@ def test_tsmem_has_two_steps():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ClusterMemory(4, 0), "at least 1, got 4 and 0"),
-        (lambda: InstanceMemory(0, 4), "at least 1, got 0 and 4"),
         (lambda: ClusterMemory(4, 2, momentum=1.5), "momentum"),
         (lambda: ClusterMemory(4, 2, temp=0), "temp"),
         (lambda: ClusterMemory(4, 2, rule="best"), "rule must be one of"),
@@ -181,24 +171,14 @@ def test_bad_arguments_are_named(make, message):
         make()
 
 
-def test_a_state_dict_of_an_instance_memory_holds_its_labels():
-    rng = np.random.default_rng(0)
-    rows, labels = unit(rng, 6, 5).float(), torch.tensor([0, 0, 1, 1, -1, -1])
-    memory, other = InstanceMemory.from_features(rows, labels), InstanceMemory(5, 6)
-    other.load_state_dict(memory.state_dict())
-    x = unit(rng, 3, 5).float()
-    assert other(x, labels[:3]).item() == memory(x, labels[:3]).item()
-    assert other.labels.tolist() == memory.labels.tolist()
-    with pytest.raises(RuntimeError, match="labels"):
-        other.load_state_dict({"features": rows})
-    clusters = ClusterMemory(5, 6)
-    clusters.load_state_dict({"features": rows})  # its labels count from 0
-
-
-def test_both_memories_start_from_rows_of_any_length_and_number():
+def test_both_memories_start_from_rows_of_any_length_and_number_and_are_saved_with_their_labels():
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
-    for memory in (ClusterMemory.from_clusters(rows), InstanceMemory.from_features(rows, [0, 1])):
+    for memory in (ClusterMemory.from_clusters(rows), InstanceMemory.from_features(rows, [1, -1])):
         assert torch.allclose(memory.features, torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+        other = type(memory)(2, 2)
+        other.load_state_dict(memory.state_dict())
+        assert torch.equal(other.features, memory.features) and torch.equal(other.labels, memory.labels)
+    assert memory.labels.tolist() == [1, -3]  # an outlier is nobody's positive
     one = ClusterMemory(1, 1)
     one.update(torch.full((2, 1), 3.0), [0, -1])
     assert one.features.item() == 1 and one(torch.ones(1, 1), [0]).item() == 0

@@ -299,9 +299,10 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
         Backbone.from_pretrained(tmp_path / "own", wide)
     for model, given, message in (
         ("runs/own", dataset.test_visible, "model must have embed"),
-        (loaded, "photos", "got the one path 'photos'"),
+        (loaded, "photos", "images must be .*a list of paths, .* got str"),
         (loaded, dataset, "images must be .*, got Dataset"),
         (loaded, np.zeros((64, 32, 3), np.uint8), "visible: expected uint8 images, .* not uint8 64 x 32 x 3"),
+        (loaded, [np.zeros((64, 32, 3), np.uint8)], "or one uint8 array or tensor, got list"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             extract(model, given, "visible")
@@ -358,7 +359,7 @@ def test_epochs_are_told_where_nobody_has_set_up_logging(dataset, monkeypatch, c
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2 and lines[0].startswith("epoch 1/2 stage 1")
     assert not logging.getLogger("ecul").handlers
-    assert repr(run) == "Run(TwoStreamResNet, 2 epochs, no directory)"
+    assert repr(run) == "Run(output=None)"  # neither layers nor rows
     monkeypatch.setattr(logging.getLogger("ecul"), "level", logging.ERROR)
     train(dataset, tiny())
     assert "epoch" not in capsys.readouterr().err
