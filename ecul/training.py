@@ -26,8 +26,8 @@ from ecul.data.dataset import Dataset
 from ecul.features import embed_pixels
 from ecul.labels import assign_labels
 from ecul.optim import set_lr, uses_bf16
-from ecul.run.checkpoint import State
 from ecul.run.log import fell_apart, label_score, monitors
+from ecul.run.saved import State
 from ecul.run.session import open_run
 from ecul.stages import Term, make_terms
 from ecul.trainset import TrainImages
@@ -60,7 +60,7 @@ def train(
 
     dataset: a `Dataset` (`open_dataset`, `Dataset.from_arrays`, `Dataset.from_folders`); its identities, if
     any, are read by the monitors of the log only. config: a `Config`, by default `Config()`. output: the
-    run directory, None for none; resume: go on with the run that is there (`ecul.run.checkpoint.load_run`
+    run directory, None for none; resume: go on with the run that is there (`ecul.run.saved.load_run`
     says what may change). device: by default the GPU when there is one. on_epoch(row) or
     on_epoch(row, model): called after each epoch with a copy of its dict, and with the model where it takes
     two; by `raise StopIteration` it ends the run here, as if these had been all epochs. model: a backbone of

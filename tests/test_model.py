@@ -123,13 +123,13 @@ def moco(plain):
 
 WRAPPED = {  # from torchvision's names to the content of a file, and what is said of it
     "plain": (lambda plain: plain, ""),
-    "state_dict": (lambda plain: {"state_dict": plain, "best": torch.ones(1)}, "are in 'state_dict'"),
-    "model": (lambda plain: {"model": before("module.", plain)}, "are in 'model' behind 'module.'"),
-    "own name": (lambda plain: {"weights_ema": plain, "epoch": 1}, "are in 'weights_ema'"),
+    "state_dict": (lambda plain: {"state_dict": plain, "best": torch.ones(1)}, "behind 'state_dict.'; "),
+    "model": (lambda plain: {"model": before("module.", plain)}, "are behind 'model.module.'"),
+    "own name": (lambda plain: {"weights_ema": plain, "epoch": 1}, "are behind 'weights_ema.'"),
     "compiled": (lambda plain: before("module._orig_mod.", plain), "are behind 'module._orig_mod.'"),
-    "nested": (lambda plain: {"model": {"state_dict": plain}}, "are in 'state_dict' in 'model'"),
+    "nested": (lambda plain: {"model": {"state_dict": plain}}, "are behind 'model.state_dict.'"),
     "head": (lambda plain: before("backbone.", plain) | {"head.weight": torch.ones(2)}, "out: head.weight"),
-    "MoCo": (moco, "in 'state_dict' behind 'module.encoder_q.'; left out: module.encoder_k.conv1.weight"),
+    "MoCo": (moco, "behind 'state_dict.module.encoder_q.'; left out: module.encoder_k.conv1.weight"),
 }  # fmt: skip
 
 

@@ -11,8 +11,7 @@ from tiny import Pooled, rewrite, tiny
 from ecul import Dataset, TwoStreamResNet, train
 from ecul.model import Backbone
 from ecul.optim import build_model, build_optimizer
-from ecul.run.checkpoint import load_run
-from ecul.run.saved import find_run, read_run
+from ecul.run.saved import find_run, load_run, read_run
 from ecul.training import State
 
 RNG = np.random.default_rng(0)

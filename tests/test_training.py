@@ -19,7 +19,7 @@ from ecul import Config, Dataset, TwoStreamResNet, evaluate, extract, open_datas
 from ecul.common import logs
 from ecul.kernels import memory_contrast
 from ecul.optim import build_model
-from ecul.run.checkpoint import run_directory
+from ecul.run.saved import run_directory
 from ecul.streams import Backbone
 from ecul.training import train_batches
 

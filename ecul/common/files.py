@@ -105,11 +105,9 @@ def prepare_output(path: str | os.PathLike, *suffixes: str) -> Path:
     path = Path(path)
     if path.suffix not in suffixes:
         raise ValueError(f"the output must end in {' or '.join(suffixes)}, got {path.name!r}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ValueError(f"the output: cannot make the folder {path.parent} ({e.strerror})") from e
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"the output: cannot write {path}")
     return path
 

@@ -147,11 +147,11 @@ def read_foreign(path: str | os.PathLike, wanted: Iterable[str]) -> dict[str, Te
     `backbone.`, `module.encoder_q.` and so on. A log line says what was unwrapped and what was left out.
     Errors: those of `read_weights`; ValueError naming the file when it holds no state dict.
     """
-    path, told = weights_file(path), ""
+    path, place = weights_file(path), ""
     content = read_weights(path)
     for _ in range(4):
         if (name := _container(content)) is not None:
-            content, told = content[name], f" in {name!r}{told}"
+            content, place = content[name], f"{place}{name}."
     with reading(path):
         odd = [str(name) for name, value in content.items() if not is_weight(name, value)]
         if odd or not content:
@@ -160,10 +160,9 @@ def read_foreign(path: str | os.PathLike, wanted: Iterable[str]) -> dict[str, Te
     hits = Counter(prefix for name in content for prefix, rest in _splits(name) if rest in wanted)
     prefix = hits.most_common(1)[0][0] if hits else ""
     others = [name for name in content if not name.startswith(prefix)]
-    told += f" behind {prefix!r}" if prefix else ""
-    if told:
-        left = f"; left out: {shorten(others, 3)}" if others else ""
-        log.info("%s: the weights are%s%s", path, told, left)
+    if place + prefix:
+        left = shorten(others, 3) or "nothing"
+        log.info("%s: the weights are behind %r; left out: %s", path, place + prefix, left)
     return {name.removeprefix(prefix): v for name, v in content.items() if name.startswith(prefix)}
 
 

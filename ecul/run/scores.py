@@ -16,18 +16,12 @@ def adjusted_rand(labels: ArrayLike, reference: ArrayLike) -> float:
     kept = (labels >= 0) & (reference >= 0)
     if kept.sum() < 2:
         return float("nan")
-    _, a = np.unique(labels[kept], return_inverse=True)
-    _, b = np.unique(reference[kept], return_inverse=True)
-    cells = np.unique(a * (b.max() + 1) + b, return_counts=True)[1]
-    both, in_a, in_b, total = (_pairs(c) for c in (cells, np.bincount(a), np.bincount(b), np.array([len(a)])))
+    cells = np.stack([labels[kept], reference[kept]])
+    sizes = [np.unique(rows, axis=-1, return_counts=True)[1] for rows in (cells, *cells)]
+    both, in_a, in_b, total = (float(n @ (n - 1)) / 2 for n in (*sizes, np.array([kept.sum()])))
     expected = in_a * in_b / total
     highest = (in_a + in_b) / 2
-    return 1.0 if highest == expected else float((both - expected) / (highest - expected))
-
-
-def _pairs(counts: np.ndarray) -> float:
-    counts = counts.astype(np.float64)
-    return (counts * (counts - 1)).sum() / 2
+    return 1.0 if highest == expected else (both - expected) / (highest - expected)
 
 
 def separation(features: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor | None = None) -> float:

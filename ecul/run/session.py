@@ -18,8 +18,8 @@ from ecul.data.dataset import Dataset
 from ecul.evaluation.protocols import check_validation, validation_figures
 from ecul.features import out_of_memory
 from ecul.optim import build_model, build_optimizer, trainable, warn_about_start
-from ecul.run.checkpoint import State, holds_run, load_run, run_directory, save_run
 from ecul.run.log import LEGEND, describe
+from ecul.run.saved import State, holds_run, load_run, run_directory, save_run
 from ecul.trainset import TrainImages, dataset_fingerprint, load_images
 
 log = logging.getLogger("ecul")
@@ -93,9 +93,8 @@ class Session:
         bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
         bad += [k for k, v in self.state.model.state_dict().items() if not torch.isfinite(v).all()]
         if bad:
-            kept = "nothing was saved"
-            if self.directory and epoch:
-                kept = f"the last good checkpoint is {self.directory}, after epoch {epoch}"
+            last = f"the last good checkpoint is {self.directory}, after epoch {epoch}"
+            kept = last if self.directory and epoch else "nothing was saved"
             advice = "Lower lr, or set precision='fp32'"
             raise RuntimeError(f"epoch {epoch + 1} diverged: {shorten(bad, 4)} not finite; {kept}. {advice}")
 
@@ -118,11 +117,11 @@ def open_run(
     distributed.require_shares(2 * config.instances, "raise instances, or start fewer processes")
     # off for the caller's autocast, and for the cache of every autocast in here: it would keep old weights
     plain = torch.autocast(place.type, enabled=False, cache_enabled=False)
-    with run_directory(output, distributed.rank() == 0) as directory, plain:
+    with run_directory(output) as directory, plain:
         goes_on = directory is not None and holds_run(directory)
         if goes_on and not resume:
-            told = "holds a run; resume it (--resume, resume=True) or choose another"
-            raise ValueError(f"output: {directory} {told}")
+            told = "resume it (--resume, resume=True) or choose another directory"
+            raise ValueError(f"output: {directory} holds a run; {told}")
         if model is None and not goes_on:
             warn_about_start(config, place)
         model = build_model(config.replace(weights=None) if goes_on else config, place, model)
