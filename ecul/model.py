@@ -128,8 +128,8 @@ class TwoStreamResNet(Pretrained):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth!r}")
-        sizes = {"depth": depth, "width": width, "stem_stride": stem_stride}
-        self.settings = {**sizes, "non_local": non_local, "gem": gem, "input_size": list(input_size)}
+        self.settings = {"depth": depth, "width": width, "non_local": non_local}
+        self.settings |= {"input_size": list(input_size), "stem_stride": stem_stride, "gem": gem}
         self.input_size = tuple(input_size)
         self.checkpointing = False  # recompute each block in backward instead of storing its activations
         block = Bottleneck if depth >= 50 else BasicBlock
@@ -182,10 +182,6 @@ class TwoStreamResNet(Pretrained):
         stem = self.visible.state_dict()
         homes = {name: (name,) for name in shared} | {k: tuple(f"{m}.{k}" for m in MODALITIES) for k in stem}
         self.start_from(path, homes, ("fc.",))
-
-    def described(self) -> str:
-        """What it is, for an error message."""
-        return f"a ResNet-{self.settings['depth']} of width {self.settings['width']}"
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "TwoStreamResNet":

@@ -92,10 +92,6 @@ class Backbone(Pretrained):
     def _rows(self, x: torch.Tensor, stream: str | int) -> torch.Tensor:
         return F.normalize(self.network(x).float(), dim=1)
 
-    def described(self) -> str:
-        """The network's name, for an error message."""
-        return f"this {self.settings['network']}"
-
     @classmethod
     def from_pretrained(cls, path: str | Path, network: nn.Module | None = None) -> "Backbone":
         """The model saved in a run or another directory, in eval mode.

@@ -65,21 +65,20 @@ def test_erasing_fills_one_rectangle_of_the_stated_area_and_shape(generator):
     assert set(colour.unique().tolist()) == set(torch.tensor(augment.ERASED).tolist())
 
 
-def test_channel_exchange_copies_each_channel_equally_often(generator):
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (augment.exchange_channels, [1 / 3, 1 / 3, 1 / 3, 0, 0]),
+        (augment.adapt_channels, [0.25, 0.25, 0.25, 0.125, 0.125]),
+    ],
+)
+def test_channels_are_copied_or_grayed_with_the_stated_shares(change, expected, generator):
     images = noise()
-    exchanged = augment.exchange_channels(images, generator)
-    for channel in range(3):
-        copied = (exchanged == images[:, channel : channel + 1]).flatten(1).all(1)
-        assert share(copied) == pytest.approx(1 / 3, abs=0.03)
-
-
-def test_channel_adapt_has_its_five_outcomes(generator):
-    images = noise()
-    adapted = augment.adapt_channels(images, generator)
-    gray = (images * torch.tensor(augment.GRAY)[:, None, None]).sum(1, keepdim=True).expand_as(images)
-    outcomes = [images[:, c : c + 1].expand_as(images) for c in range(3)] + [gray, images]
-    shares = [share(torch.isclose(adapted, o).flatten(1).all(1)) for o in outcomes]
-    assert shares == pytest.approx([0.25, 0.25, 0.25, 0.125, 0.125], abs=0.025)
+    gray = (images * torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    outcomes = [*images[:, :, None].unbind(1), gray, images]
+    changed = change(images, generator)
+    shares = [share(torch.isclose(changed, x.expand_as(images)).flatten(1).all(1)) for x in outcomes]
+    assert shares == pytest.approx(expected, abs=0.03)
 
 
 def test_a_rectangle_is_scaled_by_b_over_its_maximum(generator, monkeypatch):
@@ -99,21 +98,15 @@ def test_a_rectangle_is_scaled_by_b_over_its_maximum(generator, monkeypatch):
     assert torch.equal(augment.scale_rectangles(black, 1.0, generator), black)
 
 
-@pytest.mark.parametrize("view", ["visible", "exchanged", "infrared"])
-def test_views_are_independent_between_images_and_repeat_with_the_seed(view):
+@pytest.mark.parametrize(("view", "expected"), [("visible", 0.0), ("exchanged", 1.0), ("infrared", 7 / 8)])
+def test_each_view_has_its_own_colours_and_draws_for_each_image_by_the_seed(view, expected, generator):
+    """Channels are alike in all exchanged images and, copied or gray, in seven of eight infrared ones."""
     image = (noise(1)[0] * 255).to(torch.uint8).expand(64, -1, -1, -1)
     first, again = (
         augment.train_view(image, view, 2, torch.Generator().manual_seed(3), True) for _ in range(2)
     )
     assert torch.equal(first, again) and first.dtype == torch.float32
     assert len(first.flatten(1).unique(dim=0)) > 50
-
-
-@pytest.mark.parametrize(
-    ("view", "expected"), [("visible", 0.0), ("exchanged", 1.0), ("infrared", 7 / 8)], ids=lambda v: str(v)
-)
-def test_each_view_has_its_own_colours(view, expected, generator):
-    """Channels are alike in all exchanged images and, copied or gray, in seven of eight infrared ones."""
     colours = torch.tensor([200, 90, 20], dtype=torch.uint8)[:, None, None]
     seen = augment.train_view(colours.expand(1000, 3, 16, 8), view, 0, generator)
     alike = torch.isclose(seen, seen[:, :1]).flatten(1).all(1)

@@ -84,7 +84,7 @@ def test_weights_of_another_kind_are_refused(tmp_path, other):
         ({"width": "4000"}, r"does not fit .* of width 4000.*conv1.weight is \(2,"),
         ({"width": "2.0"}, "its width is 2.0"),
         ({"width": None}, "'width' is missing"),
-        ({"depth": "101"}, "does not fit a ResNet-101"),
+        ({"depth": "101"}, "does not fit this TwoStreamResNet"),
         ({"depth": "11"}, "its depth is 11"),
         ({"stem_stride": "3"}, "its stem_stride is 3"),
         ({"input_size": "[100000, 64]"}, r"its input_size is \[100000, 64"),

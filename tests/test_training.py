@@ -70,15 +70,18 @@ def test_every_method_runs_and_leaves_a_run_directory(method, runs):
     assert min(parts) > 0 and sum(parts) <= rows[0]["seconds"]
 
 
-def test_without_instance_losses_ecul_has_cluster_losses_alone(dataset):
-    config = tiny(method="ecul", weight_instance=0.0, epochs_intra=0)
-    assert losses(train(dataset, config).history[0]) == both("cluster") | {"loss_cluster_joint"}
-
-
-def test_losses_are_weighted_and_summed_over_views(dataset):
+def test_losses_are_weighted_and_summed_over_views_and_a_bar_promises_the_steps(dataset, monkeypatch):
     """At a high temperature all rows of a bank are alike: the loss is weight * views * log(rows)."""
-    config = tiny(temp=1e6, weight_joint=0.7, weight_agnostic=0.9)
+    promised, progress = {}, logs.progress
+
+    def watched(total, what, *rest, **more):
+        promised[what] = total
+        return progress(total, what, *rest, **more)
+
+    monkeypatch.setattr(logs, "progress", watched)
+    config = tiny(temp=1e6, weight_joint=0.7, weight_agnostic=0.9, weight_instance=0.0, iterations=3)
     row = train(dataset, config).history[-1]
+    assert losses(row) == both("cluster", "agnostic") | {"loss_cluster_joint"} and promised["batches"] == 3
     for name, views, weight, bank in (
         ("cluster_visible", 2, 1, "visible"), ("cluster_infrared", 1, 1, "infrared"),
         ("agnostic_visible", 3, 0.9, "visible"), ("agnostic_infrared", 3, 0.9, "infrared"),
@@ -107,15 +110,6 @@ def test_the_seed_alone_decides_whatever_the_threads_and_the_precision_around(da
     with torch.random.fork_rng():  # the numbers are those of torch's default generator
         torch.manual_seed(3)
         assert same(built[0], TwoStreamResNet(10, 8, False, (32, 16)))
-
-
-def test_identities_never_reach_training(dataset, runs):
-    blind = copy.deepcopy(dataset)
-    blind.visible.pids = blind.infrared.pids = None
-    unseen, (seen, _) = train(blind, tiny()), runs["united"]
-    assert same(seen.model, unseen.model)
-    assert any(k.startswith("monitor_") for k in seen.history[0])
-    assert not any(k.startswith("monitor_") for k in unseen.history[0])
 
 
 def test_kill_in_mid_epoch_then_resume(world, dataset, runs, tmp_path):
@@ -235,30 +229,15 @@ def test_memory_that_runs_out_is_halved_in_extraction_and_advised_on_in_training
         train(dataset, tiny())
 
 
-def test_a_bar_promises_the_steps_of_an_epoch(dataset, monkeypatch):
-    promised, progress = {}, logs.progress
-
-    def watched(total, what, *rest, **more):
-        promised[what] = total
-        return progress(total, what, *rest, **more)
-
-    monkeypatch.setattr(logs, "progress", watched)
-    train(dataset, tiny(iterations=3, epochs_cross=0))
-    assert promised["batches"] == 3
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "ecul in one joint cluster"])
 def test_fewer_clusters_than_identities_and_clusters_of_one_image(method):
-    config = tiny(method=method, min_samples=1, eps=0.3, eps_joint=0.3, identities=64)
+    method, *one = method.split(" in ")
+    joint = {"eps_joint": 1.0, "k1_joint": 40} if one else {"eps_joint": 0.3}
+    config = tiny(method=method, min_samples=1, eps=0.3, identities=64, **joint)
     run = train(arrays(12, 9, visible_cameras=np.ones(12, int), infrared_cameras=np.ones(9, int)), config)
-    assert not any(r.get("skipped") for r in run.history)
-
-
-def test_joint_collapse_leaves_the_other_terms():
-    run = train(arrays(12, 9), tiny(method="ecul", min_samples=1, eps=0.3, eps_joint=1.0, k1_joint=40))
-    for row in run.history[1:]:
-        assert row["stage"] == 2 and row["clusters_joint"] == 1
-        assert losses(row) == both("cluster", "instance")
+    assert [row["stage"] for row in run.history if not row.get("skipped")] == [1, 2]
+    assert not one or run.history[1]["clusters_joint"] == 1
+    assert losses(run.history[1]) == (both("cluster", "instance") if one else LOSSES[method])
 
 
 def test_divergence_names_the_last_good_checkpoint(dataset, tmp_path):
@@ -268,13 +247,10 @@ def test_divergence_names_the_last_good_checkpoint(dataset, tmp_path):
     assert np.isfinite(TwoStreamResNet.from_pretrained(tmp_path / "run").bottleneck.weight.detach()).all()
 
 
-def test_an_empty_modality_and_weights_of_another_network_are_refused_before_work(dataset, tmp_path):
-    for piles, empty in (((40, 0), "infrared"), ((0, 40), "visible")):
-        with pytest.raises(ValueError, match=f"error: {empty}: no images"):
-            train(arrays(*piles), tiny())
-    torch.save(TwoStreamResNet(18, width=8).state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="does not fit"):
-        train(dataset, tiny(weights=str(tmp_path / "w.pth")))
+@pytest.mark.parametrize(("piles", "empty"), [((40, 0), "infrared"), ((0, 40), "visible")])
+def test_an_empty_modality_is_refused_before_work(piles, empty):
+    with pytest.raises(ValueError, match=f"error: {empty}: no images"):
+        train(arrays(*piles), tiny())
 
 
 def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
@@ -310,14 +286,13 @@ def test_a_backbone_of_ones_own_is_trained_saved_and_loaded(dataset, tmp_path):
 
 def test_layers_that_draw_follow_the_seed_of_the_run(dataset):
     """Dropout draws from torch's default generator."""
-    torch.manual_seed(0)
-    start, runs = Pooled(dropout=0.5), []
+    start, trained = Pooled(dropout=0.5), []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        runs.append(train(dataset, tiny(epochs_cross=0), model=copy.deepcopy(start)))
+        trained.append(train(dataset, tiny(epochs_cross=0), model=copy.deepcopy(start)).model)
         assert torch.equal(torch.get_rng_state(), before)
-    assert same(runs[0].model, runs[1].model) and not same(runs[0].model.network, start)
+    assert same(*trained) and not same(trained[0].network, start)
 
 
 def with_embed(network):
@@ -353,46 +328,55 @@ def test_unreadable_images_of_both_modalities_are_named_at_once(tmp_path):
         assert "skip_unreadable" in str(error.value) and name in str(error.value)
 
 
-def test_epochs_are_told_where_nobody_has_set_up_logging(dataset, monkeypatch, capsys):
+def test_identities_never_reach_training_and_epochs_are_told_unless_logging_is_set_up(
+    dataset, runs, monkeypatch, capsys
+):
     monkeypatch.setattr(logging.getLogger("ecul"), "propagate", False)
-    run = train(dataset, tiny())
+    blind, (seen, _) = copy.deepcopy(dataset), runs["united"]
+    blind.visible.pids = blind.infrared.pids = None
+    unseen = train(blind, tiny())
+    assert same(seen.model, unseen.model)
+    monitored = [any(k.startswith("monitor_") for k in run.history[0]) for run in (seen, unseen)]
+    assert monitored == [True, False]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 2 and lines[0].startswith("epoch 1/2 stage 1")
     assert not logging.getLogger("ecul").handlers
-    assert repr(run) == "Run(output=None)"  # neither layers nor rows
+    assert repr(unseen) == "Run(output=None)"  # neither layers nor rows
     monkeypatch.setattr(logging.getLogger("ecul"), "level", logging.ERROR)
-    train(dataset, tiny())
+    train(dataset, tiny(epochs_cross=0))
     assert "epoch" not in capsys.readouterr().err
 
 
-def saved_bytes(model):
-    """Bytes of all storage that a forward pass keeps for the backward pass, the parameters left out."""
-    saved, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def hold(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        model.train()(*torch.randn(2, 8, 3, *model.input_size))
-    return sum(storage.nbytes() for place, storage in saved.items() if place not in own)
-
-
-def test_checkpointing_changes_memory_and_nothing_else(dataset):
-    sizes, losses = [], []
+def test_checkpointing_changes_memory_and_nothing_else():
+    """Memory: the storage that a forward pass keeps for the backward pass, the parameters left out."""
+    pixels, sizes, found = torch.randn(2, 8, 3, 32, 16), [], []
     for checkpointing in (False, True):
-        model = build_model(tiny(checkpointing=checkpointing, depth=50), torch.device("cpu"))
-        sizes.append(saved_bytes(model))
-        history = train(dataset, tiny(checkpointing=checkpointing)).history
-        losses.append([row["loss_cluster_visible"] for row in history])
-    assert sizes[1] < 0.5 * sizes[0] and losses[1] == pytest.approx(losses[0], rel=1e-4)
+        model = build_model(tiny(checkpointing=checkpointing, depth=50), torch.device("cpu")).train()
+        saved, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def hold(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            rows = model(*pixels)
+        sizes.append(sum(storage.nbytes() for place, storage in saved.items() if place not in own))
+        rows[:, 0].sum().backward()
+        found.append([rows, *model.buffers(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert sizes[1] < 0.5 * sizes[0]
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*found, strict=True))
 
 
-def test_a_run_of_no_epochs_leaves_the_starting_model(dataset, tmp_path):
-    config = tiny(epochs_intra=0, epochs_cross=0)
+def test_a_run_of_no_epochs_warns_a_newcomer_and_leaves_the_starting_model(dataset, tmp_path, caplog):
+    config = Config.preset("sysu", epochs_intra=0, epochs_cross=0, width=4, size=(32, 16))
     run = train(dataset, config, output=tmp_path / "run")
+    assert "weights is None" in caplog.text and "ResNet-50 takes hours an epoch on a CPU" in caplog.text
     assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model) and run.history == []
+    caplog.clear()
     assert same(train(dataset, config, output=tmp_path / "run", resume=True).model, run.model)
+    assert same(train(dataset, config.replace(seed=1, weights=str(tmp_path / "run"))).model, run.model)
+    train(dataset, config, model=Pooled())
+    assert "weights is None" not in caplog.text
 
 
 def test_training_raises_cross_modality_map(tmp_path):
@@ -469,11 +453,3 @@ def test_every_step_extraction_and_hook_in_half_precision_takes_the_present_weig
         config = tiny(precision=precision, iterations=3, lr=0.1)
         train(dataset, config, model=model, device="cpu", on_epoch=hook)
         assert len(model.seen) >= (2 if precision == "fp32" else 12) and all(model.seen)
-
-
-def test_a_newcomer_is_warned_of_random_weights_and_of_a_large_network_on_a_cpu(dataset, caplog):
-    train(dataset, Config.preset("sysu", epochs_intra=0, epochs_cross=0, width=4, size=(32, 16)))
-    assert "weights is None" in caplog.text and "ResNet-50 takes hours an epoch on a CPU" in caplog.text
-    caplog.clear()
-    train(dataset, Config.preset("sysu", epochs_intra=0, epochs_cross=0, size=(32, 16)), model=Pooled())
-    assert not caplog.text.count("weights is None")

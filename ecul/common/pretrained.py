@@ -46,7 +46,7 @@ class Pretrained(nn.Module):
 
     def described(self) -> str:
         """What network this is, for an error message."""
-        return f"this {type(self).__name__}"
+        return f"this {self.settings.get('network', type(self).__name__)}"
 
     def train(self: Network, mode: bool = True) -> Network:
         """Training mode, in which the weights change; or eval mode."""
