@@ -9,7 +9,7 @@ from typing import Any
 
 import ecul
 from ecul import MODALITIES
-from ecul.common.names import printable, shorten
+from ecul.common.names import shorten
 from ecul.common.tables import FORMATS, render_table
 from ecul.config import DATASETS, METHODS, Config
 from ecul.shell import arg, command, main, numbers, pair, parser
@@ -18,23 +18,17 @@ __all__ = ["main", "parser"]
 log = logging.getLogger("ecul")
 POOLING = "how the model pools; needed where the file does not say: gem for ADCA and PGM, avg for AGW's base"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
-LOGS = "also write log.csv or TensorBoard's files into the run directory; may be repeated"
-SKIP = "leave out images that cannot be read, and list them"
 FLAG: dict[str, Any] = {"action": "store_true"}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
 PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
-OPTION = arg(
-    "--option", **PAIRS, metavar="NAME=VALUE", help="of open_dataset, such as trial=1; may be repeated"
-)
+OPTION = "of open_dataset, such as trial=1; may be repeated"
+SKIPPING = arg("--skip-unreadable", **FLAG, help="leave out unreadable images, as a run that was trained so")
 DATASET = (
     arg("dataset", help="sysu, regdb, llcm, market, or folders (yours: root/visible and root/infrared)"),
     arg("root", help="the folder of the data set, as downloaded"),
-    OPTION,
-    arg(
-        "--skip-unreadable", action="append_const", dest="option", const=("skip_unreadable", True),
-        help=f"folders: {SKIP}",
-    ),
-)  # fmt: skip
+    arg("--option", **PAIRS, metavar="NAME=VALUE", help=OPTION),
+    SKIPPING,
+)
 MODEL = (
     arg("--model", help="a run directory, a directory of save_pretrained, or a model.safetensors"),
     arg("model", nargs="?", default=argparse.SUPPRESS, help="the same without --model"),
@@ -52,7 +46,6 @@ RERANK = arg(
     help="(after the other arguments) re-rank by the neighbourhoods of queries and gallery together: "
     "k-reciprocal (default), or modality, which counts both modalities alike",
 )  # fmt: skip
-SKIPPING = arg("--skip-unreadable", **FLAG, help=f"{SKIP}; the default for a run that was trained so")
 
 
 @command(
@@ -61,7 +54,7 @@ SKIPPING = arg("--skip-unreadable", **FLAG, help=f"{SKIP}; the default for a run
     arg("--resume", **FLAG, help="continue the run, with its settings unless --preset or --config is given"),
     arg("--config", metavar="FILE", help="settings to start from, such as a run's config.json"),
     arg("--validate", type=int, default=0, metavar="N", help=VALIDATE),
-    arg("--log", choices=("csv", "tensorboard"), action="append", default=[], help=LOGS),
+    arg("--log", choices=("csv", "tensorboard"), help="also write log.csv or TensorBoard's files"),
     arg("--trials", type=numbers, help="RegDB: a run for each, in directories below; for instance 1-10"),
     arg("--set", **PAIRS, metavar="FIELD=VALUE", help="of Config, such as size=[256,128]; may be repeated"),
 )  # fmt: skip
@@ -77,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
     for trial in args.trials or [None]:
         output = trial_directory(args.output, trial)
         run = find_run(output) if args.resume else None
-        options = {**held, **_options(args, run, {} if trial is None else {"trial": trial})}
+        options = {**held, **_options(args, run), **({} if trial is None else {"trial": trial})}
         dataset = ecul.open_dataset(args.dataset, args.root, **options)
         fields = {} if args.config is None else read_fields(args.config)
         if run is not None and args.config is args.preset is None:
@@ -86,14 +79,11 @@ def train(args: argparse.Namespace) -> None:
         if args.config and method and given.get("method", method) != method:
             raise ValueError(f"--config has the fields of method {method}: leave out --method, or --config")
         config = Config.preset(args.preset or dataset.protocol or "sysu", **{**fields, **given})
-        hooks = [logger(kind, output) for kind in args.log]
+        hook = None if args.log is None else logger(args.log, output)
         about = {"resume": args.resume, "device": args.device, "validate": args.validate}
-        about["on_epoch"] = lambda row, hooks=hooks: [hook(row) for hook in hooks]
-        done = ecul.train(dataset, config, output=output, **about)
+        done = ecul.train(dataset, config, output=output, on_epoch=hook, **about)
         if distributed.rank() == 0:
-            epochs = len(done.history)
-            told = f"finished {epochs} epoch{'s' * (epochs != 1)}"
-            print(f"{told}; the model is {output / 'model.safetensors'}")
+            print(f"the model after epoch {len(done.history)} is {output / 'model.safetensors'}")
     distributed.stop()
 
 
@@ -106,8 +96,8 @@ def config(args: argparse.Namespace) -> None:
     values = Config.preset(args.preset, args.method or "united").to_dict()
     rows = []
     for own in dataclasses.fields(Config):
-        told, rule = own.metadata.get("about", ""), own.metadata["rule"].words
-        rows.append({"field": own.name, "value": json.dumps(values[own.name]), "meaning": told, "must": rule})
+        told = {"meaning": own.metadata["about"], "must": own.metadata["rule"].words}
+        rows.append({"field": own.name, "value": json.dumps(values[own.name]), **told})
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     print(render_table(args.format, f"{args.preset}, {args.method or 'united'}", lines, rows))
 
@@ -120,28 +110,24 @@ def config(args: argparse.Namespace) -> None:
     arg("--modes", nargs="+", help="rows of the protocol, for instance all indoor (default: all rows)"),
     arg("--shots", type=int, nargs="+", help="SYSU-MM01: gallery images an identity and camera: 1, 10"),
     arg("--draw", default="random", help="random, or the path of SYSU-MM01's rand_perm_cam.mat"),
-    RERANK, FORMAT, arg("--json", dest="format", action="store_const", const="json", help="--format json"),
+    RERANK, FORMAT,
 )  # fmt: skip
 def evaluate(args: argparse.Namespace) -> None:
-    from ecul.common.pretrained import weights_file
     from ecul.evaluation.protocols import average
     from ecul.run.saved import find_run, find_trials
 
     paths = [path for given in args.model for path in find_trials(given)]
-    if len({weights_file(path).resolve() for path in paths}) < len(paths):
-        raise ValueError(f"--model names a model twice: {shorten(map(str, paths))}")
     options = [_options(args, find_run(path)) for path in paths]
     about = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
     found = []
     for path, known in zip(paths, options, strict=True):
-        model = _model(args, path)
         if "validation" not in dict(args.option):  # the test people, whatever training held out
             known.pop("validation", None)
+        model = _model(args, path)
         found.append(ecul.evaluate(model, ecul.open_dataset(args.dataset, args.root, **known), **about))
         if len(paths) > 1:
             log.info("%s\n%s", path, found[-1].table())
-    results = average(found) if len(found) > 1 else found[0]
-    print(results.table(args.format))
+    print((average(found) if len(found) > 1 else found[0]).table(args.format))
 
 
 @command(
@@ -188,12 +174,10 @@ def extract(args: argparse.Namespace) -> None:
     from ecul.tools.search import image_files, save_features
 
     prepare_output(args.output, ".safetensors")
-    files, skips = image_files(args.folder), _skips(args)
-    found = extract_files(_model(args), files, args.modality, skip_unreadable=skips)
+    files = image_files(args.folder)
+    found = extract_files(_model(args), files, args.modality, skip_unreadable=_skips(args))
     save_features(args.output, found, args.model)
-    _list_unreadable(found)
-    rows, size = found.features.shape
-    print(f"{rows} features of size {size} are in {args.output}")
+    print(f"{len(found.paths)} features are in {args.output}")
 
 
 @command(
@@ -204,8 +188,7 @@ def extract(args: argparse.Namespace) -> None:
     arg("--query-modality", required=True, choices=MODALITIES, help="of the queries"),
     arg("--gallery-modality", required=True, choices=MODALITIES, help="of the gallery"),
     arg("--top", type=int, default=10, help="answers to each query (default: 10)"),
-    arg("-o", "--output", help="a .png to draw a sample of five queries and ten answers in"),
-    RERANK, SKIPPING, DEVICE, JSON,
+    PICTURE, RERANK, SKIPPING, DEVICE, JSON,
 )  # fmt: skip
 def search(args: argparse.Namespace) -> None:
     from ecul.report.pictures import draw_ranking, prepare_picture
@@ -213,15 +196,13 @@ def search(args: argparse.Namespace) -> None:
     from ecul.tools.threshold import Threshold
 
     prepare_picture(args.output)
-    options = {"top": args.top, "rerank": args.rerank, "skip_unreadable": _skips(args)}
     model = _model(args)
+    options = {"top": args.top, "rerank": args.rerank, "skip_unreadable": _skips(args)}
     options["threshold"] = Threshold.load(args.model, model.sha256)
     ranking = search(model, args.query, args.gallery, args.query_modality, args.gallery_modality, **options)
-    _list_unreadable(ranking.query, ranking.gallery)
     print(json.dumps(ranking.to_dict(), indent=2) if args.json else ranking.table())
     if args.output:
-        drawn = draw_ranking(args.output, ranking, model.input_size)
-        log.info("%s: %d of %d queries are drawn", args.output, drawn, len(ranking.rows))
+        draw_ranking(args.output, ranking, model.input_size)
 
 
 @command(
@@ -289,7 +270,7 @@ def threshold(args: argparse.Namespace) -> None:
     arg("--quick", **FLAG, help="count files without decoding every image"),
 )  # fmt: skip
 def check(args: argparse.Namespace) -> int:
-    found = ecul.open_dataset(args.dataset, args.root, **dict(args.option)).check(decode=not args.quick)
+    found = ecul.open_dataset(args.dataset, args.root, **_options(args)).check(decode=not args.quick)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
     return 0 if found.ok else 1
 
@@ -332,9 +313,9 @@ def demo(args: argparse.Namespace) -> None:
     print(f"\nthe run directory is {run.output}")
 
 
-def _options(args: argparse.Namespace, run: Any, more: dict | None = None) -> dict[str, Any]:
-    """The options of open_dataset: those of the run's training, then those given, then these."""
-    given = {**dict(args.option), **(more or {})}
+def _options(args: argparse.Namespace, run: Any = None) -> dict[str, Any]:
+    """The options of open_dataset: those of the run's training, then those given."""
+    given = {**({"skip_unreadable": True} if args.skip_unreadable else {}), **dict(args.option)}
     return given if run is None else run.options_for(args.dataset, given)
 
 
@@ -361,8 +342,3 @@ def _skips(args: argparse.Namespace) -> bool:
 
     run = find_run(args.model)
     return args.skip_unreadable or (run is not None and run.options.get("skip_unreadable", False))
-
-
-def _list_unreadable(*folders: Any) -> None:
-    for path in (path for folder in folders for path in folder.unreadable):
-        log.warning("skipped, cannot be read: %s", printable(path))

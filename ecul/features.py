@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ecul.augment import normalize
 from ecul.common import logs
+from ecul.common.names import printable
 from ecul.data.decode import SKIP, read_images, unreadable
 from ecul.data.images import Images, check_modality
 
@@ -96,6 +97,8 @@ def extract_files(
             rows.append(embed_pixels(model, pixels, modality, batch_size, flip, progress).cpu())
     if problems and not (skip_unreadable and kept):
         raise unreadable(problems, len(paths), "" if skip_unreadable else SKIP)
+    for path in problems:
+        log.warning("skipped, cannot be read: %s", printable(path))
     sha256 = getattr(model, "sha256", None)
     return FolderFeatures(torch.cat(rows), kept, modality, list(problems), sha256)
 

@@ -19,18 +19,13 @@ PURPOSE = """\
 Find the same person in visible and in infrared images, trained without labels. It takes two piles of images,
 one visible and one infrared, of people who were cut out, and gives a model that searches one by the other."""
 EXAMPLES = """\
-for a first look:
   ecul demo                                              rendered images, trained and evaluated in minutes
-with your own images, in photos/visible and photos/infrared:
-  ecul train folders photos --preset demo -o runs/mine   a small model; ecul report runs/mine shows the result
+  ecul train folders photos --preset demo -o runs/mine   your images in photos/visible and photos/infrared
   ecul search --model runs/mine --query photos/infrared --query-modality infrared \\
       --gallery photos/visible --gallery-modality visible
-with a published data set:
-  ecul check sysu DATA                                   is it complete?
+  ecul check sysu DATA                                   is a published data set complete?
   ecul train sysu DATA --set weights=resnet50.pth -o runs/sysu
   ecul evaluate sysu DATA --model runs/sysu
-a new run that starts from a trained model:
-  ecul train sysu DATA --config runs/sysu/config.json --set weights=runs/sysu -o runs/again
 
 ecul COMMAND --help shows the arguments of a command."""
 COMMANDS: dict[str, tuple[Callable, str, tuple[methodcaller, ...]]] = {}
@@ -114,20 +109,17 @@ def pair(text: str) -> tuple[str, Any]:
     name, words = name.replace("-", "_"), {"none": None, "null": None, "true": True, "false": False}
     if name in PATHS or value.lower() in words:
         return name, words.get(value.lower(), value)
-    try:
+    with suppress(json.JSONDecodeError):
         return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    return name, value
 
 
 def numbers(text: str) -> list[int]:
     """The whole numbers of "1-3,7": ranges and single ones."""
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not (first + last).isdecimal() or not first or int(first) > int(last or first):
-            raise argparse.ArgumentTypeError(
-                f"expected numbers like 1,3 or 1-10, the smaller first, got {text!r}"
-            )
+        first, _, last = part.partition("-")
+        if int(first) > int(last or first):
+            raise argparse.ArgumentTypeError(f"expected ranges like 1-10, the smaller first, got {text!r}")
         found += range(int(first), int(last or first) + 1)
     return found

@@ -80,7 +80,7 @@ def test_help_has_examples_that_parse_and_needs_no_docstrings():
     examples = re.findall("^  (ecul .*?)(?:  .*)?$", re.sub(r"\\\n +", "", EXAMPLES), re.M)
     for example in examples:
         parser().parse_args(example.split()[1:])
-    assert len(examples) == 7
+    assert len(examples) == 6
     done = subprocess.run([sys.executable, "-OO", "-m", "ecul", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS), done.stderr
     assert "Train without identity labels; the run" in done.stdout and EXAMPLES in done.stdout
@@ -130,7 +130,7 @@ def test_from_a_world_to_a_report(tmp_path, capsys):
     assert main(["check", "sysu", root, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.split("\n", 1)[1])
     assert main(["train", "sysu", root, "-o", run, "--preset", "demo", *settings()]) == 0
-    assert main(["evaluate", "sysu", root, "--model", run, "--json"]) == 0
+    assert main(["evaluate", "sysu", root, "--model", run, "--format", "json"]) == 0
     out = capsys.readouterr().out
     assert len(json.loads(out[out.index("{") :])["rows"]) == 2
     assert main(["report", run, "--queries", "2", "--top", "3"]) == 0  # the run knows where its images are
@@ -197,7 +197,7 @@ def test_two_folders_train_and_are_reported_from_the_shell(tmp_path, capsys, cap
     monkeypatch.chdir(tmp_path)
     assert main(["check", "folders", "own"]) == 0
     command = ["train", "folders", "own", "-o", "run", "--preset", "demo", *settings()]
-    assert main(command) == 0 and "2 epochs" in capsys.readouterr().out
+    assert main(command) == 0 and "the model after epoch 2 is" in capsys.readouterr().out
     caplog.set_level("INFO", "ecul")
     again = ["train", "folders", "own", "-o", "again", "--config", "run/config.json", "--set", "weights=run"]
     assert main(again) == 0 and "run: a trained model; all its weights are taken" in caplog.text
@@ -232,7 +232,7 @@ def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog)
     assert main([*train, "--skip-unreadable"]) == 0
     capsys.readouterr()
     assert main(["extract", run, visible, "--modality", "visible", *out]) == 0
-    assert "12 features of size" in capsys.readouterr().out and "skipped, cannot be read" in caplog.text
+    assert "12 features are in" in capsys.readouterr().out and "skipped, cannot be read" in caplog.text
     found = ["search", run, "--query", visible, "--gallery", str(tmp_path / "own" / "infrared")]
     found += ["--query-modality", "visible", "--gallery-modality", "infrared", "--top", "2", "--rerank"]
     assert main(found) == 0 and len(capsys.readouterr().out.splitlines()) == 37
@@ -240,18 +240,16 @@ def test_skip_unreadable_has_one_name_and_is_said_once(tmp_path, capsys, caplog)
         assert main([work, "folders", root, "--model", run]) == 0
     caplog.clear()
     assert main(["train", "folders", root, "-o", run, "--resume", "--set", "epochs_intra=2"]) == 0
-    assert "finished 2 epochs" in capsys.readouterr().out  # the run's own settings, but for this one
+    assert "the model after epoch 2 is" in capsys.readouterr().out  # the run's own settings, but for this one
     assert main(["train", "folders", root, "-o", run, "--resume", "--preset", "demo"]) == 2
     assert "cannot be continued with other settings" in capsys.readouterr().err
 
 
-def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, caplog, monkeypatch):
-    caplog.set_level("INFO", "ecul")
+def test_outputs_are_looked_at_before_any_work(photos, saved, tmp_path, capsys, monkeypatch):
     modalities = ["--query-modality", "infrared", "--gallery-modality", "visible", "--skip-unreadable"]
     search_it = ["search", saved, "--query", str(photos), "--gallery", str(photos), *modalities]
     assert main([*search_it, "-o", str(tmp_path / "new" / "folder" / "found.png")]) == 0
     assert (tmp_path / "new" / "folder" / "found.png").is_file()
-    assert "found.png: 5 of 6 queries are drawn" in caplog.text
 
     def work(path):
         raise AssertionError("work began before the output was looked at")

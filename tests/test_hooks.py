@@ -148,19 +148,19 @@ def test_log_files_for_other_programs(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     command = ["train", "sysu", world, "-o", str(tmp_path / "run"), "--preset", "demo", "--device", "cpu"]
     command += [part for k, v in TINY.items() for part in ("--set", f"{k}={json.dumps(v)}")]
-    command += ["--log", "csv", "--log", "tensorboard"]
-    assert main(command) == 2 and not (tmp_path / "run").exists()  # no such package
+    assert main([*command, "--log", "tensorboard"]) == 2 and not (tmp_path / "run").exists()  # no package
     module.SummaryWriter = SummaryWriter
-    assert main(command) == 0
+    assert main([*command, "--log", "tensorboard"]) == 0
+    assert main([*command, "--resume", "--log", "csv", "--set", "epochs_cross=2"]) == 0
     log = read_run(tmp_path / "run").history
     with open(tmp_path / "run" / "log.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 2 and {*table[0]} == {*log[0], *log[1]}
+    assert len(table) == 3 and {*table[0]} == {*log[0], *log[1]}
     for row, line in zip(log, table, strict=True):
         assert {k: float(v) for k, v in line.items() if v} == {k: float(v) for k, v in row.items()}
     place = str(tmp_path / "run" / "tensorboard")
     assert (place, "loss/cluster_visible", log[1]["loss_cluster_visible"], 2) in written
-    assert len(written) == sum(map(len, log)) + 2 and written[-1] == (place, "closed")
+    assert len(written) == sum(map(len, log[:2])) + 2 and written[-1] == (place, "closed")
 
 
 def test_settings_come_back_from_a_file(world, tmp_path, capsys):
