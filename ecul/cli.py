@@ -3,19 +3,17 @@
 import argparse
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import ecul
 from ecul import MODALITIES
 from ecul.common.names import shorten
-from ecul.common.tables import FORMATS, render_table
+from ecul.common.tables import FORMATS
 from ecul.config import DATASETS, METHODS, Config
 from ecul.shell import arg, command, main, numbers, pair, parser
 
 __all__ = ["main", "parser"]
-log = logging.getLogger("ecul")
 POOLING = "how the model pools; needed where the file does not say: gem for ADCA and PGM, avg for AGW's base"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
 FLAG: dict[str, Any] = {"action": "store_true"}
@@ -90,16 +88,13 @@ def train(args: argparse.Namespace) -> None:
 @command(
     "List the fields of Config with their values and what they mean, as --set FIELD=VALUE takes them.",
     arg("--preset", choices=DATASETS, default="sysu", help="whose values (default: sysu)"),
-    METHOD, FORMAT,
+    METHOD,
 )  # fmt: skip
 def config(args: argparse.Namespace) -> None:
     values = Config.preset(args.preset, args.method or "united").to_dict()
-    rows = []
     for own in dataclasses.fields(Config):
-        told = {"meaning": own.metadata["about"], "must": own.metadata["rule"].words}
-        rows.append({"field": own.name, "value": json.dumps(values[own.name]), **told})
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    print(render_table(args.format, f"{args.preset}, {args.method or 'united'}", lines, rows))
+        value, rule = json.dumps(values[own.name]), own.metadata["rule"]
+        print(f"{own.name}={value}: {own.metadata['about']}. It must {rule.words}.")
 
 
 @command(
@@ -125,8 +120,6 @@ def evaluate(args: argparse.Namespace) -> None:
             known.pop("validation", None)
         model = _model(args, path)
         found.append(ecul.evaluate(model, ecul.open_dataset(args.dataset, args.root, **known), **about))
-        if len(paths) > 1:
-            log.info("%s\n%s", path, found[-1].table())
     print((average(found) if len(found) > 1 else found[0]).table(args.format))
 
 

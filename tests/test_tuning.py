@@ -39,9 +39,6 @@ def test_the_best_score_lies_where_the_people_are():
     best = max(found, key=lambda row: row["score"])
     assert best["clusters"] == 12 and best["outliers"] <= 6
     assert found[0]["score"] < best["score"] > found[-1]["score"]
-    for empty in ({"k1": ()}, {"eps": ()}):
-        with pytest.raises(ValueError, match="k1 and eps need at least one value"):
-            tune(people(2, 4, 0.1), **empty)
     rows, sizes = people(2, 4, 0.1), {"k2": 1, "k3": 2, "min_samples": 2}
     reversed_rows = tune(rows.numpy()[::-1], k1=torch.tensor(3), eps=0.5, **sizes)
     assert reversed_rows == tune(rows.flip(0), k1=[3], eps=[0.5], **sizes)
@@ -73,7 +70,7 @@ def test_from_the_shell_with_a_picture_that_tells_what_the_text_does(world, tmp_
     rows = re.findall(r"^ +(\d+) +(\d\S+) .*<- recommended$", text, re.M)
     assert len(rows) == 3
     assert f"recommended: --set k1={rows[0][0]} --set eps={float(rows[0][1]):g} --set k1_joint=" in text
-    assert text.count("\n") == 3 * (2 + 39) + 2
+    assert text.count("\n") == 3 * (2 + 39) + 1
     titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
     told = [f"k1 {k1}, eps {float(eps):g} recommended" for k1, eps in rows for _ in range(3)]
     assert [title.partition(": ")[2] for title in titles] == told

@@ -49,17 +49,14 @@ def export(model: Any, path: str | os.PathLike, modality: str) -> None:
 
     pixels: (N, 3, H, W) float32, RGB from 0 to 255, of the model's input_size; N is free. The result is what
     `extract(model, images, modality)` gives, (N, num_features) unit rows. model: with `embed` and
-    `input_size`; it is left as it was. Errors: ValueError for an unknown modality or suffix; ImportError that
-    says what to install where ONNX is asked for without `onnx` and `onnxscript`.
+    `input_size`; it is left as it was. Errors: ValueError for an unknown modality or suffix; ImportError for
+    ONNX without its packages (`pip install 'ecul[export]'`).
     """
     check_modality(modality)
     require_model(model)
     target = prepare_output(path, ".onnx", ".pt2")
-    about = {
-        "made_by": f"ecul {__version__}", "modality": modality, "input_size": list(model.input_size),
-        "num_features": model.num_features, "pixels": "RGB, 0 to 255",
-        "resize": "Pillow LANCZOS",
-    }  # fmt: skip
+    about = {"made_by": f"ecul {__version__}", "modality": modality, "input_size": list(model.input_size)}
+    about |= {"pixels": "RGB, 0 to 255", "resize": "Pillow LANCZOS"}
     device = next(model.parameters()).device
     pixels = torch.zeros(2, 3, *model.input_size, dtype=torch.float32, device=device)
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
@@ -76,20 +73,13 @@ def export(model: Any, path: str | os.PathLike, modality: str) -> None:
 
 
 def _onnx(program: torch.export.ExportedProgram, about: dict) -> bytes:
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as e:
-        raise ImportError("ONNX export needs onnx and onnxscript: pip install 'ecul[export]'") from e
     names: dict = {"input_names": ["pixels"], "output_names": ["features"], "dynamic_shapes": DYNAMIC}
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # not its warnings that torchvision, which is not needed, is absent
     try:
-        converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
+        converted: Any = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
     finally:
         logger.setLevel(level)
-    assert converted is not None  # with no file name it is returned
-    proto = converted.model_proto
-    onnx.helper.set_model_props(proto, {name: str(value) for name, value in about.items()})
-    return proto.SerializeToString()
+    converted.model.metadata_props.update({name: str(value) for name, value in about.items()})
+    return converted.model_proto.SerializeToString()

@@ -84,16 +84,11 @@ def save_features(path: str | os.PathLike, found: FolderFeatures, model_path: st
     `model_sha256`, the weights that made the rows. `load_features` reads it back.
     Errors: ValueError for another suffix; FileNotFoundError when there is no model at model_path.
     """
-    path = prepare_output(path, ".safetensors")
     file = weights_file(model_path)
-    metadata = {
-        "names": json.dumps(found.paths),
-        "unreadable": json.dumps(found.unreadable),
-        "modality": found.modality,
-        "model": file,
-        "model_sha256": found.model_sha256 or hash_file(file),
-    }
-    write_tensors(path, {"features": found.features}, metadata)
+    about = {"names": json.dumps(found.paths), "unreadable": json.dumps(found.unreadable)}
+    about |= {"modality": found.modality, "model": str(file)}
+    about["model_sha256"] = found.model_sha256 or hash_file(file)
+    write_tensors(prepare_output(path, ".safetensors"), {"features": found.features}, about)
 
 
 def load_features(path: str | os.PathLike) -> FolderFeatures:

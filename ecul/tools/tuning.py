@@ -49,12 +49,9 @@ def tune(
     The arguments are those of `emcc`. The score is the simplified silhouette of the clusters, in which an
     outlier counts 0. A small eps leaves outliers, a large one merges people; the score has its maximum
     between them. Where the maximum is flat, or its clusters are far from the expected number of people, the
-    features cannot tell: look at the clusters.
-    Errors: those of `emcc`; ValueError for an empty list.
+    features cannot tell: look at the clusters. Errors: those of `emcc`.
     """
     sizes, distances = np.ravel(k1).tolist(), sorted(np.ravel(eps).tolist())
-    if not sizes or not distances:
-        raise ValueError(f"k1 and eps need at least one value, got {k1} and {eps}")
     points = unit_rows(as_tensor("features", features))
     ranks = rank_neighbors(points, max(*sizes, k2, k3 or 0))
     rows = []
@@ -93,9 +90,7 @@ class Settings:
             lines += [form.format(**row) + "  <- recommended" * (row is chosen) for row in self.rows[name]]
         ends = {"": self.chosen["visible"], "_joint": self.chosen["joint"]}
         told = [f"--set {name}{end}={row[name]}" for end, row in ends.items() for name in ("k1", "eps")]
-        lines.append(f"recommended: {' '.join(told)}")
-        lines.append("(k1 and eps have the best mean score of visible and infrared, which share them)")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"recommended: {' '.join(told)}"])
 
     def draw(self, path: str | Path) -> None:
         """Write clusters, outliers and score of each clustering over eps as a PNG, a line for each k1."""
