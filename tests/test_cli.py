@@ -118,18 +118,12 @@ def test_errors_are_one_line_and_code_two(capsys, tmp_path):
     assert capsys.readouterr().out == f"{ecul.__version__}\n"
 
 
-def test_from_a_world_to_a_report(tmp_path, capsys):
-    root, run = str(tmp_path / "world"), str(tmp_path / "run")
-    sizes = ["--identities", "8", "--images", "3", "--size", "32", "16"]
-    assert main(["synthesize", root, *sizes]) == 0
+def test_a_world_is_rendered_and_checked(tmp_path, capsys):
+    root = str(tmp_path / "world")
+    assert main(["synthesize", root, "--identities", "8", "--images", "3", "--size", "32", "16"]) == 0
+    assert capsys.readouterr().out == f"{root}\n"
     assert main(["check", "sysu", root, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out.split("\n", 1)[1])
-    assert main(["train", "sysu", root, "-o", run, "--preset", "demo", *settings()]) == 0
-    assert main(["evaluate", "sysu", root, "--model", run, "--format", "json"]) == 0
-    out = capsys.readouterr().out
-    assert len(json.loads(out[out.index("{") :])["rows"]) == 2
-    assert main(["report", run, "--queries", "2", "--top", "3"]) == 0  # the run knows where its images are
-    assert all((tmp_path / "run" / "report" / f"{name}.png").is_file() for name in ("pairs", "clusters"))
+    assert json.loads(capsys.readouterr().out)
 
 
 def test_extract_writes_features_names_and_the_models_hash(photos, model, saved, tmp_path, capsys, caplog):

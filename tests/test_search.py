@@ -108,10 +108,10 @@ def test_images_that_look_like_the_other_modality_are_warned_of(caplog):
     assert caplog.records == []
     warn_if_other(gray, "visible")
     warn_if_other(colours, "infrared")
-    first, second = (record.message for record in caplog.records)
+    first, second = caplog.messages
     assert first == "visible: 200 of 200 images looked at are gray; is the modality right?"
     assert second.startswith("infrared: 200 of 200 images looked at are coloured; is the")
     caplog.clear()
     piles = Dataset.from_arrays(visible=gray.permute(0, 2, 3, 1).numpy(), infrared=gray[:, 0].numpy())
     load_images(piles, (32, 16), torch.device("cpu"))  # as training does
-    assert [record.message for record in caplog.records if "looked at" in record.message] == [first]
+    assert [message for message in caplog.messages if "looked at" in message] == [first]

@@ -17,18 +17,14 @@ from study.tables import differences, interval, of_the_way, table  # noqa: E402
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_no_two_lines_are_the_same(world):
+def test_no_two_lines_are_the_same_and_what_one_leaves_out_stays_out(world):
     lines = [line for line in LINES if line not in ("untrained", "supervised")]
-    assert len({configure(line, world, 0, None, {}) for line in lines}) == len(lines)
-    alone = configure("+ EMCC (stage 1)", world, 0, None, {})
-    assert alone.epochs_cross == 0 and alone.epochs == configure("united", world, 0, None, {}).epochs
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_what_a_method_leaves_out_stays_out_on_every_world(world):
-    assert configure("mbccm", world, 0, None, {}).k3 is None
-    assert configure("united, plain Jaccard instead of EMCC", world, 0, None, {}).k3_joint is None
-    assert configure("united", world, 0, None, {}).k3 is not None
+    configs = {line: configure(line, world, 0, None, {}) for line in lines}
+    assert len({*configs.values()}) == len(lines)
+    alone, united = configs["+ EMCC (stage 1)"], configs["united"]
+    assert alone.epochs_cross == 0 and alone.epochs == united.epochs
+    assert configs["mbccm"].k3 is None and united.k3 is not None
+    assert configs["united, plain Jaccard instead of EMCC"].k3_joint is None
 
 
 def test_every_seed_of_the_family_draws_a_world_of_its_own_within_the_ranges():

@@ -10,11 +10,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm
 
 from ecul import MODALITIES
 from ecul.common.files import hash_file, read_json, reading, write_json
@@ -31,6 +31,7 @@ UNKNOWN = 0.1  # share of unknown people whose best answer reaches the threshold
 TAIL = (0.1, 0.01)  # the normal variable has these shares of the pairs of different people in its tail
 MOST = 1000  # queries that are compared
 GALLERY = 1000  # images, of the table
+NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Threshold:
         query, gallery: modalities; images: the size of the gallery.
         """
         location, scale = self.tails[f"{query}-{gallery}"]
-        share = -np.expm1(np.log1p(-UNKNOWN) / images)  # of pairs: 1 - (1 - share)^images = UNKNOWN
-        return float(location + scale * norm.isf(share))
+        share = 1 - (1 - UNKNOWN) ** (1 / images)  # of pairs: 1 - (1 - share)^images = UNKNOWN
+        return location - scale * NORMAL.inv_cdf(share)
 
     def save(self, model_path: str | os.PathLike) -> Path:
         """Write it beside the model, with the hash of the weights. Returns the file."""
@@ -76,9 +77,8 @@ class Threshold:
             return None
         with reading(file):
             saved = read_json(file)
-            pairs = {name: saved["pairs"][name] for name in map("-".join, SIDES)}
-            tails = {name: (pair["location"], pair["scale"]) for name, pair in pairs.items()}
-            if not np.isfinite([*tails.values()]).all():
+            tails = {name: (pair["location"], pair["scale"]) for name, pair in saved["pairs"].items()}
+            if not np.isfinite([tails["-".join(sides)] for sides in SIDES]).all():
                 raise ValueError("its numbers are not finite")
             found = cls(tails, saved["model_sha256"])
         if found.model_sha256 != (sha256 or hash_file(model)):
@@ -161,7 +161,7 @@ def measure_pairs(
         rows = torch.arange(len(x))
         own[rows, step * rows] = False
     best = cosines.masked_fill(~own, -2).amax(1)[own.any(1)]
-    low, high = np.quantile(between, [1 - share for share in TAIL])
-    at_low, at_high = norm.isf(TAIL)
-    scale = max(float((high - low) / (at_high - at_low)), 1e-6)
-    return (float(low - scale * at_low), scale), best
+    low, high = np.quantile(between, [1 - share for share in TAIL]).tolist()
+    at_low, at_high = (-NORMAL.inv_cdf(share) for share in TAIL)
+    scale = max((high - low) / (at_high - at_low), 1e-6)
+    return (low - scale * at_low, scale), best
