@@ -153,7 +153,7 @@ class Malformed:
 )
 def test_malformed_numpy_objects_beside_the_weights_are_never_made(tmp_path, parts):
     torch.save({"net": {"odd.weight": torch.zeros(1)}, "mAP": Malformed(*parts)}, tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match="odd.pth: 1 of 1 names belong to no known layout"):
+    with pytest.raises(ValueError, match="odd.pth: nothing was imported, for no known layout"):
         import_checkpoint(tmp_path / "odd.pth")
     torch.save({"net": {"odd.weight": Malformed(*parts)}}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="odd.weight, no tensors"):

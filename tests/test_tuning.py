@@ -55,7 +55,7 @@ def test_one_setting_serves_both_modalities():
     found = Settings(
         {"visible": rows(0.5, 0.4, 0.0), "infrared": rows(0.0, 0.3, 0.4), "joint": rows(0, 0, 1)}
     )
-    assert "recommended: --set k1=5 --set eps=0.5 --set k1_joint=5 --set eps_joint=0.6\n" in str(found)
+    assert "recommended: --set k1=5 --set eps=0.5 --set k1_joint=5 --set eps_joint=0.6" in str(found)
     assert [row["eps"] for row in found.chosen.values()] == [0.5, 0.5, 0.6]
 
 
