@@ -23,9 +23,10 @@ from ecul.common.arrays import check_codes, check_points, check_ranks, check_siz
 from ecul.common.density import Density
 from ecul.common.duplicates import distinct_rows, nearest_members, without_repeats
 from ecul.common.exact import exp, on_grid, unit_rows
-from ecul.common.sparse import CSR, STRIP_ROWS, coalesced, entries, lengths, product, stacked, times
+from ecul.common.sparse import CSR, STRIP_ROWS, product, spans, stacked
 from ecul.kernels import jaccard_neighbors, pair_similarity
 from ecul.kernels._checks import check_csr
+from ecul.kernels._overlaps import ascending
 from ecul.kernels.jaccard import jaccard_pairs
 from ecul.kernels.neighbors import topk_together
 
@@ -163,30 +164,35 @@ def reciprocal_encodings(
     check_sizes(k1=k1)
     check_points(points)
     group = torch.arange(len(points), device=points.device) if group is None else group
+    size = max(1, len(group))
     check_ranks(ranks, len(group), k1)
-    near, near_half = (ranks[:, :k].sort(dim=1).values for k in (k1, round(k1 / 2) + 1))
-    parts, strips = [], _strips(ranks, together)
-    for rows in strips:
-        mutual = _mutual(near_half, rows)
-        parts.append((mutual.sum(1), near_half[rows][mutual], mutual[mutual].double()))
-    half, parts = stacked(parts, together), []
-    for rows in strips:
-        mutual = _mutual(near, rows)
-        own = coalesced(*entries(near[rows], mutual.double()), (len(rows), len(ranks)))
-        inside = (times(near[rows], mutual, half) * own).coalesce()  # |H(j) & R(i)| for j in R(i)
-        i, j = inside.indices()
-        grow = 3 * inside.values() > 2 * half[0].diff()[j]
-        expanded = (own + product(i[grow], j[grow], grow[grow].double(), len(rows), half)).coalesce()
-        i, j = expanded.indices()
+    indptr, indices, ones = _mutual(ranks[:, :k1])
+    half = _mutual(ranks[:, : round(k1 / 2) + 1])
+    parts = []
+    for rows in _strips(ranks, together):
+        place, i = spans(indptr[rows], indptr.diff()[rows])
+        j, one = indices[place], ones[place]
+        own = i * size + j
+        row, column, shared = product(i, j, one, len(rows), half)  # |H(j) & R(i)|
+        inside = shared[torch.searchsorted(row * size + column, own)]  # for j in R(i)
+        grow = 3 * inside > 2 * half[0].diff()[j]
+        row, column, _ = product(i[grow], j[grow], one[grow], len(rows), half)
+        expanded = ascending(torch.cat([own, row * size + column]))
+        expanded = expanded[expanded.diff(prepend=expanded.new_full((1,), -1)) > 0]
+        i, j = expanded // size, expanded % size
         weights = on_grid(exp(2 * pair_similarity(points, points, group[rows[i]], group[j]) - 2))
         totals = weights.new_zeros(len(rows)).index_add_(0, i, weights)
-        parts.append((lengths(expanded), j, on_grid(weights / totals[i])))
+        parts.append((i.bincount(minlength=len(rows)), j, on_grid(weights / totals[i])))
     return stacked(parts, together)
 
 
-def _mutual(near: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Which of the k nearest of these rows have the row among their own: they make R(i, k)."""
-    return (near[near[rows]] == rows[:, None, None]).any(2)
+def _mutual(near: torch.Tensor) -> CSR:
+    """The pairs (i, j) of which each lists the other in near (N, k): CSR (N, N) of ones."""
+    rows, size = torch.arange(len(near), device=near.device)[:, None], len(near)
+    keys = ascending(torch.cat([rows * size + near, near * size + rows]).flatten())
+    keys = keys[1:][keys.diff() == 0]
+    indptr = torch.searchsorted(keys, torch.arange(size + 1, device=near.device) * size)
+    return indptr, keys % max(1, size), torch.ones_like(keys, dtype=torch.float64)
 
 
 @same_kind
@@ -222,12 +228,13 @@ def extend_encodings(
     codes = 2 * cameras.unique(return_inverse=True)[1] + modalities
     if k3 is None:
         codes, k3 = torch.zeros_like(codes), k2
-    parts = []
+    encodings, parts = (indptr, indices, values.double()), []
     for rows in _strips(ranks, together):
         near = ranks[rows, :k3]
         weights = on_grid(_member_weights(codes[near], k2))
-        extended = times(near, weights, (indptr, indices, values.double()))
-        parts.append((lengths(extended), extended.indices()[1], extended.values().float()))
+        row, place = weights.nonzero().unbind(1)
+        row, column, sums = product(row, near[row, place], weights[row, place], len(rows), encodings)
+        parts.append((row.bincount(minlength=len(rows)), column, sums.float()))
     return stacked(parts, together)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_csr, check_device, check_number, check_vector
-from ._overlaps import CSR, Groups, pairs_on_device
+from ._overlaps import CSR, Groups, ascending, pairs_on_device
 from ._overlaps_cpu import pairs_on_host
 from ._triton import use_triton
 
@@ -74,11 +74,7 @@ def _graph(portions: Iterable[Tensor], indptr: Tensor) -> tuple[Tensor, Tensor]:
     """CSR of the pairs (i, j), (j, i) and (i, i), given those with i < j in portions (2, some)."""
     size, rows = len(indptr) - 1, torch.arange(len(indptr), device=indptr.device)
     i, j = torch.cat([rows.new_empty(2, 0), *portions], 1)
-    keys = torch.cat([i * size + j, j * size + i, rows[:-1] * (size + 1)])
-    if keys.is_cuda:
-        keys = keys.sort().values
-    else:
-        keys.numpy().sort()
+    keys = ascending(torch.cat([i * size + j, j * size + i, rows[:-1] * (size + 1)]))
     return torch.searchsorted(keys, rows * size), keys.remainder_(max(size, 1))
 
 

@@ -1,8 +1,8 @@
 """Sparse matrices: weighted sums of rows, and strips of rows joined to CSR arrays."""
 
-import warnings
-
+import numpy as np
 import torch
+from scipy.sparse import csc_matrix
 from torch import Tensor
 
 from ecul.common import distributed
@@ -11,36 +11,31 @@ STRIP_ROWS = 8192  # rows of a sparse matrix that are made at a time
 CSR = tuple[Tensor, Tensor, Tensor]  # indptr, indices, values
 
 
-def coalesced(
-    rows: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, ...], in_order: bool = False
-) -> Tensor:
-    """A COO matrix; entries at one place are added. in_order: they are sorted, and no place occurs twice."""
-    place = torch.stack([rows, cols])
-    matrix = torch.sparse_coo_tensor(place, values, shape, check_invariants=False, is_coalesced=in_order)
-    return matrix.coalesce()
+def product(
+    rows: Tensor, cols: Tensor, weights: Tensor, height: int, matrix: CSR
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A sparse (height, N) matrix times a CSR (N, N) one: rows, columns and values of its entries, in order.
 
-
-def entries(near: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and values of the positive weights, from (rows, k) columns and their weights."""
-    chosen = weights > 0
-    return chosen.nonzero()[:, 0], near[chosen], weights[chosen]
-
-
-def times(near: Tensor, weights: Tensor, matrix: CSR) -> Tensor:
-    """For each row the weighted sum of the rows `near` of a CSR (N, N) float64 matrix, as coalesced COO."""
-    return product(*entries(near, weights.double()), len(near), matrix)
-
-
-def product(rows: Tensor, cols: Tensor, weights: Tensor, height: int, matrix: CSR) -> Tensor:
-    """A sparse (height, N) matrix times a CSR (N, N) one; only the rows that it names are read."""
+    rows, cols, weights: the entries of the first, no place twice. The second is read where `cols` says.
+    """
     indptr, indices, values = matrix
-    named, cols = cols.unique(return_inverse=True)
+    used = cols.bincount(minlength=len(indptr) - 1) > 0
+    named, cols = used.nonzero()[:, 0], (used.cumsum(0) - 1)[cols]
     place, owner = spans(indptr[named], indptr.diff()[named])
-    shape = len(named), len(indptr) - 1
-    right = coalesced(owner, indices[place], values[place], shape, in_order=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR", category=UserWarning)  # "is in beta"
-        return torch.sparse.mm(coalesced(rows, cols, weights, (height, len(named))), right).coalesce()
+    left, right = torch.stack([rows, cols]), torch.stack([owner, indices[place]])
+    left_shape, right_shape = (height, len(named)), (len(named), len(used))
+    if values.is_cuda:
+        one = torch.sparse_coo_tensor(left, weights, left_shape, check_invariants=False)
+        other = torch.sparse_coo_tensor(
+            right, values[place], right_shape, check_invariants=False, is_coalesced=True
+        )
+        found = torch.sparse.mm(one, other).coalesce()
+        return *found.indices(), found.values()
+    one = csc_matrix((weights.numpy(), left.numpy()), left_shape)
+    other = csc_matrix((values[place].numpy(), right.numpy()), right_shape)
+    found = (one @ other).tocsr()  # by columns: the change to rows puts the columns in order
+    rows = np.arange(height).repeat(np.diff(found.indptr))
+    return torch.from_numpy(rows), torch.from_numpy(found.indices).long(), torch.from_numpy(found.data)
 
 
 def spans(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,11 +43,6 @@ def spans(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     before = starts - (sizes.cumsum(0) - sizes)
     return before[owner] + torch.arange(len(owner), device=sizes.device), owner
-
-
-def lengths(matrix: Tensor) -> Tensor:
-    """Entries in each row of a COO matrix."""
-    return matrix.indices()[0].bincount(minlength=len(matrix))
 
 
 def stacked(parts: list[CSR], together: bool = False) -> CSR:
