@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._triton import jit, tl, triton
+from ._triton import jit, tl
 
 UNIT = 2**30  # overlaps are whole numbers of units of 2**-30: no order of summation changes them
 SHARE = 6  # candidates share 1 / SHARE of the overlap in their first entries
 SORTED = 65536  # rows that are sorted at a time
-OVERLAPS = 2**25  # sums that are held at a time
-FOUND = 128  # room for pairs: so many for each row, and more if they do not fit
-BLOCK, WARPS = 256, 4
+OVERLAPS = 2**26  # sums that are held at a time
+FOUND = 64  # so many pairs for each row make a portion
+OPTIONS = {"BLOCK": 256, "num_warps": 4}
 CSR = tuple[Tensor, Tensor, Tensor]  # indptr, indices, values
 Groups = Callable[[], np.ndarray | None]  # gives each row's group as far as it is known
 Entries = tuple[Tensor, Tensor, Tensor]  # rows (int64), columns and units (int32)
@@ -83,10 +83,9 @@ def rare_first(
 
 # The kernels. The first entries are sorted by column, then by row. `place` is the place of an entry (i, l) in
 # this order; the entries (j, l) of the rows j > i follow it. `_add_overlaps` adds min(v_il, v_jl) to the sum
-# of i and j, for a strip of rows i and all j. `_list_pairs` lists the pairs with large sums. `_measure`
-# computes their overlaps on whole rows. Sums are integers: atomic additions in any order give the same bits.
-# The pairs come in any order. The host waits for the ends of the strips, and for the number of pairs of each
-# portion.
+# of i and j, for a strip of rows i and all j. `_measure` computes the overlaps of the pairs with large sums,
+# on whole rows. Sums are integers: atomic additions in any order give the same bits. The host waits for the
+# ends of the strips, and for the pairs of each strip.
 
 
 @jit
@@ -104,21 +103,6 @@ def _add_overlaps(
         other = tl.load(list_rows + lane, within, 0)
         smaller = tl.minimum(tl.load(list_units + lane, within, 0), unit)
         tl.atomic_add(sums + row * size + other, smaller, within, sem="relaxed")
-
-
-@jit
-def _list_pairs(sums, pairs, count, top, size, share, room, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    other = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    overlap = tl.load(sums + row * size + other, mask=other < size, other=0)
-    likely = overlap >= share
-    found = tl.sum(likely.to(tl.int32), 0)
-    if found > 0:
-        place = tl.atomic_add(count, found.to(tl.int64), sem="relaxed")
-        place += tl.cumsum(likely.to(tl.int32), 0) - 1
-        fits = likely & (place < room)
-        tl.store(pairs + place, tl.zeros((BLOCK,), tl.int64) + row + top, mask=fits)
-        tl.store(pairs + room + place, other.to(tl.int64), mask=fits)
 
 
 @jit
@@ -145,7 +129,7 @@ def _measure(pairs, overlaps, indptr, cols, units, room, STEPS: tl.constexpr, BL
 
 
 def pairs_on_device(csr: CSR, eps: float, groups: Groups, turn: int, turns: int) -> Iterator[Tensor]:
-    """`jaccard_pairs` in the kernels. A portion is all strips, or as many as the room for pairs takes."""
+    """`jaccard_pairs` in the kernels. A portion is the pairs of all strips, or of as many as give enough."""
     indptr, indices, values = csr
     size, device, least = len(indptr) - 1, indptr.device, least_overlap(eps)
     rank = rarity(indices, size)
@@ -157,40 +141,21 @@ def pairs_on_device(csr: CSR, eps: float, groups: Groups, turn: int, turns: int)
     sums = torch.empty(height, size, dtype=torch.int32, device=device)
     tops = torch.arange(0, size, height, device=device)
     edges = [*torch.searchsorted(first[0], tops).tolist(), len(by_column)]
-    room, steps = max(FOUND, height) * size, int(indptr.diff().max()).bit_length() + 1  # room for one strip
-    pairs = torch.empty(2, room, dtype=torch.int64, device=device)
+    steps = int(indptr.diff().max()).bit_length() + 1
     strips = [number for number in range(turn, len(tops), turns) if edges[number] < edges[number + 1]]
-    some = len(strips)
-    while strips:
-        count = torch.zeros(1, dtype=torch.int64, device=device)
-        for number in strips[:some]:
-            top, start, stop = number * height, edges[number], edges[number + 1]
-            sums.zero_()
-            _add_overlaps[(stop - start,)](
-                sums, *first, place, ends, *lists, start, top, size, BLOCK=BLOCK, num_warps=WARPS
-            )
-            _list_pairs[(min(height, size - top), triton.cdiv(size, 4 * BLOCK))](
-                sums, pairs, count, top, size, share_of(least), room, BLOCK=4 * BLOCK, num_warps=WARPS
-            )
-        found, group = int(count), groups()
-        if found > room:
-            some = max(1, some // 2)
-            continue
-        strips, likely = strips[some:], pairs[:, :found]
-        if group is not None:
-            i, j = torch.from_numpy(group).to(device)[likely]
-            likely = likely[:, i != j]
-        overlaps = torch.empty(likely.shape[1], dtype=torch.int32, device=device)
-        if len(overlaps):
-            _measure[(len(overlaps),)](
-                likely,
-                overlaps,
-                indptr,
-                cols,
-                units,
-                likely.stride(0),
-                STEPS=steps,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
-            )
-        yield likely[:, overlaps >= least]
+    found: list[Tensor] = []
+    for number in strips:
+        top, start, stop = number * height, edges[number], edges[number + 1]
+        sums.zero_()
+        _add_overlaps[(stop - start,)](sums, *first, place, ends, *lists, start, top, size, **OPTIONS)
+        i, j = (sums >= share_of(least)).nonzero().unbind(1)
+        found.append(torch.stack([i + top, j]))
+        if number == strips[-1] or sum(pairs.shape[1] for pairs in found) >= FOUND * size:
+            likely, found, group = torch.cat(found, 1), [], groups()
+            if group is not None:
+                i, j = torch.from_numpy(group).to(device)[likely]
+                likely = likely[:, i != j]
+            overlaps = torch.empty(likely.shape[1], dtype=torch.int32, device=device)
+            whole = indptr, cols, units, likely.stride(0)
+            _measure[(len(overlaps),)](likely, overlaps, *whole, STEPS=steps, **OPTIONS)
+            yield likely[:, overlaps >= least]

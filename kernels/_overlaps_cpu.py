@@ -22,7 +22,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from ._overlaps import CSR, UNIT, Groups, in_units, least_overlap, rare_first, rarity, share_of
-from ._shortlist import COARSE, largest_error, power_of_two, random_order, round_rows
+from ._shortlist import random_order
 from ._shortlist_cpu import product_dtype
 
 COMPARED = 256  # rows that are compared with all others at a time
@@ -30,6 +30,7 @@ SPLIT = 8  # parts of the other rows, one sparse product each
 BUCKETS = 512  # sums in a sketch
 SKETCHED = 1  # cost of comparing two sketches, in pairs of entries: decides which way is used
 SAMPLE = 16  # every so many-th row, at random, estimates how many entries share columns
+LOST = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-12}  # the share that rounding may take from a bound
 MEASURED = 4096  # candidates whose overlaps are computed at a time
 Candidates = Callable[[int, np.ndarray | None], Iterator[np.ndarray]]  # pairs (i, j) of COMPARED rows i
 
@@ -103,17 +104,15 @@ def _by_first_entries(first: csr_matrix, least: int) -> Candidates:
 def _by_sketches(encodings: csr_matrix, least: int) -> Candidates:
     """Pairs whose sketches may share enough, by a dense product."""
     size, dtype = encodings.shape[0], product_dtype()
+    reach = least / UNIT * (1 - LOST[dtype])  # all products are positive, so errors are shares of the sum
     bucket = random_order(size).numpy() % BUCKETS
     sums = csr_matrix((encodings.data / UNIT, bucket[encodings.indices], encodings.indptr), (size, BUCKETS))
-    sketches = torch.empty(size, BUCKETS)
+    sketches = torch.empty(size, BUCKETS, dtype=dtype)
     for start in range(0, size, COMPARED):
         sketches[start : start + COMPARED] = torch.from_numpy(sums[start : start + COMPARED].toarray()).sqrt()
-    rounded, *norms = round_rows(sketches, torch.arange(size), dtype)
-    margin = float(largest_error(norms, norms, BUCKETS, 2.0**-22).max())
-    reach = (least / UNIT * float(power_of_two(sketches)) ** 2 - margin) * (1 - 2 * COARSE[dtype])
 
     def candidates(start: int, group: np.ndarray | None) -> Iterator[np.ndarray]:
-        likely = rounded[start : start + COMPARED] @ rounded[start:].T >= reach
+        likely = sketches[start : start + COMPARED] @ sketches[start:].T >= reach
         if group is not None:
             likely &= torch.from_numpy(group[start : start + COMPARED, None] != group[start:])
         yield likely.nonzero().numpy().T + start

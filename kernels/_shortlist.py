@@ -176,24 +176,21 @@ def whole(count: int, size: int) -> int:
     return max(1, -(-count // size)) * size
 
 
-def power_of_two(matrix: Tensor) -> Tensor:
-    """The power of two that scales the largest entry to 1 at most. Multiplying by it rounds nothing."""
-    largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
-    return torch.exp2(-largest.clamp_min(1e-30).log2().ceil())
-
-
 def round_rows(
     matrix: Tensor, order: Tensor, dtype: torch.dtype, block: int = 1, block_d: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows times `power_of_two`, in this order and dtype, with zeros up to whole blocks.
+    """Rows in this order and dtype, with zeros up to whole blocks.
 
-    Also the norms of these rows before they are rounded, and of their errors.
+    A power of two scales the largest entry to 1 at most, which rounds nothing. Also returns the norms of the
+    rows before they are rounded, and of their errors.
     """
     count, D = matrix.shape
     shape = whole(count, block), whole(D, block_d)
     rounded = torch.zeros(shape, dtype=dtype, device=matrix.device)
     sizes, errors = torch.zeros(2, shape[0], dtype=torch.float32, device=matrix.device)
-    scale, portion = power_of_two(matrix), PORTION[matrix.device.type]
+    largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
+    scale = torch.exp2(-largest.clamp_min(1e-30).log2().ceil())
+    portion = PORTION[matrix.device.type]
     for start in range(0, count, portion):
         rows = matrix[order[start : start + portion]].float().mul_(scale)
         part = slice(start, start + len(rows))

@@ -26,12 +26,8 @@ BRAIN = any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("av
 
 def product_dtype() -> torch.dtype:
     """bfloat16 where the processor has instructions for it, or where torch may use it for float32."""
-    return torch.float32 if _has_float32() and not BRAIN else torch.bfloat16
-
-
-def _has_float32() -> bool:
-    """Whether torch multiplies float32 in float32, and not in bfloat16."""
-    return torch.get_float32_matmul_precision() == "highest"
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return torch.float32 if exact and not BRAIN else torch.bfloat16
 
 
 def shortlist(x: Tensor, y: Tensor, k: int, team: Team = ALONE) -> Shortlist:
@@ -39,7 +35,7 @@ def shortlist(x: Tensor, y: Tensor, k: int, team: Team = ALONE) -> Shortlist:
     coarse = product_dtype() == torch.bfloat16
     coarse = bool(team.join(torch.tensor([int(coarse)])).amax())  # one dtype on processors of any kind
     lists, short = _shortlist(x, y, k, team, torch.bfloat16 if coarse else torch.float32)
-    if coarse and _has_float32() and short.float().mean() > LEFT:
+    if coarse and torch.get_float32_matmul_precision() == "highest" and short.float().mean() > LEFT:
         return _shortlist(x, y, k, team, torch.float32)
     return lists, short
 
@@ -72,15 +68,10 @@ def _shortlist(x: Tensor, y: Tensor, k: int, team: Team, dtype: torch.dtype) -> 
             if symmetric and start >= part:
                 _list(search, products.T, 0, start)
         search.join()
-    for start in own:
+    for start in own if search.bounds[:M].isfinite().any() else []:
         end = min(start + height, rows) if symmetric else columns
         for first in range(part, end, width):
             last = min(first + width, end)
-            if (
-                symmetric
-                and min(search.bounds[start:end].amin(), search.bounds[first:last].amin()) == torch.inf
-            ):
-                continue
             products = multiply(start, first, last)
             _list(search, products, start, first)
             if symmetric and first < start:

@@ -79,9 +79,10 @@ def memory_contrast_reference(
 
 def _require_finite(loss: Tensor, labels: Tensor) -> None:
     """Raise the error of the first loss that is not finite: infinite if no slot has the label, else NaN."""
-    if loss.detach().isfinite().all():
+    wrong = (~loss.detach().isfinite()).nonzero()
+    if len(wrong) == 0:
         return
-    first = int(loss.detach().isfinite().int().argmin())
+    first = int(wrong[0])
     if loss[first].isnan():
         raise ValueError(f"x or bank holds NaN or infinite features (the loss of sample {first} is NaN)")
     raise ValueError(

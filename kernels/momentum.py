@@ -164,8 +164,6 @@ def _launch(
 ) -> None:
     x, labels = rows_contiguous(x), labels.contiguous()
     (C, D), B = bank.shape, x.shape[0]
-    if B == 0 or C == 0:
-        return
     block = triton.next_power_of_2(D)
     _update_kernel[(B,)](
         bank, x, labels, priority, B, C, D, bank.stride(0), x.stride(0), momentum,

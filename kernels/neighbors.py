@@ -34,8 +34,6 @@ def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) ->
     check_matrix("y", y, columns=x.shape[1], dtypes=(x.dtype,))
     check_device(x.device, y=y)
     check_number("k", k, integer=True)
-    if not isinstance(exclude_self, bool):
-        raise TypeError(f"exclude_self must be True or False; got {type(exclude_self).__name__}")
     if exclude_self and x.shape[0] != y.shape[0]:
         raise ValueError(f"exclude_self needs as many rows in y as in x; got {y.shape[0]} and {x.shape[0]}")
     if x.shape[1] == 0:
@@ -78,10 +76,9 @@ def _by_strips(
                 better &= columns != rows[strip, None]
             row, column = better.nonzero().unbind(1)
             counts = better.sum(1)
+            place = torch.arange(len(row), device=x.device) - (counts.cumsum(0) - counts)[row]
             more = best.new_full((len(best), int(counts.amax())), NONE)
-            more[row, torch.arange(len(row), device=x.device) - (counts.cumsum(0) - counts)[row]] = _keys(
-                scores[row, column], columns[column]
-            )
+            more[row, place] = _keys(scores[row, column], columns[column])
             best = torch.cat([best, more], 1).topk(k).values
         keys[strip] = best
     values, indices = _ranked(keys)

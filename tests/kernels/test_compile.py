@@ -17,7 +17,7 @@ FULL, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {SM80: 163 * 1024, SM90: 227 * 1024}  # bytes of shared memory a program may have
 PRODUCTS = {"_candidates_kernel"}
 ASSERTIONS = {"_weights_kernel", "_update_kernel"}  # of labels, which the host does not read
-ATOMICS = {"_candidates_kernel", "_add_overlaps", "_list_pairs"}
+ATOMICS = {"_candidates_kernel", "_add_overlaps"}
 
 
 def zeros(*shape, dtype=torch.int64):
@@ -49,9 +49,8 @@ def graph():
     indptr, indices, values = torch.arange(71), torch.arange(70) // 7, torch.ones(70)
     list(_overlaps.pairs_on_device((indptr, indices, values), 0.5, lambda: None, 0, 1))
     found, whole = zeros(2, 3), zeros(9, dtype=torch.int32)  # as if three pairs were found
-    options = {"STEPS": 9, "BLOCK": _overlaps.BLOCK, "num_warps": _overlaps.WARPS}
-    _overlaps._measure[(1,)](found, whole, indptr, whole, whole, 3, **options)
-    return dict.fromkeys(["_add_overlaps", "_list_pairs", "_measure"], 4096)
+    _overlaps._measure[(1,)](found, whole, indptr, whole, whole, 3, STEPS=9, **_overlaps.OPTIONS)
+    return dict.fromkeys(["_add_overlaps", "_measure"], 4096)
 
 
 LAUNCHES = {

