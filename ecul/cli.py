@@ -195,7 +195,7 @@ def search(args: argparse.Namespace) -> None:
     ranking = search(model, args.query, args.gallery, args.query_modality, args.gallery_modality, **options)
     print(json.dumps(ranking.to_dict(), indent=2) if args.json else ranking.table())
     if args.output:
-        draw_ranking(args.output, ranking, model.input_size)
+        draw_ranking(args.output, ranking)
 
 
 @command(

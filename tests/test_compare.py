@@ -105,7 +105,7 @@ def test_the_curves_are_means_over_runs_with_their_deviation(runs, monkeypatch, 
     (band,) = axes["sum"].collections
     assert band.get_paths()[0].vertices[:, 1].max() >= np.mean(sums) + np.std(sums) - 1e-6
     # a run that has no such values
-    curves = [pictures.Curve("a", np.full((1, 3), np.nan)), pictures.Curve("b", np.ones((2, 3)))]
+    curves = {"a": np.full((1, 3), np.nan), "b": np.ones((2, 3))}
     pictures.draw_curves(tmp_path / "y.png", [pictures.Panel("t", "", curves)])
 
 

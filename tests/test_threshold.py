@@ -148,7 +148,7 @@ def test_a_damaged_threshold_is_named(tmp_path, pair, told):
 
 
 def colours_drawn(path, ranking):
-    draw_ranking(path, ranking, (16, 8))
+    draw_ranking(path, ranking)
     found = Image.open(path).convert("RGB").getcolors(1 << 24)
     return {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in found}
 

@@ -2,9 +2,7 @@
 
 import base64
 import html
-import time
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from ecul.report import pictures
 from ecul.report.measured import (
     Embedded,
     cluster_rows,
-    counted,
     match_rows,
     measure_clusters,
     next_labels,
@@ -30,23 +27,11 @@ from ecul.report.measured import (
 from ecul.report.pictures import Row
 from ecul.run.saved import SavedRun, read_run
 
-CURVES = (
-    "Each loss is the mean of its epoch; stage 2 adds terms. The score is the separation of the clusters, "
-    "which needs no identities."
-)
+MOST_IMAGES = 600  # of the ranked lists
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px;
-  margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere }
-h1 { margin-bottom: 0 }
-h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd }
-img { max-width: 100%; height: auto }
-table { border-collapse: collapse; font-size: 13px; overflow-wrap: normal }
-td, th { padding: 2px 14px 2px 0; text-align: left; vertical-align: top }
-th { color: #666; font-weight: 600; white-space: nowrap }
-.sub { color: #666 }
-.columns { columns: 3 16rem }
-.wide { overflow-x: auto }
-@media (max-width: 40rem) { img { max-width: none; width: 48rem } td, th { font-size: 11px } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; overflow-wrap: anywhere }
+img { max-width: 100% }
+td { padding-right: 1rem; vertical-align: top }
 """
 
 
@@ -64,8 +49,8 @@ def report(
     more, another data set, a model that cannot be read, or too many images to draw; ImportError without
     matplotlib. Source: ECUL for the clusters that are shown, MBCCM for the matches.
     """
-    if min(queries, top) < 1 or queries * (top + 1) > pictures.MOST_IMAGES:
-        most = f"at most {pictures.MOST_IMAGES} images in all"
+    if min(queries, top) < 1 or queries * (top + 1) > MOST_IMAGES:
+        most = f"at most {MOST_IMAGES} images in all"
         raise ValueError(f"queries and top must be at least 1, with {most}, got {queries} and {top}")
     saved = read_run(run)
     if not saved.history:
@@ -77,65 +62,27 @@ def report(
     saved.require_same(dataset)
     model = (model or load_model(saved.directory)).to(choose_device(device))
     pictures.prepare_picture(folder / "curves.png")
-    sections, verdict = _image_sections(folder, saved, dataset, model, (queries, top), progress)
-    pictures.draw_curves(folder / "curves.png", pictures.panels_of(saved.history), saved.config.epochs_intra)
-    last = saved.history[-1]
-    sections = [
-        section("What happened", table=[*_happened(saved, dataset), ("verdict", verdict)]),
-        *sections,
-        section("Curves", CURVES, folder / "curves.png"),
-        section("Last epoch", table=[*{**last, "epoch": last["epoch"] + 1}.items()]),
-        section("Settings", table=[*saved.config.to_dict().items()]),
-    ]
-    done = counted(len(saved.history), "epoch", saved.config.epochs)
-    subtitle = f"{done} done, stage {last['stage']}; {saved.directory}"
-    page = render_page(f"{saved.config.method} on {saved.dataset['dataset']}", subtitle, sections)
-    write_file(folder / "index.html", page.encode("utf-8", "replace"))
-    return folder / "index.html"
-
-
-def _happened(saved: SavedRun, dataset: Dataset) -> list[tuple[str, str]]:
-    """When, how long, on how many images, and what went wrong: (name, text) a row."""
-    ended = time.localtime((saved.directory / "resume.safetensors").stat().st_mtime)
-    seconds = round(sum(row.get("seconds", 0) for row in saved.history))
-    done = counted(len(saved.history), "epoch", saved.config.epochs)
-    rows = [
-        ("ended", time.strftime("%Y-%m-%d %H:%M", ended)),
-        ("training", f"{done} in {timedelta(seconds=seconds)}"),
-    ]
-    rows += [(name.replace("_", " "), f"{len(images):,} images") for name, images in dataset.splits().items()]
-    fell = [str(row["epoch"] + 1) for row in saved.history if row.get("fell_apart")]
-    if fell:
-        rows.append(("warning", f"clusters fell apart in epoch {', '.join(fell)}: lower lr or other weights"))
-    return rows
-
-
-def _image_sections(
-    folder: Path, saved: SavedRun, dataset: Dataset, model: Any, size: tuple[int, int], progress: bool
-) -> tuple[list[str], str]:
-    """The sections that need images, and a verdict on the clusters."""
-
-    def sheet(name: str, title: str, text: str, rows: Sequence[Row], lead: int = 0) -> str:
-        pictures.draw_sheet(folder / f"{name}.png", rows, lead)
-        return section(title, text, folder / f"{name}.png")
-
+    sections = []
     trained = tested = Embedded.by(model, (dataset.visible, dataset.infrared), progress)
-    sections, kind = [], "training"
     if dataset.test_visible is not None and dataset.test_infrared is not None:
         tested = Embedded.by(model, (dataset.test_visible, dataset.test_infrared), progress)
-        sections, kind = accuracy(dataset, tested), "test"
-    sections.append(sheet("ranked", "Ranked lists", *ranked_rows(tested, dataset.protocol, *size, kind), 1))
-    labels = next_labels(trained, saved, model)
-    if not labels.enough:
-        return sections, "bad: fewer than two clusters in a modality; see eps and min_samples"
-    clusters = measure_clusters(trained.features, labels)
-    sections.append(sheet("clusters", "Clusters", *cluster_rows(trained, clusters)))
-    visible, infrared = (centers.numpy() for centers in labels.centers)
-    rule = saved.config.matching
-    match = match_clusters(visible, infrared, rule) if labels.match is None else labels.match
-    told = match_rows(trained, clusters, infrared @ visible.T, match)
-    sections.append(sheet("pairs", "Visible-infrared matches", *told))
-    return sections, "; ".join(side.told() for side in clusters)
+        sections += accuracy(dataset, tested)
+    sheets = {"ranked": ("Ranked lists", *ranked_rows(tested, dataset.protocol, queries, top))}
+    sheets |= training_sheets(trained, saved, model)
+    for name, (title, text, rows) in sheets.items():
+        pictures.draw_sheet(folder / f"{name}.png", rows)
+        sections.append(section(title, text, folder / f"{name}.png"))
+    stage = saved.history[-1]["stage"]
+    second = saved.config.epochs_intra if stage == 2 else 0
+    pictures.draw_curves(folder / "curves.png", pictures.panels_of(saved.history), second)
+    sections.append(section("Curves", "Stage 2 adds losses.", folder / "curves.png"))
+    sections.append(section("Images", table=[(name, len(side)) for name, side in dataset.splits().items()]))
+    sections.append(section("Settings", table=saved.config.to_dict().items()))
+    title = f"{saved.config.method} on {saved.dataset['dataset']}"
+    done = f"{len(saved.history)} of {saved.config.epochs} epochs done, stage {stage}; {saved.directory}"
+    page = render_page(title, done, sections)
+    write_file(folder / "index.html", page.encode("utf-8", "replace"))
+    return folder / "index.html"
 
 
 def accuracy(dataset: Dataset, tested: Embedded) -> list[str]:
@@ -147,23 +94,35 @@ def accuracy(dataset: Dataset, tested: Embedded) -> list[str]:
     return [section("Accuracy on the test images", f"{told}. It selected nothing.", table=table)]
 
 
+def training_sheets(trained: Embedded, saved: SavedRun, model: Any) -> dict[str, tuple[str, str, list[Row]]]:
+    """The title, the text and the rows of the sheets of clusters and matches; none without clusters."""
+    labels = next_labels(trained, saved, model)
+    if not labels.enough:
+        return {}
+    clusters = measure_clusters(trained.features, labels)
+    visible, infrared = (centers.numpy() for centers in labels.centers)
+    rule = saved.config.matching
+    match = match_clusters(visible, infrared, rule) if labels.match is None else labels.match
+    matches = match_rows(trained, clusters, infrared @ visible.T, match)
+    return {
+        "clusters": ("Clusters", *cluster_rows(trained, clusters)),
+        "pairs": ("Visible-infrared matches", *matches),
+    }
+
+
 def section(
-    title: str, text: str = "", picture: Path | None = None, table: Sequence[Iterable[Any]] = ()
+    title: str, text: str = "", picture: Path | None = None, table: Iterable[Iterable[Any]] = ()
 ) -> str:
-    """A part of the page: a heading, a sentence or two, a PNG, a table with a head column."""
-    parts = [f"<h2>{html.escape(title)}</h2>", *[f"<p>{html.escape(text)}</p>"] * bool(text)]
+    """A part of the page: a heading, a sentence or two, a PNG, a table."""
+    parts = [f"<h2>{html.escape(title)}</h2>", f"<p>{html.escape(text)}</p>"]
     if picture is not None:
         data = base64.b64encode(picture.read_bytes()).decode()
-        image = f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-        parts.append(f'<div class="wide">{image}</div>')
-    lines = []
+        parts.append(f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">')
+    parts.append("<table>")
     for line in table:
-        name, *cells = (html.escape(f"{v:.4g}" if isinstance(v, float) else str(v)) for v in line)
-        lines.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    if lines:
-        kind = "columns" if len(lines) > 10 else "wide"
-        parts.append(f'<div class="{kind}"><table>{"".join(lines)}</table></div>')
-    return "\n".join(parts)
+        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in line)
+        parts.append(f"<tr>{cells}</tr>")
+    return "\n".join([*parts, "</table>"])
 
 
 def render_page(title: str, subtitle: str, sections: Sequence[str]) -> str:
@@ -173,7 +132,7 @@ def render_page(title: str, subtitle: str, sections: Sequence[str]) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>{STYLE}</style></head>
 <body><h1>{title}</h1>
-<p class="sub">{subtitle}</p>
+<p>{subtitle}</p>
 {body}
 </body></html>
 """

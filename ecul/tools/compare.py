@@ -16,7 +16,7 @@ from ecul.common.tables import render_table
 from ecul.config import METHODS, Config
 from ecul.evaluation.protocols import evaluate
 from ecul.model import load_model
-from ecul.report.pictures import Curve, Panel, draw_curves
+from ecul.report.pictures import Panel, draw_curves
 from ecul.run.saved import SavedRun, find_trials, read_run
 
 log = logging.getLogger("ecul")
@@ -78,14 +78,13 @@ class Comparison:
         """Write the curves of all groups in the same axes as a PNG."""
         panels = []
         for title, prefix, gather in PANELS:
-            curves = []
-            for number, group in enumerate(self.groups):
+            curves = {}
+            for group in self.groups:
                 told = shorten([str(group), *(f"{k} {v}" for k, v in group.settings.items())], 5)
-                look = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
-                curves.append(Curve(told, _curves(group, prefix, gather), look))
-            if any(np.isfinite(curve.values).any() for curve in curves):
+                curves[told] = _curves(group, prefix, gather)
+            if any(np.isfinite(values).any() for values in curves.values()):
                 panels.append(Panel(title, "", curves))
-        draw_curves(path, panels, shared=True)
+        draw_curves(path, panels)
 
 
 def compare(

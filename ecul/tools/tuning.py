@@ -23,7 +23,7 @@ from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.features import extract
 from ecul.labels import count_clusters
-from ecul.report.pictures import Curve, Panel, draw_curves
+from ecul.report.pictures import Panel, draw_curves
 from ecul.run.scores import separation
 
 EPS = tuple(round(0.2 + 0.05 * step, 2) for step in range(13))  # 0.2, 0.25, ... 0.8
@@ -98,10 +98,10 @@ class Settings:
         for name, best in self.chosen.items():
             rows, told = self.rows[name], f"{name}: k1 {best['k1']}, eps {best['eps']} recommended"
             for kind in ("clusters", "outliers", "score"):
-                curves = []
+                curves = {}
                 for k1 in sorted({row["k1"] for row in rows}):
                     line = [float(row[kind]) for row in rows if row["k1"] == k1]
-                    curves.append(Curve(f"k1 {k1}", np.array([line])))
+                    curves[f"k1 {k1}"] = np.array([line])
                 panels.append(Panel(told, kind, curves))
         draw_curves(path, panels, over=("eps", sorted({row["eps"] for row in rows})))
 
