@@ -147,7 +147,8 @@ def ignored(protocol: str | None, query: Images, row: int, gallery: Images) -> n
 def cluster_rows(table: Embedded, clusters: Sequence[Cluster]) -> tuple[str, list[Row]]:
     """The three largest, smallest and least certain clusters, each once, with ten images at most."""
     sizes = np.array([len(cluster.rows) for cluster in clusters])
-    orders = {"largest": -sizes, "smallest": sizes, "least certain": [c.silhouette for c in clusters]}
+    certainty = np.array([cluster.silhouette for cluster in clusters])
+    orders = {"largest": -sizes, "smallest": sizes, "least certain": certainty}
     chosen: dict[int, list[str]] = {}
     for name, values in orders.items():
         for place in np.argsort(values, kind="stable")[:3].tolist():

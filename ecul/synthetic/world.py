@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,9 @@ def _check_parameters(
     if identities + held_out > 9999:
         raise ValueError(f"identities + test_identities must be at most 9999, got {identities} + {held_out}")
     values = gap if isinstance(gap, Mapping) else dict.fromkeys(GAP, gap)
-    if not all(name in GAP and isinstance(v, Real) and 0 <= v <= 1 for name, v in values.items()):
+    if not all(
+        name in GAP and isinstance(v, int | float | np.number) and 0 <= v <= 1 for name, v in values.items()
+    ):
         named = ", ".join(GAP)
         raise ValueError(f"gap must be a number from 0 to 1, or such numbers by {named}, got {gap!r}")
     gap = {name: float(v) for name, v in gap.items()} if isinstance(gap, Mapping) else float(gap)
