@@ -100,11 +100,10 @@ def draw_sheet(path: str | Path, rows: Sequence[Row]) -> None:
         axes.set(xlim=(0, right), ylim=(bottom, 0))
 
 
-def draw_ranking(path: str | Path, ranking: Ranking) -> int:
+def draw_ranking(path: str | Path, ranking: Ranking) -> None:
     """Write at most five queries of a `Ranking`, each with its first ten answers, as a PNG.
 
-    Returns how many queries it shows. Errors: those of `prepare_picture`; ValueError for an image that cannot
-    be read any more.
+    Errors: those of `prepare_picture`; ValueError for an image that cannot be read any more.
     """
     rows: list[Row] = []
     for i in spread(range(len(ranking.rows)), 5):
@@ -118,7 +117,6 @@ def draw_ranking(path: str | Path, ranking: Ranking) -> int:
             cells.append(Cell(load_pixels(name, SIZE), caption, color))
         rows.append((short_name(query, 24), cells))
     draw_sheet(path, rows)
-    return len(rows)
 
 
 def spread(values: Sequence, most: int) -> list:
