@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ecul.common import distributed, logs
-from ecul.common.arrays import check_codes, check_points, check_ranks, check_sizes, same_kind
+from ecul.common.arrays import check_codes, check_sizes, same_kind
 from ecul.common.density import Density
 from ecul.common.duplicates import distinct_rows, nearest_members, without_repeats
 from ecul.common.exact import exp, on_grid, unit_rows
@@ -88,7 +88,8 @@ def emcc(
     cameras, modalities = check_codes(cameras, modalities, points)
     if eps == 1:  # no distance is larger
         return torch.full((len(points),), 0 if len(points) >= min_samples else -1, device=points.device)
-    bar = logs.progress(5, "emcc", "step", not together or distributed.rank() == 0)
+    team = distributed.team(together)
+    bar = logs.progress(5, "emcc", "step", team.turn == 0)
     with bar, _threads_for(len(points) * points.numel()):
         points, group = distinct_rows(points)
         ranks = rank_neighbors(points, max(k1, k2, k3 or 0), together, group)
@@ -101,8 +102,7 @@ def emcc(
         codes = 2 * cameras + modalities
         encodings, first = without_repeats(encodings, ranks, k3 or k2, codes, eps)
         found = Density(first.bincount(minlength=len(first)).cpu().numpy(), min_samples)
-        turn = (distributed.rank(), distributed.size()) if together else (0, 1)
-        for pairs in jaccard_pairs(encodings, eps, lambda: found.groups, *turn):
+        for pairs in jaccard_pairs(encodings, eps, lambda: found.groups, team.turn, team.turns):
             found.add(pairs.cpu().numpy())
         if together:
             found.join(first.device)
@@ -123,7 +123,6 @@ def rank_neighbors(
     of each point, if points hold equal rows once.
     """
     check_sizes(k=k)
-    check_points(points)
     if group is None:
         points, group = distinct_rows(points)
     itself = torch.arange(len(group), device=points.device)
@@ -162,10 +161,8 @@ def reciprocal_encodings(
         indptr, indices, values.
     """
     check_sizes(k1=k1)
-    check_points(points)
     group = torch.arange(len(points), device=points.device) if group is None else group
     size = max(1, len(group))
-    check_ranks(ranks, len(group), k1)
     indptr, indices, ones = _mutual(ranks[:, :k1])
     half = _mutual(ranks[:, : round(k1 / 2) + 1])
     parts = []
@@ -190,7 +187,7 @@ def _mutual(near: torch.Tensor) -> CSR:
     """The pairs (i, j) of which each lists the other in near (N, k): CSR (N, N) of ones."""
     rows, size = torch.arange(len(near), device=near.device)[:, None], len(near)
     keys = ascending(torch.cat([rows * size + near, near * size + rows]).flatten())
-    keys = keys[1:][keys.diff() == 0]
+    keys = keys[1:][keys[1:] == keys[:-1]]
     indptr = torch.searchsorted(keys, torch.arange(size + 1, device=near.device) * size)
     return indptr, keys % max(1, size), torch.ones_like(keys, dtype=torch.float64)
 
@@ -223,7 +220,6 @@ def extend_encodings(
     """
     check_sizes(k2=k2, k3=k3)
     check_csr(indptr, indices, values)
-    check_ranks(ranks, len(indptr) - 1, k3 or k2)
     cameras, modalities = check_codes(cameras, modalities, ranks)
     codes = 2 * cameras.unique(return_inverse=True)[1] + modalities
     if k3 is None:
@@ -263,15 +259,8 @@ def _strips(table: torch.Tensor, together: bool) -> list[torch.Tensor]:
     return list((rows[distributed.share(len(table))] if together else rows).split(STRIP_ROWS))
 
 
-@same_kind
-def neighbor_graph(
-    indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, eps: float = 0.6
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pairs of points whose encodings have Jaccard distance d <= eps: CSR (N, N) without values.
-
-    The graph is symmetric, and every point lists itself; see `ecul.kernels.jaccard_neighbors`.
-    """
-    return jaccard_neighbors(indptr, indices, values, eps)
+# The pairs of points whose encodings have Jaccard distance d <= eps: CSR (N, N) without values
+neighbor_graph = same_kind(jaccard_neighbors)
 
 
 @same_kind

@@ -110,12 +110,10 @@ def select_instances(
     Image i keeps its label if some image j of the other modality has the same label, j is among the k nearest
     of i there, and i is among the k nearest of j.
 
-    visible: (A, D), infrared: (B, D) unit features; labels: (A,), (B,) int64 joint labels, -1 = outlier; k is
-    clamped to the sizes. Returns both label vectors, with -1 for every image that is not confirmed.
+    visible: (A, D), infrared: (B, D) unit features, one or more each; labels: (A,), (B,) int64 joint labels,
+    -1 = outlier; k is clamped to the sizes. Returns both, with -1 for every image that is not confirmed.
     Source: ECUL selects images across modalities; this rule is our reconstruction [R].
     """
-    if len(visible) == 0 or len(infrared) == 0:
-        return torch.full_like(labels_visible, -1), torch.full_like(labels_infrared, -1)
     nearest_v = topk_similarity(visible, infrared, min(k, len(infrared)))[1]
     nearest_r = topk_similarity(infrared, visible, min(k, len(visible)))[1]
     kept_v = _confirmed(nearest_v, nearest_r, labels_visible, labels_infrared)

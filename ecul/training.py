@@ -120,7 +120,8 @@ def run_epoch(state: State, images: TrainImages, config: Config, epoch: int) -> 
 
 def _now(device: torch.device) -> float:
     """The time in seconds, when the device has finished its work."""
-    distributed.finish(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -151,7 +152,7 @@ def _extract(
     own, shown = pixels[distributed.share(len(pixels))], not distributed.rank()
     autocast = uses_bf16(config, next(model.parameters()).device)
     found = embed_pixels(model, own, modality, config.batch_extract, flip, shown, autocast)
-    return distributed.gather(found, len(pixels))
+    return distributed.join(found, len(pixels))
 
 
 def train_batches(
@@ -191,4 +192,4 @@ def embed_batch(forward: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The features (2V + R, D) float32 of a batch; each process embeds its share of both modalities."""
     shares = [v[distributed.share(len(v))] for v in batch.views]
     parts = forward(*shares).float().split([len(v) for v in shares])
-    return torch.cat([distributed.gather(part, len(v)) for part, v in zip(parts, batch.views, strict=True)])
+    return torch.cat([distributed.join(part, len(v)) for part, v in zip(parts, batch.views, strict=True)])

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.cluster import DBSCAN
 
-from ecul import InstanceMemory, TwoStreamResNet, clustering, extract
+from ecul import InstanceMemory, TwoStreamResNet, extract
 from ecul.clustering import (
     dbscan,
     emcc,
@@ -53,10 +53,10 @@ def on_grid(values):
     return np.round(values * 2**26) / 2**26
 
 
-def oracle_encodings(features, k1, half=None, ranks=oracle_ranks):
+def oracle_encodings(features, k1, ranks=oracle_ranks):
     order, similarity = ranks(features)
     size = len(features)
-    near = [[set(order[i, :k].tolist()) for i in range(size)] for k in (k1, half or round(k1 / 2) + 1)]
+    near = [[set(order[i, :k].tolist()) for i in range(size)] for k in (k1, round(k1 / 2) + 1)]
     mutual = [[{j for j in n[i] if i in n[j]} for i in range(size)] for n in near]
     encodings = np.zeros((size, size))
     for i in range(size):
@@ -142,50 +142,45 @@ def dense(indptr, indices, values):
     return matrix
 
 
-@given(**WORLD)
-def test_labels_equal_the_oracle_on_generic_features(seed, size, cameras, modalities, k1, k2, more):
-    features, camera, modality = world(seed, size, 6, cameras, modalities)
+def assert_labels_equal_the_oracle(arrays, seed, k1, k2, more, ranks=oracle_ranks, occurring=False):
+    """At a random eps that is no distance, or at one that is."""
     k3 = None if more is None else k2 + more
-    distance = oracle_emcc_distance(features, camera, modality, k1, k2, k3)
+    near = rank_neighbors(unit_rows(arrays[0]), k1)
+    np.testing.assert_array_equal(near, ranks(arrays[0])[0][:, :k1])
+    distance = oracle_emcc_distance(*arrays, k1, k2, k3, ranks)
     rng = np.random.default_rng(seed)
     eps, min_samples = rng.uniform(0.2, 0.9), int(rng.integers(1, 6))
-    assume(np.abs(distance - eps).min() > 1e-5)
-    labels = emcc(features, camera, modality, k1=k1, k2=k2, k3=k3, eps=eps, min_samples=min_samples)
+    between = distance[(distance > 1e-6) & (distance < 1)]
+    if occurring and len(between):
+        eps = float(rng.choice(np.unique(between)))
+    else:
+        assume(np.abs(distance - eps).min() > 1e-5)
+    labels = emcc(*arrays, k1=k1, k2=k2, k3=k3, eps=eps, min_samples=min_samples)
     np.testing.assert_array_equal(labels, oracle_dbscan(distance, eps, min_samples))
+
+
+@given(**WORLD)
+def test_labels_equal_the_oracle_on_generic_features(seed, size, cameras, modalities, k1, k2, more):
+    arrays = world(seed, size, 6, cameras, modalities)
+    assert_labels_equal_the_oracle(arrays, seed, k1, k2, more)
 
 
 @given(pool=st.integers(1, 9), **WORLD)
 def test_labels_equal_the_oracle_on_ties_and_duplicates_at_an_eps_that_occurs(
     seed, size, pool, cameras, modalities, k1, k2, more
 ):
-    features, camera, modality = tied_world(seed, size, pool, cameras, modalities)
-    k3 = None if more is None else k2 + more
-    ranks = rank_neighbors(unit_rows(features), k1)
-    np.testing.assert_array_equal(ranks, oracle_ranks(features)[0][:, :k1])
-    distance = oracle_emcc_distance(features, camera, modality, k1, k2, k3)
-    rng = np.random.default_rng(seed)
-    occurring = np.unique(distance[(distance > 1e-6) & (distance < 1)])
-    eps = float(rng.choice(occurring)) if len(occurring) else 0.5
-    min_samples = int(rng.integers(1, 6))
-    labels = emcc(features, camera, modality, k1=k1, k2=k2, k3=k3, eps=eps, min_samples=min_samples)
-    np.testing.assert_array_equal(labels, oracle_dbscan(distance, eps, min_samples))
+    arrays = tied_world(seed, size, pool, cameras, modalities)
+    assert_labels_equal_the_oracle(arrays, seed, k1, k2, more, occurring=True)
 
 
 @given(spread=st.integers(3, 9), **WORLD)
 def test_labels_equal_the_oracle_on_nearly_equal_rows(seed, size, cameras, modalities, k1, k2, more, spread):
     """Most rows are within 10**-spread of another one: many similarities are equal in float32."""
-    features, camera, modality = world(seed, size, 6, cameras, modalities)
+    features, *codes = world(seed, size, 6, cameras, modalities)
     rng = np.random.default_rng(seed)
     few = rng.integers(0, 1 + size // 20, size)
     features = features[few] * (1 + 10.0**-spread * rng.normal(size=features.shape)).astype(np.float32)
-    k3 = None if more is None else k2 + more
-    ranks = rank_neighbors(unit_rows(features), k1)
-    np.testing.assert_array_equal(ranks, float32_ranks(features)[0][:, :k1])
-    distance = oracle_emcc_distance(features, camera, modality, k1, k2, k3, float32_ranks)
-    eps, min_samples = rng.uniform(0.2, 0.9), int(rng.integers(1, 6))
-    assume(np.abs(distance - eps).min() > 1e-5)
-    labels = emcc(features, camera, modality, k1=k1, k2=k2, k3=k3, eps=eps, min_samples=min_samples)
-    np.testing.assert_array_equal(labels, oracle_dbscan(distance, eps, min_samples))
+    assert_labels_equal_the_oracle((features, *codes), seed, k1, k2, more, float32_ranks)
 
 
 @given(**WORLD)
@@ -243,16 +238,6 @@ def test_dbscan_of_portions_equals_scikit_learn(seed, size, min_samples, most, h
             assert found.pairs.shape[1] <= 2 * size * min_samples + held
         labels = found.labels().numpy()
     np.testing.assert_array_equal(labels[which], expected)
-
-
-def test_half_sets_round_half_to_even_as_published():
-    """k1 = 25 takes 13 half neighbours, 35 takes 19, 41 takes 21: seen on a line of equally spaced angles."""
-    angles = np.linspace(0, 1.5, 120) ** 1.1
-    features = np.stack([np.cos(angles), np.sin(angles)], 1)
-    points = unit_rows(features)
-    for k1, half in ((25, 13), (35, 19), (41, 21), (27, 15)):
-        encodings = dense(*reciprocal_encodings(points, rank_neighbors(points, k1), k1))
-        np.testing.assert_array_equal(encodings > 0, oracle_encodings(features, k1, half) > 0)
 
 
 def test_portions_repetitions_kinds_and_dtypes_do_not_change_the_labels(monkeypatch):
@@ -350,22 +335,6 @@ def test_bad_input_says_what_is_wrong(change, error, message):
         emcc(**{"features": np.ones((3, 2)), **change})
 
 
-def test_steps_on_their_own_say_what_is_wrong():
-    points = unit_rows(np.ones((5, 2)))
-    ranks = rank_neighbors(points, 2)
-    encodings = reciprocal_encodings(points, ranks, k1=2)
-    for call, message in {
-        (lambda: reciprocal_encodings(points, ranks, k1=4)): r"ranks .* \(5, 4 or more\), got \(5, 2\)",
-        (lambda: rank_neighbors(points, 0)): "k must be at least 1",
-        (lambda: extend_encodings(*encodings, ranks, k2=2, k3=3)): "ranks must have shape",
-        (lambda: extend_encodings(*encodings, ranks, k2=5, k3=3)): "k3 must be at least k2 = 5",
-        (lambda: rank_neighbors(np.ones((5, 2), np.float32), 2)): "points must be unit rows",
-        (lambda: reciprocal_encodings(points.astype(float), ranks, 2)): "points must be unit rows",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
 @pytest.mark.parametrize(
     ("indptr", "indices", "message"),
     [
@@ -384,18 +353,14 @@ def test_arrays_that_are_no_sparse_matrix_are_refused_before_they_crash(indptr, 
     values, ranks = torch.full((len(indices),), 0.5), torch.arange(3).repeat(3, 1)
     for call in (
         lambda: dbscan(indptr, indices),
-        lambda: neighbor_graph(indptr, indices, values),
+        lambda: neighbor_graph(indptr, indices, values, 0.6),
         lambda: extend_encodings(indptr, indices, values, ranks, k2=1, k3=2),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    whole = torch.arange(4), torch.arange(3)
     for odd in (-0.5, 2.0, float("nan")):
         with pytest.raises(ValueError, match="values must not be negative or NaN and sum to 1"):
-            neighbor_graph(*whole, torch.tensor([0.5, odd, 0.5]))
-    for odd in (ranks.float(), ranks + 1, ranks - 1):
-        with pytest.raises(ValueError, match="ranks must be int64 rows of points, 0..2"):
-            extend_encodings(*whole, torch.full((3,), 0.5), odd, k2=1, k3=2)
+            neighbor_graph(torch.arange(4), torch.arange(3), torch.tensor([0.5, odd, 0.5]), 0.6)
 
 
 def test_the_default_dtype_of_torch_changes_nothing():
@@ -506,13 +471,3 @@ def test_each_step_alone_has_the_defaults_of_emcc():
     for step in (extend_encodings, neighbor_graph, dbscan):
         own = inspect.signature(step).parameters.values()
         assert all(p.default == whole[p.name].default for p in own if p.default is not p.empty)
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_a_clustering_shows_its_steps(together, monkeypatch):
-    """A process alone is the first of its group."""
-    shown = []
-    real = clustering.logs.progress
-    monkeypatch.setattr(clustering.logs, "progress", lambda *a: shown.append(a) or real(*a))
-    emcc(torch.eye(8), k1=3, k2=2, k3=2, together=together)
-    assert shown == [(5, "emcc", "step", True)]

@@ -155,8 +155,3 @@ def test_instance_selection_equals_the_oracle(a, b, k, seed):
     kept = select_instances(*tensors, torch.tensor(y_v), torch.tensor(y_r), k)
     rounded = [x.double().numpy() for x in tensors]
     assert [t.tolist() for t in kept] == list(selected_oracle(*rounded, y_v.tolist(), y_r.tolist(), k))
-
-
-def test_instance_selection_with_an_empty_modality():
-    kept_v, kept_r = select_instances(torch.eye(3), torch.empty(0, 3), torch.arange(3), torch.empty(0).long())
-    assert kept_v.tolist() == [-1, -1, -1] and len(kept_r) == 0

@@ -87,18 +87,3 @@ def check_sizes(**sizes: Any) -> None:
             raise ValueError(
                 f"k3 must be at least k2 = {sizes['k2']}, or None for the k2 nearest, got {size}"
             )
-
-
-def check_points(points: torch.Tensor) -> None:
-    """Unit rows in float32."""
-    rows = points.dtype == torch.float32 and points.ndim == 2
-    if not rows or not ((points.norm(dim=1) - 1).abs() < 1e-3).all():
-        raise ValueError("points must be unit rows (N, D) in float32, as unit_rows(features) makes them")
-
-
-def check_ranks(ranks: torch.Tensor, size: int, k: int) -> None:
-    """At least k neighbours of each of `size` points."""
-    if ranks.ndim != 2 or len(ranks) != size or ranks.shape[1] < min(k, size):
-        raise ValueError(f"ranks must have shape ({size}, {min(k, size)} or more), got {tuple(ranks.shape)}")
-    if ranks.dtype != torch.int64 or ranks.numel() and not 0 <= int(ranks.min()) <= int(ranks.max()) < size:
-        raise ValueError(f"ranks must be int64 rows of points, 0..{size - 1}, got {ranks.dtype} beyond them")

@@ -65,27 +65,21 @@ def require_shares(count: int, advice: str) -> None:
         raise ValueError(f"{size()} processes share batches of as few as {count} images a modality: {advice}")
 
 
-def gather(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """The table (count, D) of all processes' shares, in order; gradients flow into one's own rows."""
+def join(rows: torch.Tensor, count: int | None = None) -> torch.Tensor:
+    """All processes' rows, in the order of the processes; gradients flow into one's own rows.
+
+    count: the rows of all `share`s together; without it, each process may give any number of rows.
+    """
     if size() == 1:
         return rows
-    bounds = _bounds(count)
-    parts = _collect(rows.detach(), [b - a for a, b in zip(bounds, bounds[1:], strict=False)])
+    if count is None:
+        counts = torch.cat(_collect(torch.tensor([len(rows)], device=rows.device), [1] * size())).tolist()
+    else:
+        bounds = _bounds(count)
+        counts = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = _collect(rows.detach(), counts)
     parts[rank()] = rows
     return torch.cat(parts)
-
-
-def join(rows: torch.Tensor) -> torch.Tensor:
-    """All processes' rows, of any number each, in the order of the processes."""
-    if size() == 1:
-        return rows
-    counts = _collect(torch.tensor([len(rows)], device=rows.device), [1] * size())
-    return torch.cat(_collect(rows, torch.cat(counts).tolist()))
-
-
-def team(together: bool = True) -> Team:
-    """The processes that share a search of neighbours; this one alone if not together."""
-    return Team(rank(), size(), join) if together else Team()
 
 
 def _collect(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
@@ -97,16 +91,16 @@ def _collect(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
     return [part[:count] for part, count in zip(parts, counts, strict=True)]
 
 
+def team(together: bool = True) -> Team:
+    """The processes that share a work; this one alone if not together."""
+    return Team(rank(), size(), join) if together else Team()
+
+
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Process 0's tensor, in place, on every process."""
     if size() > 1:
         dist.broadcast(tensor, 0)
     return tensor
-
-
-def first_says(answer: bool, device: torch.device) -> bool:
-    """Process 0's answer, on every process."""
-    return bool(broadcast(torch.tensor(int(answer), device=device)))
 
 
 def require_same(text: str, what: str) -> None:
@@ -121,12 +115,6 @@ def wait() -> None:
     """Wait until every process has come this far."""
     if size() > 1:
         dist.barrier()
-
-
-def finish(device: torch.device) -> None:
-    """Wait until the device has finished its work, so that a clock may be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def stop() -> None:

@@ -82,7 +82,7 @@ class Session:
                 self.hook(dict(row), self.state.model)
             except StopIteration:
                 stop = True
-        self.stopped = distributed.first_says(stop, self.images.device)
+        self.stopped = bool(distributed.broadcast(torch.tensor(int(stop), device=self.images.device)))
 
     def save(self) -> None:
         """Write the run's files after an epoch; nothing without a directory."""
