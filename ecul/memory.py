@@ -56,6 +56,8 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
 class _Memory(nn.Module):
     """A bank of unit rows, one per `num_samples`, with the label of each row."""
 
+    _saves_labels = False  # labels that count from 0 need no place in a state dict
+
     def __init__(
         self,
         num_features: int,
@@ -74,7 +76,7 @@ class _Memory(nn.Module):
         self.features: torch.Tensor
         self.labels: torch.Tensor
         self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
-        self.register_buffer("labels", torch.arange(num_samples))
+        self.register_buffer("labels", torch.arange(num_samples), persistent=self._saves_labels)
 
     def forward(
         self, x: torch.Tensor, labels: Whole, weights: torch.Tensor | ArrayLike | None = None, **others: Any
@@ -154,6 +156,8 @@ class InstanceMemory(_Memory):
     `.labels` (N,), and a state dict holds both. `update(x, index)` moves the rows of these images (not of
     their clusters). Kinds of labels and errors: as in `ClusterMemory`. Source: ECUL, instance-level contrast.
     """
+
+    _saves_labels = True
 
     @classmethod
     def from_features(

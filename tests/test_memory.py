@@ -179,6 +179,9 @@ def test_both_memories_start_from_rows_of_any_length_and_number_and_are_saved_wi
         other.load_state_dict(memory.state_dict())
         assert torch.equal(other.features, memory.features) and torch.equal(other.labels, memory.labels)
     assert memory.labels.tolist() == [1, -3]  # an outlier is nobody's positive
+    with pytest.raises(RuntimeError, match="labels"):
+        other.load_state_dict({"features": memory.features})
+    ClusterMemory(2, 2).load_state_dict({"features": memory.features})  # as published: labels count from 0
     one = ClusterMemory(1, 1)
     one.update(torch.full((2, 1), 3.0), [0, -1])
     assert one.features.item() == 1 and one(torch.ones(1, 1), [0]).item() == 0
