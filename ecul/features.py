@@ -67,6 +67,16 @@ def extract(
     return extract_files(model, paths, modality, batch_size=batch_size, flip=flip, progress=progress).features
 
 
+def extract_sides(
+    model: Any, images: Sequence[Images], progress: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`extract` of visible and infrared images in one table: rows (N, D), cameras (N,), modalities (N,)."""
+    rows = [extract(model, side, side.modality, progress=progress) for side in images]
+    cameras = torch.from_numpy(np.concatenate([side.camids for side in images]))
+    modalities = torch.cat([torch.full((len(side),), number) for number, side in enumerate(images)])
+    return torch.cat(rows), cameras, modalities
+
+
 def extract_files(
     model: Any,
     paths: Sequence,

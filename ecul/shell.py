@@ -15,21 +15,13 @@ import ecul
 from ecul.common.names import printable
 
 arg = partial(methodcaller, "add_argument")  # an argument of a command, as argparse takes it
-PURPOSE = """\
-Find the same person in visible and in infrared images, trained without labels. It takes two piles of images,
-one visible and one infrared, of people who were cut out, and gives a model that searches one by the other."""
-EXAMPLES = """\
-  ecul demo                                              rendered images, trained and evaluated in minutes
-  ecul train folders photos --preset demo -o runs/mine   your images in photos/visible and photos/infrared
-  ecul search --model runs/mine --query photos/infrared --query-modality infrared \\
-      --gallery photos/visible --gallery-modality visible
-  ecul check sysu DATA                                   is a published data set complete?
-  ecul train sysu DATA --set weights=resnet50.pth -o runs/sysu
-  ecul evaluate sysu DATA --model runs/sysu
-
-ecul COMMAND --help shows the arguments of a command."""
+PURPOSE = (
+    "Find the same person in visible and in infrared images, trained without labels. It takes two piles of "
+    "images, one visible and one infrared, of people who were cut out, and gives a model that searches one "
+    "by the other. For a first look, ecul demo trains and evaluates on rendered images in minutes."
+)
+MORE = "ecul COMMAND --help shows the arguments of a command; README has examples of each."
 COMMANDS: dict[str, tuple[Callable, str, tuple[methodcaller, ...]]] = {}
-PATHS = ("visible", "infrared", "pack", "weights")  # a folder may be called 2026
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,8 +70,7 @@ def _tell(text: str) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line, with all commands that `command` registered."""
-    raw = argparse.RawDescriptionHelpFormatter
-    whole = argparse.ArgumentParser(prog="ecul", description=PURPOSE, epilog=EXAMPLES, formatter_class=raw)
+    whole = argparse.ArgumentParser(prog="ecul", description=PURPOSE, epilog=MORE)
     whole.add_argument("--version", action="version", version=ecul.__version__)
     whole.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -103,15 +94,14 @@ def command(told: str, *arguments: methodcaller) -> Callable[[Callable], Callabl
 
 def pair(text: str) -> tuple[str, Any]:
     """The name and the value of "NAME=VALUE": none, true, false or JSON, else the text."""
-    name, sign, value = text.partition("=")
+    name, sign, given = text.partition("=")
     if not sign:
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    name, words = name.replace("-", "_"), {"none": None, "null": None, "true": True, "false": False}
-    if name in PATHS or value.lower() in words:
-        return name, words.get(value.lower(), value)
+    words: dict[str, Any] = {"none": None, "true": True, "false": False}
+    value: Any = given
     with suppress(json.JSONDecodeError):
-        return name, json.loads(value)
-    return name, value
+        value = words[given.lower()] if given.lower() in words else json.loads(given)
+    return name.replace("-", "_"), value
 
 
 def numbers(text: str) -> list[int]:

@@ -21,7 +21,6 @@ import ecul
 from ecul import MODALITIES, TwoStreamResNet, evaluation, extract, importers, kernels, report
 from ecul.cli import main, parser
 from ecul.features import embed_pixels, extract_files
-from ecul.shell import EXAMPLES
 from ecul.tools import export
 from ecul.tools.search import image_files, load_features, save_features, search
 
@@ -72,14 +71,10 @@ def test_every_command_is_there_and_every_option_has_help():
         assert inner.format_help()
 
 
-def test_help_has_examples_that_parse_and_needs_no_docstrings():
-    examples = re.findall("^  (ecul .*?)(?:  .*)?$", re.sub(r"\\\n +", "", EXAMPLES), re.M)
-    for example in examples:
-        parser().parse_args(example.split()[1:])
-    assert len(examples) == 6
+def test_help_needs_no_docstrings():
     done = subprocess.run([sys.executable, "-OO", "-m", "ecul", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS), done.stderr
-    assert "Train without identity labels; the run" in done.stdout and EXAMPLES in done.stdout
+    assert "Train without identity labels; the run" in done.stdout and "ecul demo" in done.stdout
 
 
 SIDES = ["--query-modality", "infrared", "--gallery-modality", "visible"]

@@ -86,9 +86,10 @@ def test_own_people_are_other_images_of_the_same_label():
     # 0 and 1 have each other, 2 nobody
     assert np.allclose(measure_pairs(images, images)[1], [0.5**0.5] * 2)
     assert np.allclose(measure_pairs(images, [*images])[1], 1)  # of the other modality
-    parts = [dict.fromkeys(MODALITIES, part) for part in (rows, torch.tensor([0, 0, -1]), torch.zeros(3))]
     with pytest.raises(ValueError, match="needs images of two different people"):
-        estimate_threshold(*parts, "clusters")
+        estimate_threshold(
+            rows, torch.tensor([0, 0, -1]), torch.zeros(3), torch.tensor([0, 1, 1]), "clusters"
+        )
 
 
 def test_pairs_of_one_camera_are_too_much_alike_to_learn_from():
@@ -112,8 +113,9 @@ def test_the_table_counts_known_people_who_are_missed(noise, told):
     generator, people = torch.Generator().manual_seed(0), torch.arange(20).repeat_interleave(4)
     rows = torch.randn(20, 64, generator=generator)[people]
     rows = torch.nn.functional.normalize(rows + noise * torch.randn(80, 64, generator=generator), dim=1)
-    images = [dict.fromkeys(MODALITIES, part) for part in (rows, people, torch.arange(80) % 4)]
-    table = estimate_threshold(*images, "identities").told
+    sides = torch.arange(160) % 2
+    table = [part.repeat_interleave(2, 0) for part in (rows, people, torch.arange(80) % 4)]
+    table = estimate_threshold(*table, sides, "identities").told
     assert table.count(told) == 4 and ("of little use" in table) == (noise > 1)
 
 

@@ -21,7 +21,7 @@ from ecul.common.files import hash_file, read_json, reading, write_json
 from ecul.common.pretrained import weights_file
 from ecul.config import Config
 from ecul.data.dataset import Dataset
-from ecul.features import extract
+from ecul.features import extract_sides
 from ecul.labels import cluster
 
 log = logging.getLogger("ecul")
@@ -94,41 +94,37 @@ def measure_threshold(model: Any, dataset: Dataset, config: Config) -> Threshold
     where a modality has less than two of them. model: as for `extract`. Errors: those of `extract`.
     """
     held_out = dataset.test_visible is not None and dataset.test_infrared is not None
-    images = {m: getattr(dataset, f"test_{m}" if held_out else m) for m in MODALITIES}
-    features = {m: extract(model, side, m) for m, side in images.items()}
-    cameras = {m: torch.from_numpy(side.camids) for m, side in images.items()}
-    if all(side.pids is not None for side in images.values()):
-        labels = {m: torch.from_numpy(side.identities()) for m, side in images.items()}
+    images = [getattr(dataset, f"test_{m}" if held_out else m) for m in MODALITIES]
+    rows, cameras, sides = extract_sides(model, images)
+    if all(side.pids is not None for side in images):
+        labels = torch.from_numpy(np.concatenate([side.identities() for side in images]))
         source = "identities"
     else:
-        counts = [len(side) for side in images.values()]
-        sides = torch.arange(2).repeat_interleave(torch.tensor(counts))
-        rows, codes = torch.cat([*features.values()]), torch.cat([*cameras.values()])
+        source = "clusters"
         for share in (1, 0.75, 0.5):  # one cluster can hold everybody where a network has learned little
             narrow = config.replace(eps_joint=share * config.eps_joint)
-            joint = cluster(rows, codes, sides, narrow, "_joint").split(counts)
-            if all(len(part[part >= 0].unique()) > 1 for part in joint):
+            labels = cluster(rows, cameras, sides, narrow, "_joint")
+            if all(len(labels[(labels >= 0) & (sides == side)].unique()) > 1 for side in (0, 1)):
                 break
-        labels, source = dict(zip(MODALITIES, joint, strict=True)), "clusters"
-    found = estimate_threshold(features, labels, cameras, source)
+    found = estimate_threshold(rows, labels, cameras, sides, source)
     return replace(found, model_sha256=getattr(model, "sha256", None))
 
 
 def estimate_threshold(
-    features: dict[str, torch.Tensor],
-    labels: dict[str, torch.Tensor],
-    cameras: dict[str, torch.Tensor],
-    source: str,
+    features: torch.Tensor, labels: torch.Tensor, cameras: torch.Tensor, modalities: torch.Tensor, source: str
 ) -> Threshold:
-    """Thresholds from unit rows (N, D) by modality, their labels (N,), -1 = left out, and their cameras (N,).
+    """Thresholds from unit rows (N, D), labels (N,), -1 = left out, cameras (N,) and modalities (N,), 0 or 1.
 
     labels: joint clusters of both modalities (`emcc` with modalities) or identities, as `source` says. Images
     that the model was not trained on are the better ones. The table also counts the known people whose best
     image does not reach the threshold. By clusters they are too few: hard images are in no cluster.
     Errors: ValueError for fewer than two labels.
     """
-    rows = {m: [part[m][labels[m] >= 0] for part in (features, labels, cameras)] for m in MODALITIES}
-    measured = {sides: measure_pairs(*(rows[m] for m in sides)) for sides in SIDES}
+    parts = {}
+    for number, name in enumerate(MODALITIES):
+        kept = (labels >= 0) & (modalities == number)
+        parts[name] = [features[kept], labels[kept], cameras[kept]]
+    measured = {sides: measure_pairs(parts[sides[0]], parts[sides[1]]) for sides in SIDES}
     found = Threshold({"-".join(sides): tail for sides, (tail, _) in measured.items()})
     lines = [f"similarity of the same person among {GALLERY:,} images, by {source}; known people missed"]
     for sides, (_, own) in measured.items():

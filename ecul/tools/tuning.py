@@ -21,7 +21,7 @@ from ecul.common import logs
 from ecul.common.arrays import as_tensor
 from ecul.config import Config
 from ecul.data.dataset import Dataset
-from ecul.features import extract
+from ecul.features import extract_sides
 from ecul.labels import count_clusters
 from ecul.report.pictures import Panel, draw_curves
 from ecul.run.scores import separation
@@ -111,16 +111,12 @@ def tune_config(model: Any, dataset: Dataset, config: Config, eps: Sequence[floa
 
     model: what `extract` takes; dataset: its training images are embedded. Errors: those of `extract`.
     """
-    images = [getattr(dataset, m) for m in MODALITIES]
-    features = [extract(model, side, side.modality) for side in images]
-    cameras = [torch.from_numpy(side.camids) for side in images]
-
-    def tried(ending: str, rows: torch.Tensor, camids: torch.Tensor, sides: Any = None) -> list[dict]:
-        k1, k2, k3 = (getattr(config, name + ending) for name in ("k1", "k2", "k3"))
-        sizes = (max(1, k1 // 2), k1, 2 * k1)
-        return tune(rows, camids, sides, k1=sizes, k2=k2, k3=k3, eps=eps, min_samples=config.min_samples)
-
-    sides = torch.arange(2).repeat_interleave(torch.tensor([len(part) for part in features]))
-    own = zip(MODALITIES, features, cameras, strict=True)
-    tunings = {name: tried("", rows, camids) for name, rows, camids in own}
-    return Settings({**tunings, "joint": tried("_joint", torch.cat(features), torch.cat(cameras), sides)})
+    rows, cameras, sides = extract_sides(model, [getattr(dataset, m) for m in MODALITIES])
+    parts = [("visible", "", sides == 0), ("infrared", "", sides == 1), ("joint", "_joint", sides >= 0)]
+    found = {}
+    for name, ending, own in parts:
+        k1, k2, k3 = (getattr(config, size + ending) for size in ("k1", "k2", "k3"))
+        sizes = {"k1": (max(1, k1 // 2), k1, 2 * k1), "k2": k2, "k3": k3}
+        both = sides if name == "joint" else None
+        found[name] = tune(rows[own], cameras[own], both, **sizes, eps=eps, min_samples=config.min_samples)
+    return Settings(found)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ecul import MODALITIES, Config, extract, open_dataset
+from ecul import MODALITIES, Config, open_dataset
+from ecul.features import extract_sides
 from ecul.optim import build_model
 from ecul.tools.tuning import tune
 
@@ -29,11 +30,9 @@ def scores(root: str, config: Config) -> dict[str, dict[str, float]]:
     torch.set_num_threads(1)
     dataset, model = open_dataset("sysu", root), build_model(config, torch.device("cpu")).eval()
     images = [getattr(dataset, modality) for modality in MODALITIES]
-    features = [extract(model, side, side.modality, progress=False) for side in images]
-    cameras = [torch.from_numpy(side.camids) for side in images]
-    sides = torch.arange(2).repeat_interleave(torch.tensor([len(rows) for rows in features]))
-    joint = [(torch.cat(features), torch.cat(cameras), sides)]
-    own = [(rows, camids, None) for rows, camids in zip(features, cameras, strict=True)]
+    rows, cameras, sides = extract_sides(model, images, progress=False)
+    joint = [(rows, cameras, sides)]
+    own = [(rows[sides == side], cameras[sides == side], None) for side in (0, 1)]
     found: dict[str, dict[str, float]] = {}
     for kind, k2 in itertools.product(KINDS, K2):
         for k1 in K1:
