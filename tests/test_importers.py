@@ -50,9 +50,13 @@ def before(prefix, state):
     return {prefix + name: value for name, value in state.items()}
 
 
+ARGS = argparse.Namespace(lr=0.1, gpu=[0, 1])
 HEAD, ADVERSARY = {"classifier.weight": torch.zeros(5, 512)}, {"disnet.ad_layer1.weight": torch.zeros(4, 512)}
 LAYOUTS = {  # file contents by the name of who publishes them, and what training alone uses
-    "AGW": (lambda s: {"net": s | HEAD, "cmc": np.array([0.5]), "mAP": np.float64(0.5)}, HEAD),
+    "AGW": (
+        lambda s: {"net": s | HEAD, "cmc": np.array([0.5]), "mAP": np.float64(0.5), "args": ARGS},
+        HEAD,
+    ),
     "ADCA": (lambda s: {"state_dict": before("module.", s | HEAD)}, HEAD),
     "MBCCM": (lambda s: {"state_dict": before("module.", s | ADVERSARY), "epoch": 79}, ADVERSARY),
     "bare": (lambda s: s, {}),
@@ -122,11 +126,8 @@ class Code:
         return print, ("code from a checkpoint ran",)
 
 
-def test_code_in_a_checkpoint_is_never_run_and_options_beside_it_are_not_read(tmp_path, capsys):
-    model, args = trained(), argparse.Namespace(lr=0.1, gpu=[0, 1])
-    torch.save({"net": published(model), "args": args}, tmp_path / "agw.pth")
-    assert same_embeddings(import_checkpoint(tmp_path / "agw.pth", (32, 16))[0], model)
-    torch.save({"net": published(model), "extra": Code()}, tmp_path / "evil.pth")
+def test_code_in_a_checkpoint_is_never_run(tmp_path, capsys):
+    torch.save({"net": published(trained()), "extra": Code()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"evil.pth .*it holds .*print, which is code"):
         import_checkpoint(tmp_path / "evil.pth")
     assert capsys.readouterr().out == ""
