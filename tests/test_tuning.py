@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ecul import TwoStreamResNet, emcc
+from ecul import Config, TwoStreamResNet, emcc, extract
 from ecul.cli import main
 from ecul.run.scores import separation
-from ecul.tools.tuning import EPS, Settings, tune
+from ecul.tools.tuning import EPS, Settings, tune, tune_config
 
 
 def people(count, images, spread, seed=0):
@@ -57,6 +57,20 @@ def test_one_setting_serves_both_modalities():
     )
     assert "recommended: --set k1=5 --set eps=0.5 --set k1_joint=5 --set eps_joint=0.6" in str(found)
     assert [row["eps"] for row in found.chosen.values()] == [0.5, 0.5, 0.6]
+
+
+def test_each_clustering_is_tuned_with_its_own_images_and_sizes(dataset):
+    torch.manual_seed(0)
+    model, config = TwoStreamResNet(10, 4, False, (32, 16)).eval(), Config.preset("demo", k3=20)
+    found, tables = tune_config(model, dataset, config, eps=[0.5]).rows, []
+    for side in (dataset.visible, dataset.infrared):
+        tables.append((extract(model, side, side.modality, progress=False), torch.from_numpy(side.camids)))
+        sizes = {"k1": (6, 12, 24), "k2": config.k2, "k3": 20, "eps": 0.5}
+        assert found[side.modality] == tune(*tables[-1], **sizes)
+    rows, cameras = (torch.cat(parts) for parts in zip(*tables, strict=True))
+    modalities = (torch.arange(len(rows)) >= len(dataset.visible)).long()
+    sizes = {"k1": (10, 20, 40), "k2": config.k2_joint, "k3": config.k3_joint, "eps": 0.5}
+    assert found["joint"] == tune(rows, cameras, modalities, **sizes)
 
 
 def test_from_the_shell_with_a_picture_that_tells_what_the_text_does(world, tmp_path, capsys, monkeypatch):
