@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -22,45 +22,34 @@ def group_rows(images: Images, rows: Iterable[int]) -> list[np.ndarray]:
     return [np.array(list(group)) for _, group in groupby(ordered, place)]
 
 
-def draw_random(groups: Sequence[np.ndarray], trial: int, shots: int) -> np.ndarray:
-    """`random.seed(trial)`, then one choice (or a sample of `shots`) from each group."""
+def draw_random(groups: Sequence[np.ndarray], trial: int, shots: int) -> list[int]:
+    """`random.seed(trial)`, then a sample of `shots` from each group; a sample of one is `random.choice`."""
     generator = random.Random(trial)
-    if shots == 1:
-        return np.array([generator.choice(rows) for rows in groups], np.int64)
-    picked = [generator.sample(list(rows), min(shots, len(rows))) for rows in groups]
-    return np.array([row for rows in picked for row in rows], np.int64)
+    picked = [generator.sample(rows.tolist(), min(shots, len(rows))) for rows in groups]
+    return [row for rows in picked for row in rows]
 
 
 def read_draw(
-    path: str | os.PathLike, images: Images, groups: Sequence[np.ndarray]
-) -> Callable[[int, int], np.ndarray]:
-    """The official draw, a function of trial and shots: the first numbers of a permutation within each group.
+    path: str | os.PathLike, images: Images, groups: Sequence[np.ndarray], trials: int, shots: int
+) -> list[list[int]]:
+    """The official draw of each trial: the first numbers of a permutation within each group.
 
     path: SYSU-MM01's rand_perm_cam.mat: for each camera, identity and trial, 1-based numbers of images.
-    Errors: those of `reading`; the function raises ValueError for a trial or an image that is absent.
+    Errors: those of `reading`, also for a trial or an image that is absent.
     """
     from scipy.io import loadmat
 
+    drawn: list[list[int]] = [[] for _ in range(trials)]
     with reading(path):
-        cameras = loadmat(path)["rand_perm_cam"].ravel()
-        permutations = [np.atleast_1d(camera.squeeze()) for camera in cameras]
-        cells = [cell for camera in permutations for cell in camera]
-        if len(cameras) != 6 or not all(isinstance(cell, np.ndarray) and cell.ndim == 2 for cell in cells):
-            raise ValueError("rand_perm_cam should be 6 cells of a cell an identity, each (trials, images)")
-
-    def draw(trial: int, shots: int) -> np.ndarray:
-        drawn: list[int] = []
+        cameras = enumerate(loadmat(path)["rand_perm_cam"].ravel(), 1)
+        cells = {(camid, pid): cell for camid, own in cameras for pid, cell in enumerate(own.ravel(), 1)}
         for rows in groups:
-            pid, camid = int(images.identities()[rows[0]]), int(images.camids[rows[0]])
-            cell = next(iter(permutations[camid - 1][pid - 1 : pid]), np.empty((0, 0)))
-            who = f"identity {pid} in camera {camid}"
-            if len(cell) <= trial or not cell.shape[1]:
-                raise ValueError(f"draw: {str(path)!r} has no trial {trial} for {who}")
-            numbers = cell[trial, :shots].astype(int)
-            if absent := [n for n in numbers if not 1 <= n <= len(rows)]:
-                asked = f"asks for image {absent[0]} of {who}, which has {len(rows)}"
-                raise ValueError(f"draw: {str(path)!r} {asked}")
-            drawn += [rows[number - 1] for number in numbers]
-        return np.array(drawn, np.int64)
-
-    return draw
+            camid, pid = int(images.camids[rows[0]]), int(images.identities()[rows[0]])
+            permutations = cells.get((camid, pid), np.empty((0, 0)))  # (trials, images)
+            for trial, chosen in enumerate(drawn):
+                numbers = permutations[trial : trial + 1, :shots].astype(int).ravel()
+                if not numbers.size or numbers.min() < 1 or numbers.max() > len(rows):
+                    told = f"images 1 to {len(rows)} of identity {pid} in camera {camid}"
+                    raise ValueError(f"trial {trial} should name {told}, not {numbers.tolist()}")
+                chosen += rows[numbers - 1].tolist()
+    return drawn

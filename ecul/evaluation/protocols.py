@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import add
 from typing import Any, NamedTuple
 
@@ -17,10 +16,11 @@ import torch
 
 from ecul import MODALITIES
 from ecul.common import logs
+from ecul.common.arrays import as_tensor, check_sizes
 from ecul.common.names import did_you_mean
 from ecul.common.tables import render_table
 from ecul.data.dataset import Dataset
-from ecul.data.images import Images, as_numpy
+from ecul.data.images import Images
 from ecul.data.layouts import LAYOUTS
 from ecul.evaluation.galleries import draw_random, group_rows, read_draw
 from ecul.evaluation.metrics import score_queries, summarise
@@ -40,15 +40,15 @@ class _Mode(NamedTuple):
     name: str
     direction: str
     query: str = "infrared"
-    drawn: str | None = "gallery"  # `shots` images of each identity and camera; None: all images
+    drawn: str = "gallery"  # `shots` images of each identity and camera; "": all images
     cameras: tuple[int, ...] = ()  # (): all
 
 
 _PROTOCOLS = {  # the name in the results, and the modes
     "sysu": ("SYSU-MM01", {"all": _Mode("all", _I2V), "indoor": _Mode("indoor", _I2V, cameras=(1, 2))}),
     "regdb": ("RegDB", {
-        _V2I: _Mode("all", _V2I, "visible", drawn=None),
-        _I2V: _Mode("all", _I2V, drawn=None),
+        _V2I: _Mode("all", _V2I, "visible", drawn=""),
+        _I2V: _Mode("all", _I2V, drawn=""),
     }),
     "llcm": ("LLCM", {
         _I2V: _Mode("drawn gallery", _I2V),
@@ -91,7 +91,6 @@ class Results:
         Figures are mean ± deviation over trials; the figure alone for one trial; "-" where there is none.
         """
         own = self._own()
-        shared = [name for name in _NAMES if name not in own]
         lines = [[*own, *MEASURES]]
         for row in self.rows:
             figures = ["-" if row[name] is None else f"{row[name]:.2f}" for name in MEASURES]
@@ -99,11 +98,12 @@ class Results:
                 spread = [f" ± {row[name + '_std']:.2f}" for name in MEASURES]
                 figures = list(map(add, figures, spread))
             lines.append([str(row[name]) for name in own] + figures)
-        told = [str(self.rows[0][name]) for name in shared if self.rows[0][name] != ""]
         several = any(row["trials"] > 1 for row in self.rows)
+        shared = {name: str(self.rows[0][name]) for name in _NAMES if name not in own}
         if "trials" in shared:
-            told[-1] = f"{told[-1]} trials" if several else "one trial"
-        return "; ".join([*told, "percent, mean ± deviation" if several else "percent"]), lines
+            shared["trials"] = f"{shared['trials']} trials" if several else "one trial"
+        told = [*filter(None, shared.values()), "percent, mean ± deviation" if several else "percent"]
+        return "; ".join(told), lines
 
     def table(self, form: str = "text") -> str:
         """`cells` as "text", "markdown" or "latex"; as "csv" or "json" every figure, unrounded."""
@@ -170,16 +170,15 @@ def evaluate(
     name = "k-reciprocal" if rerank is True else rerank or None
     if name is not None and name not in RERANKINGS:
         raise ValueError(f"rerank: expected {', '.join(RERANKINGS)}, True or False, not {rerank!r}")
-    told = "no re-ranking" if name is None else f"{name} ({RERANKINGS[name]})"
-    shared = {"caution": _caution(dataset), "reranking": told}
+    reranking = "no re-ranking" if name is None else f"{name} ({RERANKINGS[name]})"
     vectors = _unit_rows(model, dataset, features, batch_size, flip, progress)
     rows = []
     for row in plan:
-        count, told = len(row.trials), ", ".join(row.names[n] for n in ("protocol", "mode", "direction"))
-        drawn = logs.progress(count, f"rank {row.names['mode']}", "trial", progress, row.trials)
+        drawn = logs.progress(len(row.trials), f"rank {row.names['mode']}", "trial", progress, row.trials)
         measured = [_measure(str(dataset.protocol), row, q, g, vectors, name) for q, g in drawn]
-        rows.append(_figures({**row.names, **shared, "trials": count}, measured))
+        rows.append(_figures({**row.names, "reranking": reranking, "trials": len(measured)}, measured))
         if rows[-1]["mAP"] is None:
+            told = ", ".join(row.names[n] for n in ("protocol", "mode", "direction"))
             log.warning("%s: no query has a match in the gallery; the row is empty", told)
     return Results(rows)
 
@@ -215,10 +214,8 @@ def _plan(dataset: Dataset, modes: Any, shots: Any, trials: Any, draw: str | os.
     """All rows of the results, before their figures. Errors: those of `evaluate`."""
     protocol, visible, infrared = dataset.protocol, dataset.test_visible, dataset.test_infrared
     if protocol is None or visible is None or infrared is None:
-        raise ValueError(
-            f"dataset {dataset.name!r} has no test images with a protocol to evaluate with; `ecul report` "
-            "works without them"
-        )
+        told = "has no test images with a protocol to evaluate with; `ecul report` works without them"
+        raise ValueError(f"dataset {dataset.name!r} {told}")
     title, known = _PROTOCOLS[protocol]
     modes = list(known) if modes is None else [modes] if isinstance(modes, str) else modes
     if unknown := [mode for mode in modes if mode not in known]:
@@ -226,31 +223,26 @@ def _plan(dataset: Dataset, modes: Any, shots: Any, trials: Any, draw: str | os.
         raise ValueError(f"modes: {protocol!r} knows {', '.join(known)}, not {unknown}{hint}")
     if protocol != "sysu" and (shots is not None or str(draw) != "random"):
         raise ValueError(f"shots and draw are for 'sysu', not {protocol!r}")
-    counts = (1,) if shots is None else [shots] if np.ndim(shots) == 0 else list(shots)
-    for name, numbers, given in (("trials", [trials], trials), ("shots", counts, shots)):
-        whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in numbers)
-        if not whole or min(numbers, default=1) < 1:
-            raise ValueError(f"{name}: expected whole numbers of at least 1, not {given!r}")
+    counts = [1] if shots is None else [shots] if np.ndim(shots) == 0 else shots
+    for count in counts:
+        check_sizes(trials=trials, shots=count)
+    shared = {"protocol": title, "caution": ""}
+    for side in (visible, infrared):
+        own = {"identities": len(side.people()), "images": len(side)}
+        if own != LAYOUTS[protocol].counts[f"test_{side.modality}"]:
+            shared["caution"] = f"not {title}'s own test set"
     if protocol == "regdb" and dataset.trial is not None:
-        title += f" trial {dataset.trial}"
+        shared["protocol"] += f" trial {dataset.trial}"
     source = "random.seed(t)" if str(draw) == "random" else "rand_perm_cam.mat"
     plan = []
     for count in counts:
         told = {1: "single-shot", 10: "multi-shot"}.get(count, f"{count} shots")
         for mode in map(known.__getitem__, modes):
-            names = {"protocol": title, "mode": mode.name, "direction": mode.direction}
+            names = {**shared, "mode": mode.name, "direction": mode.direction}
             names |= {"shots": told, "draw": source} if mode.drawn else _ALL
             images = (infrared, visible) if mode.query == "infrared" else (visible, infrared)
             plan.append(_Row(names, *images, _draw(mode, *images, count, trials, draw)))
     return plan
-
-
-def _caution(dataset: Dataset) -> str:
-    """A word where the numbers of test images and people are not the published ones of the protocol."""
-    protocol, tested = str(dataset.protocol), {f"test_{m}": getattr(dataset, f"test_{m}") for m in MODALITIES}
-    counts = {split: {"identities": len(i.people()), "images": len(i)} for split, i in tested.items()}
-    published = {split: LAYOUTS[protocol].counts[split] for split in tested}
-    return "" if counts == published else f"not {_PROTOCOLS[protocol][0]}'s own test set"
 
 
 def _draw(
@@ -263,10 +255,13 @@ def _draw(
     distractors = np.flatnonzero(seen & (gallery.identities() < 0))
     picked = [rows]
     if mode.drawn:
-        drawn = query if mode.drawn == "query" else gallery
-        groups = group_rows(drawn, rows[mode.drawn])
-        pick = partial(draw_random, groups) if str(draw) == "random" else read_draw(draw, drawn, groups)
-        picked = [{**rows, mode.drawn: pick(trial, shots)} for trial in range(trials)]
+        images = query if mode.drawn == "query" else gallery
+        groups = group_rows(images, rows[mode.drawn])
+        if str(draw) == "random":
+            drawn = [draw_random(groups, trial, shots) for trial in range(trials)]
+        else:
+            drawn = read_draw(draw, images, groups, trials, shots)
+        picked = [{**rows, mode.drawn: np.array(chosen, np.int64)} for chosen in drawn]
     return [(trial["query"], np.concatenate([trial["gallery"], distractors])) for trial in picked]
 
 
@@ -283,11 +278,10 @@ def _unit_rows(
         raise ValueError(f"features: expected the keys 'visible' and 'infrared', not {sorted(features)}")
     vectors = {}
     for m in MODALITIES:
-        count = len(getattr(dataset, f"test_{m}"))
-        given = torch.from_numpy(np.array(as_numpy(f"features[{m!r}]", features[m]), np.float32))
+        count, given = len(getattr(dataset, f"test_{m}")), as_tensor(f"features[{m!r}]", features[m])
+        vectors[m] = torch.nn.functional.normalize(given.detach().float().cpu(), dim=1)
         if given.ndim != 2 or len(given) != count or not torch.isfinite(given).all():
             raise ValueError(f"features[{m!r}]: expected {count} finite rows, not {tuple(given.shape)}")
-        vectors[m] = torch.nn.functional.normalize(given, dim=1)
     sizes = [rows.shape[1] for rows in vectors.values()]
     if sizes[0] != sizes[1]:
         raise ValueError(f"features: expected rows of one size, not of {sizes[0]} and {sizes[1]}")
