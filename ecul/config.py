@@ -58,21 +58,20 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     choices: tuple = ()
 
+    def or_none(self) -> "Rule":
+        return Rule(f"{self.words}, or None", lambda v: v is None or self.holds(v))
 
-def _is_whole(value: object, least: int = 0) -> bool:
-    return type(value) is int and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    def require(self, name: str, value: Any) -> None:
+        if not self.holds(value):
+            raise ValueError(f"{name} must {self.words}, got {value!r}{did_you_mean(value, self.choices)}")
 
 
 def _at_least(least: int) -> Rule:
-    return Rule(f"be a whole number of at least {least}", lambda v: _is_whole(v, least))
+    return Rule(f"be a whole number of at least {least}", lambda v: type(v) is int and v >= least)
 
 
-def _or_none(rule: Rule) -> Rule:
-    return Rule(f"{rule.words}, or None", lambda v: v is None or rule.holds(v))
+def _number(words: str, holds: Callable[[float], bool]) -> Rule:
+    return Rule(f"be a number {words}", lambda v: type(v) in (int, float) and abs(v) < math.inf and holds(v))
 
 
 def _one_of(*choices: str | int) -> Rule:
@@ -81,17 +80,20 @@ def _one_of(*choices: str | int) -> Rule:
 
 
 FLAG = Rule("be True or False", lambda v: isinstance(v, bool))
-ABOVE_0 = Rule("be a number above 0", lambda v: _is_number(v) and v > 0)
-NOT_NEGATIVE = Rule("be a number of at least 0", lambda v: _is_number(v) and v >= 0)
-DISTANCE = Rule("be a Jaccard distance in (0, 1]", lambda v: _is_number(v) and 0 < v <= 1)
-MOMENTUM = Rule("be a number in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1)
+ABOVE_0 = _number("above 0", lambda v: v > 0)
+NOT_NEGATIVE = _number("of at least 0", lambda v: v >= 0)
+DISTANCE = _number("in (0, 1]", lambda v: 0 < v <= 1)
+MOMENTUM = _number("in [0, 1)", lambda v: 0 <= v < 1)
 FILE = Rule("be the path of a file", lambda v: isinstance(v, str))
 BACKBONE = Rule("be timm:NAME or torchvision:NAME", lambda v: str(v).startswith(("timm:", "torchvision:")))
-EPOCHS = Rule("be whole numbers like (20, 40, 60)", lambda v: isinstance(v, tuple) and all(map(_is_whole, v)))
-SEED = Rule("be a whole number from 0 to 2**63 - 1", lambda v: _is_whole(v) and v < 2**63)
+EPOCHS = Rule(
+    "be whole numbers like (20, 40, 60)",
+    lambda v: isinstance(v, tuple) and all(map(_at_least(0).holds, v)),
+)
+SEED = Rule("be a whole number from 0 to 2**63 - 1", lambda v: type(v) is int and 0 <= v < 2**63)
 PIXELS = Rule(
     "be (height, width), whole numbers of at least 16 pixels",
-    lambda v: isinstance(v, tuple) and len(v) == 2 and all(_is_whole(n, 16) for n in v),
+    lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_at_least(16).holds, v)),
 )
 
 
@@ -99,11 +101,6 @@ def _plain(value: Any) -> Any:
     """The value as JSON and the rules know it: no NumPy scalar, no path object."""
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _require(name: str, value: Any, rule: Rule) -> None:
-    if not rule.holds(value):
-        raise ValueError(f"{name} must {rule.words}, got {value!r}{did_you_mean(value, rule.choices)}")
 
 
 def _held(default: Any, rule: Rule, about: str) -> Any:
@@ -122,11 +119,11 @@ class Config:
     method: str = _held("united", _one_of(*METHODS), "the method that the other fields come from")
 
     # network: the two-stream ResNet, or any backbone in two streams
-    backbone: str | None = _held(None, _or_none(BACKBONE), "another network than the two-stream ResNet")
+    backbone: str | None = _held(None, BACKBONE.or_none(), "another network than the two-stream ResNet")
     depth: int = _held(50, _one_of(10, 18, 34, 50, 101), "layers of the ResNet")
     width: int = _held(64, _at_least(1), "channels of the ResNet's first stage")
     non_local: bool = _held(False, FLAG, "non-local blocks in the ResNet's layer2 and layer3")
-    weights: str | None = _held(None, _or_none(FILE), "the backbone's first weights, .safetensors or .pth")
+    weights: str | None = _held(None, FILE.or_none(), "the backbone's first weights, .safetensors or .pth")
     size: tuple[int, int] = _held((288, 144), PIXELS, "height and width of the images")
     stem_stride: int = _held(2, _one_of(1, 2), "stride of the ResNet's stem: 1 for small images")
 
@@ -152,14 +149,14 @@ class Config:
     # clustering, all sizes [R]
     k1: int = _held(30, _at_least(1), "neighbours of an image within its modality")
     k2: int = _held(6, _at_least(1), "EMCC's small area within a modality")
-    k3: int | None = _held(12, _or_none(_at_least(1)), "EMCC's large area; None: plain Jaccard clustering")
+    k3: int | None = _held(12, _at_least(1).or_none(), "EMCC's large area; None: plain Jaccard clustering")
     k1_joint: int = _held(40, _at_least(1), "k1 of both modalities together")
     k2_joint: int = _held(16, _at_least(1), "k2 of both modalities together")
-    k3_joint: int | None = _held(40, _or_none(_at_least(1)), "k3 of both modalities together")
+    k3_joint: int | None = _held(40, _at_least(1).or_none(), "k3 of both modalities together")
     eps: float = _held(0.6, DISTANCE, "DBSCAN's radius within a modality")
     eps_joint: float = _held(0.6, DISTANCE, "DBSCAN's radius for both modalities together")
     min_samples: int = _held(4, _at_least(1), "DBSCAN's neighbours of a core point, itself among them")
-    k_select: int | None = _held(4, _or_none(_at_least(1)), "instance selection [R]; None keeps every image")
+    k_select: int | None = _held(4, _at_least(1).or_none(), "instance selection [R]; None keeps every image")
 
     # memories; TSMem has a momentum of its own, 0
     temp: float = _held(0.05, ABOVE_0, "temperature of the losses")
@@ -190,7 +187,7 @@ class Config:
             value = getattr(self, f.name)
             value = tuple(map(_plain, value)) if isinstance(value, list | tuple) else _plain(value)
             object.__setattr__(self, f.name, value)
-            _require(f.name, value, f.metadata["rule"])
+            f.metadata["rule"].require(f.name, value)
         for small, large in (("k2", "k3"), ("k2_joint", "k3_joint")):
             least, most = getattr(self, small), getattr(self, large)
             if most is not None and most < least:
@@ -221,8 +218,8 @@ class Config:
         Source: the papers' implementation details. "demo" is our own small recipe for the synthetic world on
         two CPU cores.
         """
-        _require("dataset", dataset, _one_of(*DATASETS))
-        _require("method", method, _one_of(*METHODS))
+        _one_of(*DATASETS).require("dataset", dataset)
+        _one_of(*METHODS).require("method", method)
         return cls.from_dict({**METHODS[method], **DATASETS[dataset], "method": method, **overrides})
 
     @classmethod

@@ -73,7 +73,6 @@ def test_overrides_win_and_the_config_is_frozen():
     ("fields", "message"),
     [
         ({"itterations": 3}, "no field 'itterations' .did you mean 'iterations'"),
-        ({"epoch": 3}, "no field 'epoch' .did you mean 'epochs_intra'"),
         ({"method": "ecull"}, "method must be one of .*did you mean 'ecul'"),
         ({"depth": 50.0}, "depth must be one of 10, 18, 34, 50, 101, got 50.0"),
         ({"update_rule": "tsmen"}, "did you mean 'tsmem'"),
@@ -83,7 +82,6 @@ def test_overrides_win_and_the_config_is_frozen():
         ({"k3": 3}, "k3 must be at least k2, or None for plain clustering, got 3 and 6"),
         ({"momentum": 1.0}, "momentum"),
         ({"weight_joint": -0.1}, "weight_joint"),
-        ({"iterations": True}, "iterations must be a whole number"),
         ({"k_select": 0}, "k_select must be a whole number of at least 1, or None, got 0"),
         ({"size": (288, 8)}, "size must be .height, width., whole numbers of at least 16 pixels, got"),
         ({"lr": float("inf")}, "lr must be a number above 0, got inf"),
@@ -106,18 +104,13 @@ def test_every_field_is_held_to_something(name):
 
 
 def test_numpy_scalars_become_plain_values():
-    config = Config(
-        depth=np.int64(10), identities=np.array(8), lr=np.float32(1e-3), compile=np.bool_(True),
-        method=np.str_("united"), size=[np.int64(64), np.int32(32)], lr_milestones=(np.int64(5),),
-    )  # fmt: skip
-    same = Config(
-        depth=10, identities=8, lr=float(np.float32(1e-3)), compile=True, size=(64, 32), lr_milestones=(5,)
-    )
-    assert json.dumps(config.to_dict()) == json.dumps(same.to_dict()) and config == same
+    plain = {"depth": 10, "identities": 8, "lr": 0.5, "compile": True, "method": "united", "size": (64, 32)}
+    given = {name: np.array(value)[()] for name, value in plain.items()}
+    given |= {"lr": np.float32(0.5), "identities": np.array(8), "size": [np.int64(64), np.int32(32)]}
+    assert json.dumps(Config(**given).to_dict()) == json.dumps(Config(**plain).to_dict())
 
 
-def test_unknown_preset_names_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'sysu'"):
-        Config.preset("sisu")
-    with pytest.raises(ValueError, match="did you mean 'mbccm'"):
-        Config.preset("sysu", method="mbcm")
+@pytest.mark.parametrize(("names", "nearest"), [(("sisu",), "sysu"), (("sysu", "mbcm"), "mbccm")])
+def test_unknown_preset_names_the_nearest(names, nearest):
+    with pytest.raises(ValueError, match=f"did you mean '{nearest}'"):
+        Config.preset(*names)

@@ -63,7 +63,10 @@ def test_exchanged_views_pass_the_infrared_stem_once_labels_cross(images, labels
         assert not torch.allclose(found[p : 2 * p], model.embed(second, "visible"), atol=1e-2)
 
 
-def test_exchanged_features_are_those_of_each_channel_in_the_infrared_stem(images, model):
+def test_features_are_in_the_order_of_the_images_and_exchanged_ones_pass_the_infrared_stem(images, model):
+    sides = zip(images.pixels, ("visible", "infrared"), strict=True)
+    expected = torch.cat([embed_pixels(model, *side, tiny().batch_extract) for side in sides])
+    assert torch.equal(extract_all(model, images, tiny()), expected)
     found = extract_exchanged(model, images, tiny(), 2)
     for view, channel in zip(found, range(3), strict=True):
         copied = images.pixels[0][:, [channel] * 3]
@@ -119,9 +122,3 @@ def test_agnostic_losses_of_mutual_matches_equal_cross_entropy(images, labels):
         moved = (terms[f"agnostic_{m}"].memory.features != before).any(1)
         assert moved.nonzero()[:, 0].tolist() == sorted(set(y[y >= 0].tolist()))
         assert torch.equal(terms[f"cluster_{m}"].memory.features, before)
-
-
-def test_features_of_all_images_are_in_their_order(images, model):
-    sides = zip(images.pixels, ("visible", "infrared"), strict=True)
-    expected = torch.cat([embed_pixels(model, *side, tiny().batch_extract) for side in sides])
-    assert torch.equal(extract_all(model, images, tiny()), expected)

@@ -93,9 +93,3 @@ def test_joint_batches_take_clusters_of_both_modalities_first(clusters, identiti
         assert drawn <= both or both <= drawn
         assert all((visible == c).sum() == 2 * (c in y_v) for c in drawn)
         assert all((infrared == c).sum() == 2 * (c in y_r) for c in drawn)
-
-
-def test_the_same_seed_draws_the_same_batches():
-    labels = world(np.random.default_rng(0), 5, 30)
-    runs = [draw(labels, labels, np.random.default_rng(7), 5, identities=3, instances=4) for _ in range(2)]
-    assert np.array_equal(np.array(runs[0]), np.array(runs[1]))
