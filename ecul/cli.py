@@ -14,17 +14,15 @@ from ecul.config import DATASETS, METHODS, Config
 from ecul.shell import arg, command, main, numbers, pair, parser
 
 __all__ = ["main", "parser"]
-POOLING = "how the model pools; needed where the file does not say: gem for ADCA and PGM, avg for AGW's base"
 VALIDATE = "hold out people (a fifth, or --option validation=0.1) and evaluate them every N epochs"
 FLAG: dict[str, Any] = {"action": "store_true"}
 PIXELS: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("H", "W")}
 PAIRS: dict[str, Any] = {"type": pair, "action": "append", "default": []}
-OPTION = "of open_dataset, such as trial=1; may be repeated"
 SKIPPING = arg("--skip-unreadable", **FLAG, help="leave out unreadable images, as a run that was trained so")
 DATASET = (
     arg("dataset", help="sysu, regdb, llcm, market, or folders (yours: root/visible and root/infrared)"),
     arg("root", help="the folder of the data set, as downloaded"),
-    arg("--option", **PAIRS, metavar="NAME=VALUE", help=OPTION),
+    arg("--option", **PAIRS, metavar="NAME=VALUE", help="of open_dataset, such as trial=1; may be repeated"),
     SKIPPING,
 )
 MODEL = (
@@ -41,8 +39,7 @@ PRESET = arg("--preset", choices=DATASETS, help="whose settings (default: the ru
 METHOD = arg("--method", choices=METHODS, help="the method (default: united)")
 RERANK = arg(
     "--rerank", nargs="?", const="k-reciprocal", choices=("k-reciprocal", "modality"),
-    help="(after the other arguments) re-rank by the neighbourhoods of queries and gallery together: "
-    "k-reciprocal (default), or modality, which counts both modalities alike",
+    help="(after the other arguments) re-rank by neighbours; modality counts both modalities alike",
 )  # fmt: skip
 
 
@@ -147,11 +144,10 @@ def compare(args: argparse.Namespace) -> None:
     arg("--top", type=int, default=10, help="answers in each (default: 10)"),
 )  # fmt: skip
 def report(args: argparse.Namespace) -> None:
-    from ecul.common.distributed import choose_device
     from ecul.report.page import report
 
-    options = {"root": args.root, "queries": args.queries, "top": args.top}
-    print(report(args.run_directory, **options, device=choose_device(args.device)))
+    options = {"root": args.root, "queries": args.queries, "top": args.top, "device": args.device}
+    print(report(args.run_directory, **options))
 
 
 @command(
@@ -203,7 +199,7 @@ def search(args: argparse.Namespace) -> None:
     arg("file", help="a .pth, .tar or .safetensors file; code in it is never run"),
     OUTPUT,
     arg("--size", **PIXELS, default=(288, 144), help="of its training images (default: 288 144)"),
-    arg("--pooling", choices=("gem", "avg"), default="file", help=POOLING),
+    arg("--pooling", choices=("gem", "avg"), default="file", help="gem for ADCA and PGM, avg for AGW's base"),
 )  # fmt: skip
 def import_(args: argparse.Namespace) -> None:
     from ecul.importers import import_checkpoint

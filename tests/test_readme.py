@@ -84,35 +84,30 @@ def test_every_file_that_a_page_names_is_there(page):
     assert len(named) > 3 and [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from a copy without the files that git ignores."""
-    folder = tmp_path_factory.mktemp("build")
-    source = folder / "source"
+def run(command, **options):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_the_wheel_is_complete_and_works_outside_the_repository(tmp_path):
+    """It is built from a copy without the files that git ignores."""
+    source = tmp_path / "source"
     for name in ("ecul", "kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     build = "from setuptools.build_meta import *; build_wheel('../dist'); build_sdist('../dist')"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return next((folder / "dist").glob("*.whl"))
-
-
-def test_wheel_and_source_distribution_are_complete(wheel):
+    run(["-c", build], cwd=source)
+    (wheel,) = (tmp_path / "dist").glob(f"ecul-{ecul.__version__}-*.whl")
+    assert len(list(wheel.parent.glob("*.tar.gz"))) == 1
     names = zipfile.ZipFile(wheel).namelist()
     expected = {f.relative_to(ROOT).as_posix() for f in (ROOT / "ecul").rglob("*.py")} | {"ecul/py.typed"}
     expected |= {f"ecul/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")}
     assert expected == {n for n in names if ".dist-info/" not in n}
     assert any(n.endswith("entry_points.txt") for n in names)
-    assert wheel.name.startswith(f"ecul-{ecul.__version__}-")
-    assert len(list(wheel.parent.glob("*.tar.gz"))) == 1
-
-
-def test_the_installed_wheel_works_outside_the_repository(wheel, tmp_path):
-    install = f"-m pip install --quiet --no-deps --no-index --target lib {wheel}"
-    subprocess.run([sys.executable, *install.split()], cwd=tmp_path, check=True, capture_output=True)
+    run(f"-m pip install --quiet --no-deps --no-index --target lib {wheel}".split(), cwd=tmp_path)
     code = """
 import sys
 sys.path.insert(0, "lib")
@@ -130,13 +125,8 @@ try:
 except ImportError as e:
     print(e)
 """
-    run = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "[0, 0, 0, 0, 0]",
-        "pictures need matplotlib: pip install 'ecul[plots]'",
-    ]
+    told = ["[0, 0, 0, 0, 0]", "pictures need matplotlib: pip install 'ecul[plots]'"]
+    assert run(["-c", code, str(tmp_path)], cwd=tmp_path) == told
 
 
 @pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="set up by scripts/setup")
