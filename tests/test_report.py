@@ -16,7 +16,7 @@ from ecul import MODALITIES, Dataset, evaluate, train
 from ecul.data import Images
 from ecul.labels import Labels, assign_labels
 from ecul.model import Backbone
-from ecul.report import report
+from ecul.report import pictures, report
 from ecul.report.measured import (
     Cluster,
     Embedded,
@@ -27,23 +27,6 @@ from ecul.report.measured import (
     measure_clusters,
     next_labels,
     ranked_rows,
-)
-from ecul.report.pictures import (
-    GAP,
-    HEIGHT,
-    LABEL,
-    MODALITY,
-    NEUTRAL,
-    RIGHT,
-    SIZE,
-    WIDTH,
-    WRONG,
-    Cell,
-    draw_curves,
-    draw_ranking,
-    draw_sheet,
-    panels_of,
-    short_name,
 )
 from ecul.run.saved import read_run
 from ecul.tools.search import FolderFeatures, Ranking
@@ -56,17 +39,12 @@ def run(dataset, tmp_path_factory):
     return train(dataset, tiny(), output=tmp_path_factory.mktemp("r") / "run")
 
 
-def pictures(folder):
-    """Every PNG there, decoded; each must show something."""
-    found = {file.name: np.asarray(Image.open(file).convert("RGB")) for file in folder.glob("*.png")}
-    assert all(picture.std() > 5 for picture in found.values())
-    return found
-
-
 def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
     page = report(run.output, dataset, queries=3, top=4, progress=False)
     assert page == run.output / "report" / "index.html"
-    assert set(pictures(page.parent)) == {f"{n}.png" for n in ("curves", "ranked", "clusters", "pairs")}
+    drawn = {file.name: np.asarray(Image.open(file)) for file in page.parent.glob("*.png")}
+    assert set(drawn) == {f"{name}.png" for name in ("curves", "ranked", "clusters", "pairs")}
+    assert all(picture.std() > 5 for picture in drawn.values())
     text = page.read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', text)
     assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
@@ -105,32 +83,30 @@ def test_images_without_identities_and_a_first_stage_alone(tmp_path):
     assert "Ranked lists" in text and "matches between" in text and "Accuracy" not in text
 
 
-def color_at(path, x, y):
-    """The colour of a sheet at a point in hundredths of an inch."""
-    return "#{:02x}{:02x}{:02x}".format(*Image.open(path).convert("RGB").getpixel((2 * x, 2 * y)))
-
-
 def test_frames_have_their_colours_and_images_their_places(tmp_path):
-    black, step = np.zeros((20, 10, 3), np.uint8), WIDTH + GAP
-    cells = [Cell(black, "a"), None, Cell(black + 90, "b", RIGHT), Cell(black + 200, "c", WRONG)]
-    draw_sheet(tmp_path / "sheet.png", [("query", cells)])
-    middle = GAP + HEIGHT // 2
-    for place, tone in enumerate(("#000000", "#ffffff", "#5a5a5a", "#c8c8c8")):
-        assert color_at(tmp_path / "sheet.png", LABEL + place * step + WIDTH // 2, middle) == tone
-    assert color_at(tmp_path / "sheet.png", LABEL + 2 * step - 1, middle) == RIGHT
-    assert color_at(tmp_path / "sheet.png", LABEL + 3 * step - 1, middle) == WRONG
+    black, step = np.zeros((20, 10, 3), np.uint8), pictures.WIDTH + pictures.GAP
+    right, wrong = (pictures.Cell(black + 90, "b", pictures.RIGHT), pictures.Cell(black, "c", pictures.WRONG))
+    pictures.draw_sheet(tmp_path / "sheet.png", [("query", [right, None, wrong])])
+    line = np.asarray(Image.open(tmp_path / "sheet.png"))[2 * pictures.GAP + pictures.HEIGHT, :, :3]
+    for place, tone, frame in (
+        (0, "5a5a5a", pictures.RIGHT),
+        (1, "ffffff", "#ffffff"),
+        (2, "000000", pictures.WRONG),
+    ):
+        left = 2 * (pictures.LABEL + place * step)
+        assert bytes(line[left + pictures.WIDTH]).hex() == tone and "#" + bytes(line[left - 2]).hex() == frame
 
 
 def test_curves_take_skipped_epochs_panels_without_values_and_one_epoch(tmp_path, monkeypatch):
     rows = [{"epoch": e, "stage": 1 + (e > 1), "loss_a": 1.0, "clusters_visible": e} for e in range(4)]
     rows[1] = {"epoch": 1, "stage": 1, "skipped": True, "clusters_visible": 1}
-    assert [panel.title for panel in panels_of(rows)] == ["losses", "clusters"]
+    assert [panel.title for panel in pictures.panels_of(rows)] == ["losses", "clusters"]
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
-    draw_curves(tmp_path / "curves.png", panels_of(rows), 2)
+    pictures.draw_curves(tmp_path / "curves.png", pictures.panels_of(rows), 2)
     losses, clusters = ([line.get_xdata() for line in axes.lines] for axes in drawn[0].axes)
     assert [list(x) for x in losses] == [[1, 3, 4], [2.5, 2.5]] and list(clusters[0]) == [1, 2, 3, 4]
-    draw_curves(tmp_path / "curves.png", panels_of(rows[:1]))
+    pictures.draw_curves(tmp_path / "curves.png", pictures.panels_of(rows[:1]))
     ticks = [tick for axes in drawn[1].axes for tick in axes.get_xticks()]
     assert ticks and all(tick == int(tick) for tick in ticks) and len(drawn[1].axes[0].lines) == 1
 
@@ -219,7 +195,7 @@ def test_answers_are_green_red_or_for_a_distractor_gray():
     blank = tuple(torch.zeros(len(side), 3, 4, 2, dtype=torch.uint8) for side in (gallery, query))
     table = Embedded((gallery, query), blank, around([0.1, 0.2, 0.3], [0.0, 0.0]))
     _, ((_, cells),) = ranked_rows(table, None, 2, 3)
-    assert [cell.color for cell in cells[2:]] == [RIGHT, WRONG, NEUTRAL]
+    assert [cell.color for cell in cells[2:]] == [pictures.RIGHT, pictures.WRONG, pictures.NEUTRAL]
 
 
 def test_a_run_does_not_choose_where_we_write(run, dataset, tmp_path):
@@ -245,7 +221,7 @@ def test_what_search_draws_fits_a_screen_and_takes_names_of_any_script(tmp_path)
     Image.new("RGB", (4, 8)).save(name)
     found = FolderFeatures(torch.zeros(30, 2), [name] * 30, "visible", [])
     ranking = Ranking(found, found, torch.arange(25).repeat(30, 1), torch.zeros(30, 25))
-    draw_ranking(tmp_path / "found.png", ranking)
+    pictures.draw_ranking(tmp_path / "found.png", ranking)
     width, height = Image.open(tmp_path / "found.png").size
     assert width < 2200 and 1500 < height < 2200  # five queries, at 200 dots an inch: a screen
 
@@ -270,9 +246,9 @@ def test_a_network_of_ones_own_is_given_in_python(dataset, tmp_path):
 
 
 def test_long_names_are_broken_and_keep_their_ends():
-    assert short_name("/a/b/" + "x" * 30 + ".jpg", 24) == "b\n…" + "x" * 23
-    assert short_name("people/gate/person (259).png") == "gate\nperson (259)"
-    assert short_name("3.png") == "3"
+    assert pictures.short_name("/a/b/" + "x" * 30 + ".jpg", 24) == "b\n…" + "x" * 23
+    assert pictures.short_name("people/gate/person (259).png") == "gate\nperson (259)"
+    assert pictures.short_name("3.png") == "3"
 
 
 def test_matches_are_shown_from_the_best_to_the_worst():
@@ -284,12 +260,12 @@ def test_matches_are_shown_from_the_best_to_the_worst():
     best = cosines[::-1]
     assert [label for label, _ in rows] == [f"match {n} of 6\ncosine {c:.3f}" for n, c in enumerate(best, 1)]
     for _, (*visible, gap, a, b, c) in rows:
-        assert gap is None and [cell.color for cell in visible] == [MODALITY["visible"]] * 3
-        assert [cell.color for cell in (a, b, c)] == [MODALITY["infrared"]] * 3
+        assert gap is None and [cell.color for cell in visible] == [pictures.MODALITY["visible"]] * 3
+        assert [cell.color for cell in (a, b, c)] == [pictures.MODALITY["infrared"]] * 3
 
 
 def test_images_are_shown_larger_than_the_network_gets_them(tmp_path):
-    original = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    original = np.random.default_rng(0).integers(0, 256, (*pictures.SIZE, 3), dtype=np.uint8)
     Image.fromarray(original).save(tmp_path / "a.png")
     images = Images.from_paths([tmp_path / "a.png"], "visible"), Images.from_paths([], "infrared")
     tiny = torch.zeros(1, 3, 4, 2, dtype=torch.uint8)

@@ -28,11 +28,6 @@ from ecul.report.pictures import Row
 from ecul.run.saved import SavedRun, read_run
 
 MOST_IMAGES = 600  # of the ranked lists
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; overflow-wrap: anywhere }
-img { max-width: 100% }
-td { padding-right: 1rem; vertical-align: top }
-"""
 
 
 def report(
@@ -53,8 +48,6 @@ def report(
         most = f"at most {MOST_IMAGES} images in all"
         raise ValueError(f"queries and top must be at least 1, with {most}, got {queries} and {top}")
     saved = read_run(run)
-    if not saved.history:
-        raise ValueError(f"{saved.directory}: the run has not finished an epoch yet")
     folder = saved.directory / "report"
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link; the report would be written to its target; remove it")
@@ -72,6 +65,9 @@ def report(
     for name, (title, text, rows) in sheets.items():
         pictures.draw_sheet(folder / f"{name}.png", rows)
         sections.append(section(title, text, folder / f"{name}.png"))
+    if "clusters" not in sheets:
+        told = "A modality has fewer than two clusters: there are none to show. See eps and min_samples."
+        sections.append(section("Clusters", told))
     stage = saved.history[-1]["stage"]
     second = saved.config.epochs_intra if stage == 2 else 0
     pictures.draw_curves(folder / "curves.png", pictures.panels_of(saved.history), second)
@@ -130,9 +126,12 @@ def render_page(title: str, subtitle: str, sections: Sequence[str]) -> str:
     title, subtitle, body = html.escape(title), html.escape(subtitle), "\n".join(sections)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{STYLE}</style></head>
-<body><h1>{title}</h1>
-<p>{subtitle}</p>
+<title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; overflow-wrap: anywhere }}
+img {{ max-width: 100% }}
+td {{ padding-right: 1rem; vertical-align: top }}
+</style></head>
+<body><h1>{title}</h1><p>{subtitle}</p>
 {body}
 </body></html>
 """

@@ -211,6 +211,8 @@ class SavedRun:
 def parse_run(directory: Path, metadata: Mapping[str, str]) -> SavedRun:
     """The run that the metadata of its resume.safetensors describe; call it in a block of `reading`."""
     about = json.loads(metadata["run"])
+    if not about["history"]:
+        raise ValueError("its history has no epoch")
     for number, row in enumerate(about["history"]):
         if row["epoch"] != number or row["stage"] not in (1, 2) or not all(map(isfinite, row.values())):
             raise ValueError(f"its history has no row of numbers for epoch {number}")

@@ -113,9 +113,8 @@ def _check_parameters(
     if identities + held_out > 9999:
         raise ValueError(f"identities + test_identities must be at most 9999, got {identities} + {held_out}")
     values = gap if isinstance(gap, Mapping) else dict.fromkeys(GAP, gap)
-    if not all(
-        name in GAP and isinstance(v, int | float | np.number) and 0 <= v <= 1 for name, v in values.items()
-    ):
+    in_range = all(isinstance(v, int | float | np.number) and 0 <= v <= 1 for v in values.values())
+    if not in_range or not values.keys() <= GAP.keys():
         named = ", ".join(GAP)
         raise ValueError(f"gap must be a number from 0 to 1, or such numbers by {named}, got {gap!r}")
     gap = {name: float(v) for name, v in gap.items()} if isinstance(gap, Mapping) else float(gap)
@@ -181,9 +180,8 @@ def _cameras_of(seed: int, pid: int) -> list[int]:
 def _write_job(root: Path, parameters: dict[str, Any], pid: int, camera: Camera) -> None:
     folder = root / f"cam{camera['camid']}" / f"{pid:04d}"
     folder.mkdir(parents=True)
-    images, size, gap = parameters["images"], parameters["size"], parameters["gap"]
-    pictures = render(parameters["seed"], pid, camera, images, size, gap)
-    for n, pixels in enumerate(pictures, 1):
+    asked = {name: parameters[name] for name in ("images", "size", "gap")}
+    for n, pixels in enumerate(render(parameters["seed"], pid, camera, **asked), 1):
         pillow().fromarray(pixels).save(folder / f"{n:04d}.jpg", quality=90)
 
 

@@ -94,12 +94,10 @@ def compare(
 
     Runs that differ in seed or trial alone are one row. Accuracy follows the published protocol. It needs the
     data set at its place in training or in `root`. Score and time come from the log. device: by default the
-    GPU when there is one. Errors: ValueError for a directory that is no run, or a run without an epoch.
+    GPU when there is one. Errors: ValueError for a directory that is no run.
     """
     groups: dict[str, list[SavedRun]] = {}
     for run in (read_run(path) for given in runs for path in find_trials(given)):
-        if not run.history:
-            raise ValueError(f"{run.directory}: the run has not finished an epoch yet")
         groups.setdefault(json.dumps(_settings(run)), []).append(run)
     if not groups:
         raise ValueError("runs: expected one or more run directories")
