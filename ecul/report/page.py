@@ -59,7 +59,12 @@ def report(
     trained = tested = Embedded.by(model, (dataset.visible, dataset.infrared), progress)
     if dataset.test_visible is not None and dataset.test_infrared is not None:
         tested = Embedded.by(model, (dataset.test_visible, dataset.test_infrared), progress)
-        sections += accuracy(dataset, tested)
+        if dataset.protocol is not None and tested.pids() is not None:
+            features = dict(zip(MODALITIES, tested.sides, strict=True))
+            told, table = evaluate(None, dataset, features=features, progress=False).cells()
+            sections.append(
+                section("Accuracy on the test images", f"{told}. It selected nothing.", table=table)
+            )
     sheets = {"ranked": ("Ranked lists", *ranked_rows(tested, dataset.protocol, queries, top))}
     sheets |= training_sheets(trained, saved, model)
     for name, (title, text, rows) in sheets.items():
@@ -79,15 +84,6 @@ def report(
     page = render_page(title, done, sections)
     write_file(folder / "index.html", page.encode("utf-8", "replace"))
     return folder / "index.html"
-
-
-def accuracy(dataset: Dataset, tested: Embedded) -> list[str]:
-    """A section with the protocol's figures; none without a protocol or without identities."""
-    if dataset.protocol is None or tested.pids() is None:
-        return []
-    features = dict(zip(MODALITIES, tested.sides, strict=True))
-    told, table = evaluate(None, dataset, features=features, progress=False).cells()
-    return [section("Accuracy on the test images", f"{told}. It selected nothing.", table=table)]
 
 
 def training_sheets(trained: Embedded, saved: SavedRun, model: Any) -> dict[str, tuple[str, str, list[Row]]]:

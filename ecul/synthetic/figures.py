@@ -107,19 +107,18 @@ def draw_tones(rng: np.random.Generator, channels: int) -> Tones:
     for name in ("upper", "lower"):
         dark = rng.uniform(0.08, 0.30)
         tones[name], tones[name + "2"] = rng.permutation([dark, dark + rng.uniform(0.5, 0.65)])
-    tints = {name: _tint(rng, tones[name], channels, 0.08 if name == "skin" else 0.4) for name in TONES}
-    return {name: tint.astype(np.float32) for name, tint in tints.items()}
+    return {name: _tint(rng, tones[name], channels, 0.08 if name == "skin" else 0.4) for name in TONES}
 
 
 def _tint(rng: np.random.Generator, brightness: float, channels: int, saturation: float) -> np.ndarray:
     """A colour of the given brightness (luma), as far from gray as `saturation` and [0, 1] allow."""
     if channels == 1:
-        return np.array([brightness])
+        return np.array([brightness], np.float32)
     chroma = rng.normal(size=3)
     chroma -= LUMA @ chroma  # luma 0
     chroma *= saturation / np.abs(chroma).max()
     room = np.where(chroma > 0, 1 - brightness, brightness) / np.abs(chroma)
-    return brightness + min(1.0, room.min()) * chroma
+    return (brightness + min(1.0, room.min()) * chroma).astype(np.float32)
 
 
 class Canvas(NamedTuple):

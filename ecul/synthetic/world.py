@@ -146,10 +146,7 @@ def _write_world(root: Path, parameters: dict[str, Any], progress: bool) -> None
     splits = _split(seed, parameters["identities"], parameters["test_identities"])
     jobs = [(pid, camid) for pid in sorted(sum(splits.values(), [])) for camid in _cameras_of(seed, pid)]
     cameras = {camid: draw_camera(seed, camid, gap) for camid in CAMERAS}
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        logs.progress(len(jobs), "render", "folder", progress) as bar,
-    ):
+    with ThreadPoolExecutor() as pool, logs.progress(len(jobs), "render", "folder", progress) as bar:
         for _ in pool.map(lambda job: _write_job(root, parameters, job[0], cameras[job[1]]), jobs):
             bar.update()
     (root / "exp").mkdir()
