@@ -22,7 +22,6 @@ from ecul.report.measured import (
     Embedded,
     choose_queries,
     cluster_rows,
-    ignored,
     match_rows,
     measure_clusters,
     next_labels,
@@ -59,10 +58,15 @@ def test_a_report_has_every_picture_and_needs_nothing_beside_it(run, dataset):
 def test_images_that_moved_are_asked_for_and_other_ones_are_refused(run, dataset, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run.output, copy, ignore=shutil.ignore_patterns("report"))
-    rewrite(copy / "resume.safetensors", lambda about, _: about["dataset"].update(root="/moved"))
+
+    def change(about, _):
+        about["dataset"]["root"], about["config"]["min_samples"] = "/moved", 500
+
+    rewrite(copy / "resume.safetensors", change)
     with pytest.raises(ValueError, match="no longer at /moved; --root"):
         report(copy)
-    assert report(copy, root=dataset.root, queries=1, top=1, progress=False).is_file()
+    page = report(copy, root=dataset.root, queries=1, top=1, progress=False)
+    assert "fewer than two clusters" in page.read_text()
     fewer = dataclasses.replace(dataset, visible=dataset.visible.subset(slice(1, None)))
     with pytest.raises(ValueError, match="not the one that .* visible_images is"):
         report(run.output, fewer, progress=False)
@@ -113,15 +117,6 @@ def test_curves_take_skipped_epochs_panels_without_values_and_one_epoch(tmp_path
 
 def pile(modality, camids, pids):
     return Images.from_array(np.zeros((len(camids), 4, 2), np.uint8), modality, camids, pids)
-
-
-def test_what_a_protocol_ignores_is_ignored():
-    query = pile("infrared", [3, 6, 1], [1, 1, 2])
-    gallery = pile("visible", [1, 2, 4, 2], [1, 1, 1, 2])
-    assert ignored("sysu", query, 0, gallery).tolist() == [False, True, False, True]
-    assert not ignored("sysu", query, 1, gallery).any() and not ignored("regdb", query, 0, gallery).any()
-    gallery = pile("visible", [1, 1, 2], [2, 1, 2])
-    assert ignored("llcm", query, 2, gallery).tolist() == [True, False, False]
 
 
 def test_queries_are_of_different_people_and_always_the_same_ones():
@@ -190,12 +185,14 @@ def test_clusters_are_measured_within_their_modality_and_shown_once_each():
     assert shown["least"] > {"4 infrared images", "3 infrared images"} and len(set(named)) == len(named)
 
 
-def test_answers_are_green_red_or_for_a_distractor_gray():
-    gallery, query = pile("visible", [1] * 3, [7, 8, -1]), pile("infrared", [3, 3], [-1, 7])
+def test_answers_are_green_red_or_for_a_distractor_gray_and_those_that_a_protocol_ignores_are_left_out():
+    gallery, query = pile("visible", [2, 1, 1, 1], [7, 7, 8, -1]), pile("infrared", [3, 3], [-1, 7])
     blank = tuple(torch.zeros(len(side), 3, 4, 2, dtype=torch.uint8) for side in (gallery, query))
-    table = Embedded((gallery, query), blank, around([0.1, 0.2, 0.3], [0.0, 0.0]))
-    _, ((_, cells),) = ranked_rows(table, None, 2, 3)
-    assert [cell.color for cell in cells[2:]] == [pictures.RIGHT, pictures.WRONG, pictures.NEUTRAL]
+    table = Embedded((gallery, query), blank, around([0.0, 0.1, 0.2, 0.3], [0.0, 0.0]))
+    for protocol, ignored in (("sysu", 1), ("llcm", 0), (None, 0)):
+        _, ((_, cells),) = ranked_rows(table, protocol, 2, 4)
+        colours = [pictures.RIGHT, pictures.RIGHT, pictures.WRONG, pictures.NEUTRAL][ignored:]
+        assert [cell.color for cell in cells[2:]] == colours
 
 
 def test_a_run_does_not_choose_where_we_write(run, dataset, tmp_path):

@@ -106,11 +106,15 @@ def next_labels(table: Embedded, saved: SavedRun, model: Any) -> Labels:
 def ranked_rows(table: Embedded, protocol: str | None, queries: int, top: int) -> tuple[str, list[Row]]:
     """Infrared queries and visible answers; what the protocol ignores is left out, as in evaluation."""
     (gallery, query), pids = table.images, table.pids()
+    rule = SCORING[protocol].ignored if protocol else None
     rows: list[Row] = []
     for index in choose_queries(query, queries):
         row = len(gallery) + index
         scores = (table.sides[0] @ table.features[row]).numpy()
-        counted = np.flatnonzero(~ignored(protocol, query, index, gallery))
+        counted = np.arange(len(gallery))
+        if rule is not None and pids is not None:
+            out = rule(pids[[row]], pids[: len(gallery)], query.camids[[index]], gallery.camids)
+            counted = np.flatnonzero(~out[0])
         best = counted[np.argsort(-scores[counted], kind="stable")[:top]]
         cells = [table.cell(row, pictures.INK, "query"), None]
         for rank, found in enumerate(best.tolist(), 1):
@@ -134,14 +138,6 @@ def choose_queries(images: Images, count: int) -> list[int]:
         drawn = drawn[images.pids[drawn] >= 0]  # without distractors
         drawn = drawn[np.sort(np.unique(images.pids[drawn], return_index=True)[1])]
     return drawn[:count].tolist()
-
-
-def ignored(protocol: str | None, query: Images, row: int, gallery: Images) -> np.ndarray:
-    """bool (len(gallery),): the answers that the protocol does not count for this query."""
-    rule = SCORING[protocol].ignored if protocol else None
-    if rule is None or query.pids is None or gallery.pids is None:
-        return np.zeros(len(gallery), bool)
-    return rule(query.pids[[row]], gallery.pids, query.camids[[row]], gallery.camids)[0]
 
 
 def cluster_rows(table: Embedded, clusters: Sequence[Cluster]) -> tuple[str, list[Row]]:
