@@ -13,7 +13,6 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from test_resume import CONFIG, DATASET, resume
 
 from ecul import TwoStreamResNet, open_dataset, train
@@ -21,7 +20,7 @@ from ecul.common.weights import read_tensors, write_tensors
 from ecul.importers import import_checkpoint
 from ecul.run.saved import find_run
 
-TRIED = {"json": 150, "bytes": 60, "metadata": 60, "lists": 120}
+TRIED = {"json": 150, "bytes": 60, "lists": 120}
 JUNK = [
     None, True, False, -1, 0, 3, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"),
     "", "x", "9" * 5000, "\x1b[2J", "../../etc", "\udc80", [], {}, [[]], {"a": {}}, [None] * 3, "[" * 5000,
@@ -90,16 +89,13 @@ def whole(tmp_path_factory):
 def test_what_a_run_says(whole, tmp_path):
     rng, file = np.random.default_rng(1), tmp_path / "resume.safetensors"
     tensors, metadata, _ = read_tensors(whole / file.name)
-    about, content = json.loads(metadata["run"]), (whole / file.name).read_bytes()
-    tensors = dict(list(tensors.items())[:1])
+    about, tensors = json.loads(metadata["run"]), dict(list(tensors.items())[:1])
     for _ in range(TRIED["json"]):
         text = json.dumps(mutated(about, rng)).replace('"' + "[" * 5000 + '"', "[" * 50_000)
         write_tensors(file, tensors, {"run": text})
         found = held(lambda: find_run(tmp_path), file.name)
         for row in found.history if found else []:
             assert row["stage"] in (1, 2) and all(map(np.isfinite, row.values()))
-        file.write_bytes(damaged(content[:5000], rng))
-        held(lambda: find_run(tmp_path), file.name)
 
 
 def test_the_bytes_of_every_file(whole, tmp_path):
@@ -116,21 +112,6 @@ def test_the_bytes_of_every_file(whole, tmp_path):
             file.write_bytes(damaged(content, rng))
             assert held(read, file.name) is None  # three numbers are no model
         file.write_bytes(content)
-
-
-def test_what_a_model_says(tmp_path):
-    rng = np.random.default_rng(3)
-    model = TwoStreamResNet(10, 2, input_size=(32, 16))
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    good = {"architecture": "TwoStreamResNet", "depth": "10", "width": "2", "non_local": "False"}
-    good["input_size"] = "[32, 16]"
-    for _ in range(TRIED["metadata"]):
-        odd = {k: v if isinstance(v, str) else json.dumps(v) for k, v in mutated(good, rng).items()}
-        save_file(state, file, {k: v.encode("utf-8", "replace").decode() for k, v in odd.items()})
-        found = held(lambda: TwoStreamResNet.from_pretrained(file), "model.safetensors")
-        assert found is None or found.settings["width"] == 2 and max(found.input_size) <= 9999
 
 
 @pytest.mark.parametrize("name", ["regdb", "llcm"])

@@ -49,6 +49,8 @@ def test_a_whole_run_goes_on(whole, run):
     [
         ("model.bottleneck.weight", None, "missing model.bottleneck.weight"),
         ("model.bottleneck.weight", torch.full((64,), torch.nan), "holds NaN or infinite numbers"),
+        ("model.bottleneck.weight", torch.ones(64, dtype=torch.complex64), "weight is torch.complex"),
+        ("model.bottleneck.weight", torch.ones(64, dtype=torch.bool), "bottleneck.weight is torch.bool"),
         ("optimizer.3.step", None, "does not fit this network.*unknown optimizer.3.exp_avg"),
         ("optimizer.3.step", torch.zeros(2), "optimizer.3.step is"),
         ("optimizer.1.exp_avg", torch.zeros(8, dtype=torch.uint8), "optimizer.1.exp_avg is torch.uint8"),

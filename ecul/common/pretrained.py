@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -150,31 +150,22 @@ def read_foreign(path: str | os.PathLike, wanted: Iterable[str]) -> dict[str, Te
     path, place = weights_file(path), ""
     content = read_weights(path)
     for _ in range(4):
-        if (name := _container(content)) is not None:
-            content, place = content[name], f"{place}{name}."
+        inner = {name: part for name, part in content.items() if isinstance(part, dict)}
+        states = [k for k, v in inner.items() if v and all(isinstance(value, Tensor) for value in v.values())]
+        if found := [name for name in (*CONTAINERS, *states) if name in inner]:
+            content, place = inner[found[0]], f"{place}{found[0]}."
     with reading(path):
         odd = [str(name) for name, value in content.items() if not is_weight(name, value)]
         if odd or not content:
             raise ValueError(f"it holds {f'{shorten(odd)}, no tensors of weights' if odd else 'no weights'}")
-    wanted = set(wanted)
-    hits = Counter(prefix for name in content for prefix, rest in _splits(name) if rest in wanted)
-    prefix = hits.most_common(1)[0][0] if hits else ""
+    wanted, hits = set(wanted), Counter({"": 0})
+    for name in content:
+        parts = name.split(".", 5)
+        for i in range(len(parts)):
+            hits[".".join([*parts[:i], ""])] += ".".join(parts[i:]) in wanted
+    prefix = hits.most_common(1)[0][0]
     others = [name for name in content if not name.startswith(prefix)]
     if place + prefix:
         left = shorten(others, 3) or "nothing"
         log.info("%s: the weights are behind %r; left out: %s", path, place + prefix, left)
     return {name.removeprefix(prefix): v for name, v in content.items() if name.startswith(prefix)}
-
-
-def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """ "a.b.c" as ("", "a.b.c"), ("a.", "b.c"), ("a.b.", "c")."""
-    parts = name.split(".", 5)
-    for i in range(len(parts)):
-        yield ".".join([*parts[:i], ""]), ".".join(parts[i:])
-
-
-def _container(content: Mapping) -> str | None:
-    """The name under which a dict holds a state dict, by custom or because it is the only one."""
-    inner = {name: part for name, part in content.items() if isinstance(part, dict)}
-    states = [k for k, v in inner.items() if v and all(isinstance(value, Tensor) for value in v.values())]
-    return next((name for name in (*CONTAINERS, *states) if name in inner), None)
