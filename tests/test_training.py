@@ -19,7 +19,7 @@ from ecul import Config, Dataset, TwoStreamResNet, evaluate, extract, open_datas
 from ecul.common import logs
 from ecul.kernels import memory_contrast
 from ecul.optim import build_model
-from ecul.run.saved import run_directory
+from ecul.run.saved import read_run, run_directory
 from ecul.streams import Backbone
 from ecul.training import train_batches
 
@@ -374,6 +374,8 @@ def test_a_run_of_no_epochs_warns_a_newcomer_and_leaves_the_starting_model(datas
     assert same(TwoStreamResNet.from_pretrained(tmp_path / "run"), run.model) and run.history == []
     caplog.clear()
     assert same(train(dataset, config, output=tmp_path / "run", resume=True).model, run.model)
+    with pytest.raises(ValueError, match="the run has not finished an epoch yet"):
+        read_run(tmp_path / "run")
     assert same(train(dataset, config.replace(seed=1, weights=str(tmp_path / "run"))).model, run.model)
     train(dataset, config, model=Pooled())
     assert "weights is None" not in caplog.text

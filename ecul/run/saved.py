@@ -211,16 +211,15 @@ class SavedRun:
 def parse_run(directory: Path, metadata: Mapping[str, str]) -> SavedRun:
     """The run that the metadata of its resume.safetensors describe; call it in a block of `reading`."""
     about = json.loads(metadata["run"])
-    if not about["history"]:
-        raise ValueError("its history has no epoch")
-    for number, row in enumerate(about["history"]):
+    history = list(about["history"])
+    for number, row in enumerate(history):
         if row["epoch"] != number or row["stage"] not in (1, 2) or not all(map(isfinite, row.values())):
             raise ValueError(f"its history has no row of numbers for epoch {number}")
     dataset = about["dataset"]
     kinds = {"dataset": str, "root": str | None, "options": dict}
     if not all(isinstance(dataset[name], kind) for name, kind in kinds.items()):
         raise ValueError("its data set has no name, root and options")
-    return SavedRun(directory, Config.from_dict(about["config"]), about["history"], dataset, about["model"])
+    return SavedRun(directory, Config.from_dict(about["config"]), history, dataset, about["model"])
 
 
 def find_run(path: str | Path) -> SavedRun | None:
@@ -233,10 +232,12 @@ def find_run(path: str | Path) -> SavedRun | None:
 
 
 def read_run(directory: str | Path) -> SavedRun:
-    """The run of a directory. Errors: ValueError for a directory that `train` did not write."""
+    """The run of a directory. Errors: ValueError for a directory without a run, or a run without an epoch."""
     run = find_run(Path(directory) / FILE)
     if run is None:
         raise ValueError(f"{directory} is no run directory: it has no {FILE}")
+    if not run.history:
+        raise ValueError(f"{directory}: the run has not finished an epoch yet")
     return run
 
 
