@@ -136,9 +136,10 @@ class TwoStream(Backbone):
         layers = _layers(built, input_size)
         ends = getattr(built, "default_cfg", {}).get("classifier") or ()  # where timm has a classifier
         classifier = (ends,) if isinstance(ends, str) else tuple(ends)
-        if name.startswith("torchvision:") and isinstance(layers[-1][1], nn.Linear):
-            classifier += (layers[-1][0],)
-            built.set_submodule(layers[-1][0], nn.Identity())
+        last = [*layers][-1]
+        if name.startswith("torchvision:") and isinstance(layers[last], nn.Linear):
+            classifier += (last,)
+            built.set_submodule(last, nn.Identity())
         self._wrap(built, input_size, name)
         self.classifier, self.stems = tuple(f"{end}." for end in classifier), tuple(_stem(layers))
         for stem in self.stems:
@@ -196,10 +197,10 @@ def row_size(network: nn.Module, size: tuple[int, int], mode: str, streams: int 
 
 def _build(name: str, size: tuple[int, int]) -> nn.Module:
     library, _, architecture = name.partition(":")
+    options: dict[str, Any] = {"pretrained": False, "num_classes": 0}
+    sized: dict[str, Any] = {"img_size": size}
     if library == "timm":
         from timm import create_model as build
-
-        options, sized = {"pretrained": False, "num_classes": 0}, {"img_size": size}
     elif library == "torchvision":
         from torchvision.models import get_model as build
 
@@ -215,22 +216,22 @@ def _build(name: str, size: tuple[int, int]) -> nn.Module:
         raise ValueError(f"backbone {name!r} cannot be built: {e}") from e
 
 
-def _layers(network: nn.Module, size: tuple[int, int]) -> list[tuple[str, nn.Module]]:
-    """The innermost layers that have weights, and their names, in the order in which images pass them."""
+def _layers(network: nn.Module, size: tuple[int, int]) -> dict[str, nn.Module]:
+    """The innermost layers that have weights, by name, in the order in which images pass them."""
     passed: dict[str, nn.Module] = {}
     watched = copy.deepcopy(network)
     for name, layer in watched.named_modules():
         if not any(layer.children()) and any(True for _ in layer.parameters()):
             layer.register_forward_hook(lambda m, *_, name=name: passed.setdefault(name, m) and None)
     row_size(watched, size, "evaluation")
-    return list(passed.items())
+    return passed
 
 
-def _stem(layers: list[tuple[str, nn.Module]]) -> Iterator[str]:
+def _stem(layers: dict[str, nn.Module]) -> Iterator[str]:
     """The names of the first layer and of the normalisation that follows it in the same module."""
-    (first, _), *rest = layers
+    first, *rest = layers
     yield first
-    for name, layer in rest:
-        if name.rpartition(".")[0] != first.rpartition(".")[0] or "Norm" not in type(layer).__name__:
+    for name in rest:
+        if name.rpartition(".")[0] != first.rpartition(".")[0] or "Norm" not in type(layers[name]).__name__:
             return
         yield name

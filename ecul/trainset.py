@@ -68,13 +68,12 @@ def load_images(dataset: Dataset, size: tuple[int, int], device: torch.device) -
     for side in sides:
         try:
             pixels.append(side.load(size))
+            warn_if_other(pixels[-1], side.modality)
         except ValueError as error:
             problems.append(f"{side.modality}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
     if distributed.rank() == 0:
-        for side, loaded in zip(sides, pixels, strict=True):
-            warn_if_other(loaded, side.modality)
         distributed.wait()
     needed = sum(p.numel() for p in pixels)
     on_device = device.type != "cuda" or needed <= torch.cuda.mem_get_info(device)[0] / 4
