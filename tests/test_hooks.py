@@ -180,6 +180,10 @@ def test_settings_come_back_from_a_file(world, tmp_path, capsys):
     third = read_run(tmp_path / "c")
     assert third.config == first.replace(seed=4) and third.dataset["options"]["validation"] == 0.3
     assert all(np.isfinite(row["validation_mAP"]) for row in third.history)
+    capsys.readouterr()
+    assert main(["evaluate", "sysu", world, "--model", str(tmp_path / "c"), "--device", "cpu"]) == 0
+    model, published = TwoStreamResNet.from_pretrained(tmp_path / "c"), open_dataset("sysu", world)
+    assert capsys.readouterr().out == f"{evaluate(model, published, progress=False)}\n"
     assert main(command("d", "--config", file, "--validate", "5")) == 0
     assert read_run(tmp_path / "d").dataset["options"]["validation"] == 0.2
     assert parser().parse_args(["check", "sysu", world]).option == []  # what one command adds is its own
