@@ -37,7 +37,7 @@ def unit_rows(features: torch.Tensor) -> torch.Tensor:
 
 def on_grid(values: torch.Tensor) -> torch.Tensor:
     """The nearest multiples of 2**-26."""
-    return torch.round(values * 2.0**26) / 2.0**26
+    return (values * 2.0**26).round_().div_(2.0**26)
 
 
 def exp(x: torch.Tensor) -> torch.Tensor:
