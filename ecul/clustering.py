@@ -1,6 +1,6 @@
 """Extended modality-camera clustering: labels from features, in memory linear in their number.
 
-ECUL, arXiv 2412.19134. `emcc` normalises the features (`unit_rows`) and calls the five steps below it in
+ECUL, arXiv 2412.19134. `emcc` normalises the features (`unit_rows`) and calls the four steps below it in
 their order. Sparse matrices are CSR arrays: `indptr` (N + 1,) and `indices` (nnz,) int64, columns ascending
 in a row, and `values`. Every function takes tensors on any device and returns tensors, or takes NumPy arrays
 and lists and returns NumPy. With `together`, the processes of torch.distributed share the work of a step; all
@@ -24,7 +24,7 @@ from ecul.common.density import Density
 from ecul.common.duplicates import distinct_rows, nearest_members, without_repeats
 from ecul.common.exact import exp, on_grid, unit_rows
 from ecul.common.sparse import CSR, STRIP_ROWS, product, spans, stacked
-from ecul.kernels import jaccard_neighbors, pair_similarity
+from ecul.kernels import pair_similarity
 from ecul.kernels._checks import check_csr
 from ecul.kernels._overlaps import ascending
 from ecul.kernels.jaccard import jaccard_pairs
@@ -88,8 +88,7 @@ def emcc(
     cameras, modalities = check_codes(cameras, modalities, points)
     if eps == 1:  # no distance is larger
         return torch.full((len(points),), 0 if len(points) >= min_samples else -1, device=points.device)
-    team = distributed.team(together)
-    bar = logs.progress(5, "emcc", "step", team.turn == 0)
+    bar = logs.progress(4, "emcc", "step", distributed.team(together).turn == 0)
     with bar, _threads_for(len(points) * points.numel()):
         points, group = distinct_rows(points)
         ranks = rank_neighbors(points, max(k1, k2, k3 or 0), together, group)
@@ -101,13 +100,8 @@ def emcc(
         bar.update()
         codes = 2 * cameras + modalities
         encodings, first = without_repeats(encodings, ranks, k3 or k2, codes, eps)
-        found = Density(first.bincount(minlength=len(first)).cpu().numpy(), min_samples)
-        for pairs in jaccard_pairs(encodings, eps, lambda: found.groups, team.turn, team.turns):
-            found.add(pairs.cpu().numpy())
-        if together:
-            found.join(first.device)
-        bar.update()
-        labels = found.labels().to(first.device)[first]
+        weights = first.bincount(minlength=len(first))
+        labels = dbscan(*encodings, eps, min_samples, together, weights)[first]
         bar.update()
     return labels
 
@@ -259,28 +253,34 @@ def _strips(table: torch.Tensor, together: bool) -> list[torch.Tensor]:
     return list((rows[distributed.share(len(table))] if together else rows).split(STRIP_ROWS))
 
 
-# The pairs of points whose encodings have Jaccard distance d <= eps: CSR (N, N) without values
-neighbor_graph = same_kind(jaccard_neighbors)
-
-
 @same_kind
-def dbscan(indptr: torch.Tensor, indices: torch.Tensor, min_samples: int = 4) -> torch.Tensor:
-    """DBSCAN labels from the graph of the pairs within eps, as scikit-learn's: (N,) int64, -1 = outlier.
+def dbscan(
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    eps: float = 0.6,
+    min_samples: int = 4,
+    together: bool = False,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """scikit-learn's DBSCAN under the Jaccard distance of the encodings: (N,) int64 labels, -1 = outlier.
 
     Clusters count from 0 in the order of their smallest core point; a point that is no core joins the
-    lowest-numbered cluster that reaches it. The work is done on the host.
+    lowest-numbered cluster that reaches it. The work on groups of points is done on the host.
 
     Args:
-        indptr, indices: CSR of a symmetric graph, (N + 1,) and (nnz,) integers, no pair twice. A point counts
-            as its own neighbour whether or not the graph says so.
-        min_samples: neighbours, the point included, that make a core point.
+        indptr, indices, values: encodings, CSR (N, N), as for `ecul.kernels.jaccard_neighbors`.
+        eps, min_samples, together: as in `emcc`.
+        weights: (N,) int64, how many equal points, all neighbours of each other, a point stands for.
     """
     check_sizes(min_samples=min_samples)
-    check_csr(indptr, indices)
-    size = len(indptr) - 1
-    found = Density(np.ones(size, int), min_samples)
-    pairs = np.stack([np.repeat(np.arange(size), indptr.diff().cpu().numpy()), indices.cpu().numpy()])
-    found.add(pairs[:, pairs[0] < pairs[1]])
+    team = distributed.team(together)
+    weights = torch.ones_like(indptr[1:]) if weights is None else weights
+    found = Density(weights.cpu().numpy(), min_samples)
+    for pairs in jaccard_pairs((indptr, indices, values), eps, lambda: found.groups, team.turn, team.turns):
+        found.add(pairs.cpu().numpy())
+    if together:
+        found.join(indptr.device)
     return found.labels().to(indptr.device)
 
 

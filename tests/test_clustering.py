@@ -19,7 +19,6 @@ from ecul.clustering import (
     dbscan,
     emcc,
     extend_encodings,
-    neighbor_graph,
     rank_neighbors,
     reciprocal_encodings,
     unit_rows,
@@ -201,21 +200,7 @@ def test_every_step_equals_its_part_of_the_oracle(seed, size, cameras, modalitie
     np.testing.assert_allclose(dense(*extended).sum(1), 1, atol=1e-6)
     distance = oracle_distance(dense(*extended))
     assume(np.abs(distance - 0.6).min() > 1e-6)
-    indptr, indices = neighbor_graph(*extended, eps=0.6)
-    np.testing.assert_array_equal(indptr, np.cumsum([0, *(distance <= 0.6).sum(1)]))
-    np.testing.assert_array_equal(indices, np.nonzero(distance <= 0.6)[1])
-
-
-@given(st.integers(0, 10**6), st.integers(0, 60), st.floats(0.3, 2), st.integers(1, 6), st.booleans())
-def test_dbscan_equals_scikit_learn_on_any_graph(seed, size, spread, min_samples, itself):
-    """Points on a line, shuffled: chains of them, with border points between two clusters."""
-    places = np.random.default_rng(seed).uniform(0, 1 + size * spread / 2, size)
-    near = np.abs(places[:, None] - places) < 1
-    expected = oracle_dbscan(1.0 - near, 0.5, min_samples) if size else []
-    near &= itself | ~np.eye(size, dtype=bool)
-    labels = dbscan(np.cumsum([0, *near.sum(1)]), np.nonzero(near)[1], min_samples)
-    assert labels.dtype == np.int64
-    np.testing.assert_array_equal(labels, expected)
+    np.testing.assert_array_equal(dbscan(*extended), oracle_dbscan(distance, 0.6, 4))
 
 
 @given(st.integers(0, 10**6), st.integers(0, 60), st.integers(1, 6), st.integers(1, 4), st.integers(0, 40))
@@ -352,15 +337,14 @@ def test_arrays_that_are_no_sparse_matrix_are_refused_before_they_crash(indptr, 
     indptr, indices = torch.tensor(indptr, dtype=torch.int64), torch.tensor(indices, dtype=torch.int64)
     values, ranks = torch.full((len(indices),), 0.5), torch.arange(3).repeat(3, 1)
     for call in (
-        lambda: dbscan(indptr, indices),
-        lambda: neighbor_graph(indptr, indices, values, 0.6),
+        lambda: dbscan(indptr, indices, values),
         lambda: extend_encodings(indptr, indices, values, ranks, k2=1, k3=2),
     ):
         with pytest.raises(ValueError, match=message):
             call()
     for odd in (-0.5, 2.0, float("nan")):
         with pytest.raises(ValueError, match="values must not be negative or NaN and sum to 1"):
-            neighbor_graph(torch.arange(4), torch.arange(3), torch.tensor([0.5, odd, 0.5]), 0.6)
+            dbscan(torch.arange(4), torch.arange(3), torch.tensor([0.5, odd, 0.5]))
 
 
 def test_the_default_dtype_of_torch_changes_nothing():
@@ -468,6 +452,6 @@ def test_labels_are_the_same_on_a_gpu(make):
 
 def test_each_step_alone_has_the_defaults_of_emcc():
     whole = inspect.signature(emcc).parameters
-    for step in (extend_encodings, neighbor_graph, dbscan):
+    for step in (extend_encodings, dbscan):
         own = inspect.signature(step).parameters.values()
         assert all(p.default == whole[p.name].default for p in own if p.default is not p.empty)

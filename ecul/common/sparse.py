@@ -1,6 +1,5 @@
 """Sparse matrices: weighted sums of rows, and strips of rows joined to CSR arrays."""
 
-import numpy as np
 import torch
 from scipy.sparse import csc_matrix
 from torch import Tensor
@@ -34,8 +33,8 @@ def product(
     one = csc_matrix((weights.numpy(), left.numpy()), left_shape)
     other = csc_matrix((values[place].numpy(), right.numpy()), right_shape)
     found = (one @ other).tocsr()  # by columns: the change to rows puts the columns in order
-    rows = np.arange(height).repeat(np.diff(found.indptr))
-    return torch.from_numpy(rows), torch.from_numpy(found.indices).long(), torch.from_numpy(found.data)
+    rows = torch.arange(height).repeat_interleave(torch.from_numpy(found.indptr).diff())
+    return rows, torch.from_numpy(found.indices).long(), torch.from_numpy(found.data)
 
 
 def spans(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:

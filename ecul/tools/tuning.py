@@ -9,14 +9,7 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES
-from ecul.clustering import (
-    dbscan,
-    extend_encodings,
-    neighbor_graph,
-    rank_neighbors,
-    reciprocal_encodings,
-    unit_rows,
-)
+from ecul.clustering import dbscan, extend_encodings, rank_neighbors, reciprocal_encodings, unit_rows
 from ecul.common import logs
 from ecul.common.arrays import as_tensor
 from ecul.config import Config
@@ -60,7 +53,7 @@ def tune(
             encodings = reciprocal_encodings(points, ranks, size)
             encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2=k2, k3=k3)
             for distance in distances:
-                labels = dbscan(*neighbor_graph(*encodings, eps=distance), min_samples=min_samples)
+                labels = dbscan(*encodings, eps=distance, min_samples=min_samples)
                 row = {"k1": size, "eps": distance, "clusters": count_clusters(labels)}
                 row |= {"outliers": int((labels < 0).sum()), "score": separation(points, labels)}
                 rows.append(row)

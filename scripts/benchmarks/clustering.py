@@ -75,9 +75,8 @@ def steps(features, cameras, modalities, device="cpu"):
     encodings = step("encodings", clustering.reciprocal_encodings, points, ranks, k1)
     codes = {"cameras": cameras, "modalities": modalities}
     extended = step("extension", clustering.extend_encodings, *encodings, ranks, **codes, k2=k2, k3=k3)
-    graph = step("neighbour graph", clustering.neighbor_graph, *extended, eps=DBSCAN["eps"])
-    labels = step("DBSCAN", clustering.dbscan, *graph, min_samples=DBSCAN["min_samples"])
-    return (ranks, encodings, extended, graph, labels), spent, held
+    labels = step("DBSCAN", clustering.dbscan, *extended, **DBSCAN)
+    return (ranks, encodings, extended, labels), spent, held
 
 
 def _compared(kind, size, dim, identities, device, n, beside, half=True):
@@ -105,7 +104,7 @@ def _ours(size, dim, identities, noise, device, n, half=True):
     reset_peak_memory(device)
     median, labels = seconds(lambda: clustering.emcc(features, *codes, **SIZES, **DBSCAN), device, n)
     peak = peak_memory(device)
-    (_, _, extended, _, _), _, _ = steps(features, *codes, device)
+    (_, _, extended, _), _, _ = steps(features, *codes, device)
     return {
         "seconds": median,
         "peak": peak,

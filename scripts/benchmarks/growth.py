@@ -32,5 +32,5 @@ def _measured(size):
     clustering.emcc(world(100, DIM, 5, NOISE["typical"])[0])
     before = peak_memory()
     features, *codes = world(size, DIM, size // 40, NOISE["typical"])
-    (_, _, extended, _, _), spent, held = steps(features, *codes)
+    (_, _, extended, _), spent, held = steps(features, *codes)
     return spent, {name: peak - before for name, peak in held.items()}, len(extended[1]) / size

@@ -13,6 +13,7 @@ from benchmarks.clustering import DBSCAN, SIZES, steps, world
 from benchmarks.table import apart, table_row
 from ecul import clustering
 from ecul.common.exact import unit_rows
+from ecul.kernels import jaccard_neighbors
 
 DIM, NOISE, SAMPLE = 64, 0.35, 40
 
@@ -32,7 +33,8 @@ def _measured(size):
     results, spent, held = steps(features, *codes)
     labels, non_zeros = results[-1].numpy(), len(results[2][1]) / size
     told = ", ".join(f"{name} {taken:.0f} s" for name, taken in spent.items())
-    equal = _compared(features, codes, *results[:-1], labels)
+    graph = jaccard_neighbors(*results[2], DBSCAN["eps"])
+    equal = _compared(features, codes, *results[:-1], graph, labels)
     checks = ", ".join(f"{name} {right} of {count}" for name, (right, count) in equal.items())
     found = f"{non_zeros:.0f} non-zeros a row, {labels.max() + 1} clusters, {(labels < 0).sum()} outliers"
     sizes = f"N={size}, D={DIM}, {found}; {told}; equal to the oracle: {checks}"
