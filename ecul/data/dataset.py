@@ -26,7 +26,7 @@ class Dataset:
 
     Each split is an `Images`. trial: RegDB's. subset: other counts than the published ones are allowed.
     extra: unexpected paths. options: the options of `open_dataset` that open the same data set again.
-    Errors: ValueError for an unknown protocol or a split of the other modality.
+    Errors: ValueError for an unknown protocol.
     """
 
     name: str
@@ -44,11 +44,6 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.protocol not in ("sysu", "regdb", "llcm", None):
             raise ValueError(f"protocol: expected 'sysu', 'regdb', 'llcm' or None, not {self.protocol!r}")
-        for name, images in self.splits().items():
-            if images.modality != name.removeprefix("test_"):
-                raise ValueError(
-                    f"{name}: expected {name.removeprefix('test_')} images, not {images.modality}"
-                )
 
     def splits(self) -> dict[str, Images]:
         """The existing splits, by name."""

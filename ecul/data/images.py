@@ -116,7 +116,7 @@ class Images:
         """All pixels as a (N, 3, H, W) uint8 tensor, resized to size = (H, W) with LANCZOS as published.
 
         The tensor may be a view of a memory map or of the array that was given: do not write to it.
-        ValueError names an image that is missing, or all that cannot be decoded.
+        FileNotFoundError names a missing image, ValueError all that cannot be decoded.
         """
         height, width = size
         return self.source.load(self.rows, (height, width), progress)

@@ -118,14 +118,9 @@ class Files:
             raise unreadable(problems, len(rows), self.advice)
 
     def _stamp(self, size: Size) -> str:
-        """The hash of the files' names, sizes and times; a ValueError names a missing image."""
-        sources = []
-        for name, path in zip(self.names, self.paths(), strict=True):
-            try:
-                entry = os.stat(path)
-            except OSError as error:
-                raise ValueError(f"missing image {str(path)!r}: {error.strerror}") from error
-            sources.append([name, entry.st_size, entry.st_mtime_ns])
+        """The hash of the files' names, sizes and times. Errors: FileNotFoundError with a missing image."""
+        entries = zip(self.names, map(os.stat, self.paths()), strict=True)
+        sources = [[name, entry.st_size, entry.st_mtime_ns] for name, entry in entries]
         made_of = json.dumps([list(size), "lanczos", sources]).encode()
         return hashlib.blake2b(made_of, digest_size=8).hexdigest()
 

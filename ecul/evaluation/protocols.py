@@ -109,10 +109,6 @@ class Results:
         """`cells` as "text", "markdown" or "latex"; as "csv" or "json" every figure, unrounded."""
         return render_table(form, *self.cells(), self.rows)
 
-    def to_dict(self) -> dict:
-        """A dictionary for `json.dumps`."""
-        return {"rows": self.rows}
-
     __str__ = table
 
 
