@@ -63,7 +63,7 @@ def test_sysu_reads_exactly_what_lies_there(tmp_path_factory, extra, data):
 
 
 def test_sysu_takes_irregular_folders(tmp_path):
-    root = layouts.sysu(tmp_path / "größe und leer", skip=[(1, 2)], count={(2, 1): 1}, images=2)
+    root = layouts.sysu(tmp_path / "größe und leer", images=2)
     os.rename(root / "cam1/0003/0001.jpg", root / "cam1/0003/b image.JPEG")
     for name in ("cam1/0003/Thumbs.db", "cam1/0003/.hidden.jpg", "cam4/0099/0001.jpg"):
         layouts.text(root / name, "x")
@@ -71,14 +71,12 @@ def test_sysu_takes_irregular_folders(tmp_path):
     os.symlink(tmp_path / "elsewhere", root / "cam5")
     os.symlink(root / "cam2/0003/0001.jpg", root / "cam2/0003/0003.jpg")
     dataset = open_dataset("sysu", root)
-    names = dataset.visible.names
-    assert "cam2/0001/0001.jpg" not in names and "cam1/0002/0002.jpg" not in names
-    own = [name for name in names if name.startswith("cam1/0003")]
-    assert own == ["cam1/0003/0002.jpg", "cam1/0003/b image.JPEG"]
-    assert "cam2/0003/0003.jpg" in names and "cam5/0003/0001.jpg" in names
-    assert set(dataset.extra) == {"cam1/0003/Thumbs.db", "cam4/0099"}
+    own = [name for name in dataset.visible.names if name[5:9] == "0003"]
+    assert own[:2] == ["cam1/0003/0002.jpg", "cam1/0003/b image.JPEG"] and "cam5/0003/0001.jpg" in own
+    assert dataset.extra == ("cam1/0003/Thumbs.db", "cam4/0099")
     loaded = dataset.visible.load(SIZE)
-    assert torch.equal(loaded[names.index("cam2/0003/0003.jpg")], loaded[names.index("cam2/0003/0001.jpg")])
+    link, target = (dataset.visible.names.index(f"cam2/0003/000{n}.jpg") for n in (3, 1))
+    assert torch.equal(loaded[link], loaded[target])
     assert dataset.check(decode=True).unreadable == []
 
 
@@ -155,19 +153,6 @@ def test_regdb_trials_differ(tmp_path):
             np.testing.assert_array_equal(pile.load(SIZE).permute(0, 2, 3, 1).numpy(), expected)
     infrared, visible = packs_in(root / ".ecul-pack")  # of both trials
     assert infrared.startswith("regdb-infrared-16x8-") and visible.startswith("regdb-visible-16x8-")
-
-
-def test_a_listed_image_may_be_missing(tmp_path):
-    root = layouts.regdb(tmp_path, trials=(1,))
-    path = root / "idx/test_thermal_1.txt"
-    path.write_text(path.read_text() + "Thermal/1/a name with spaces.bmp 0\n")
-    dataset = open_dataset("regdb", root)
-    assert dataset.test_infrared.names[-1] == "Thermal/1/a name with spaces.bmp"
-    report = dataset.check()
-    assert report.missing == [str(root / "Thermal/1/a name with spaces.bmp")]
-    assert any("1 images are missing" in error for error in report.errors)
-    with pytest.raises(FileNotFoundError, match="a name with spaces.bmp"):
-        dataset.test_infrared.load(SIZE)
 
 
 def test_lists_may_come_from_another_system(tmp_path):
@@ -270,15 +255,11 @@ def test_folders_open_by_name_and_open_again_by_their_options(tmp_path):
     assert away.options["infrared"] == str(night) and open_dataset("folders", away.root, **away.options)
     with pytest.raises(ValueError, match=r"(?s)missing folder visible in .*should hold visible/ and infr"):
         open_dataset("folders", tmp_path)
+    for pack, kept in ((True, True), (False, False), (tmp_path / "packs", str(tmp_path / "packs"))):
+        assert Dataset.from_folders(day, night, pack=pack).options["pack"] == kept
     for inside in (day, day / "gate", tmp_path):
         with pytest.raises(ValueError, match="expected two folders apart"):
             Dataset.from_folders(visible=day, infrared=inside)
-
-
-def test_the_option_pack_is_kept(tmp_path):
-    sides = layouts.folders(tmp_path)
-    for pack, kept in ((True, True), (False, False), (tmp_path / "packs", str(tmp_path / "packs"))):
-        assert Dataset.from_folders(*sides, pack=pack).options["pack"] == kept
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names, and have no pipes")
@@ -464,24 +445,19 @@ def test_exif_orientation_is_honoured(tmp_path, name):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_broken_metadata_makes_no_image_unreadable(tmp_path):
-    """Directories of EXIF with tags, types, counts and places drawn by chance."""
+    """EXIF of which the tags, types, counts and places are drawn by chance."""
     saved = io.BytesIO()
     Image.fromarray(layouts.noise("metadata")).save(saved, "JPEG")
     jpeg, rng = saved.getvalue(), np.random.default_rng(0)
-    expected = np.asarray(Image.open(saved))
-    tags = (0x10F, 0x11A, 0x128, 0x8769, 0x8825, 0xA005)
     for _ in range(300):
-        count = int(rng.integers(5))
-        entries = [
-            struct.pack("<HHI", rng.choice(tags), rng.integers(14), rng.choice([0, 1, 2, 100, 2**31]))
-            + (rng.bytes(4) if rng.random() < 0.5 else struct.pack("<I", rng.integers(60)))
-            for _ in range(count)
-        ]
-        body = struct.pack("<IH", 8, count) + b"".join(entries) + rng.bytes(30)
-        segment = b"Exif\0\0II*\0" + body[: rng.integers(1, len(body))]
-        harmed = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
-        (tmp_path / "a.jpg").write_bytes(harmed)
-        np.testing.assert_array_equal(load_pixels(tmp_path / "a.jpg", (12, 6)), expected)
+        body = struct.pack("<IH", 8, count := int(rng.integers(5)))
+        for _ in range(count):
+            tag, size = rng.choice([0x10F, 0x11A, 0x128, 0x8769, 0x8825, 0xA005]), rng.choice([1, 100, 2**31])
+            body += struct.pack("<HHII", tag, rng.integers(14), size, rng.integers(60))
+        segment = b"Exif\0\0II*\0" + (body + rng.bytes(30))[: rng.integers(1, 80)]
+        head = b"\xff\xe1" + struct.pack(">H", len(segment) + 2)
+        (tmp_path / "a.jpg").write_bytes(jpeg[:2] + head + segment + jpeg[2:])
+        np.testing.assert_array_equal(load_pixels(tmp_path / "a.jpg", (12, 6)), Image.open(saved))
 
 
 @pytest.mark.parametrize("kept", [500, 0])
@@ -557,21 +533,10 @@ def test_a_damaged_pack_is_written_again(packed):
         assert pack.read_bytes() == content
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_pack_is_moved_as_windows_demands_and_another_process_may_remove_it(packed, monkeypatch):
-    """Nobody has it open while it is renamed. Where it is gone again, the images are read directly."""
+def test_another_process_may_remove_the_pack(packed, monkeypatch):
     pile, root = packed
-    direct = open_dataset("sysu", root, pack=False).visible.load(SIZE)
-    real = os.replace
-
-    def moved_and_removed(source, target):
-        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.islink(link)]
-        assert str(source) not in links and str(source) not in Path("/proc/self/maps").read_text()
-        real(source, target)
-        os.remove(target)
-
-    monkeypatch.setattr(os, "replace", moved_and_removed)
-    assert torch.equal(pile.load(SIZE), direct)
+    monkeypatch.setattr(os, "replace", lambda source, target: os.remove(source))
+    assert torch.equal(pile.load(SIZE), open_dataset("sysu", root, pack=False).visible.load(SIZE))
 
 
 def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
@@ -658,11 +623,13 @@ def test_a_check_names_extra_missing_and_empty_files(tmp_path):
     dataset = open_dataset("sysu", root, subset=True)
     os.remove(root / "cam3/0001/0001.jpg")
     layouts.text(root / "cam1/0002/0002.jpg", "")
+    with pytest.raises(FileNotFoundError, match="cam3/0001/0001.jpg"):
+        dataset.infrared.load(SIZE)
     report = dataset.check()
     assert report.extra == ["cam1/0001/notes.txt"] and "cam1/0001/notes.txt" in report.warnings[0]
     assert report.missing == [str(root / "cam3/0001/0001.jpg")]
     assert report.unreadable == [str(root / "cam1/0002/0002.jpg")]
-    assert len(report.errors) == 2 and not report.ok
+    assert len(report.errors) == 2 and "infrared: 1 images are missing: " in report.errors[1]
     told = json.loads(json.dumps(report.to_dict()))
     assert told["ok"] is False and told["missing"] == report.missing and told["verdict"] == report.verdict
 
@@ -715,10 +682,8 @@ def test_all_of_an_array_in_its_own_size_is_no_copy():
     pixels = np.arange(4 * 16 * 8 * 3, dtype=np.int64).reshape(4, 16, 8, 3).astype(np.uint8)
     images = Images.from_array(pixels, "visible")
     assert np.shares_memory(images.load(SIZE).numpy(), pixels)
-    assert np.shares_memory(images.subset(slice(1, 3)).load(SIZE).numpy(), pixels)
-    assert torch.equal(images.subset(slice(1, 3)).load(SIZE), images.load(SIZE)[1:3])
+    assert np.shares_memory(images.subset(slice(1, 3)).load(SIZE).numpy(), pixels[1:3])
     assert not np.shares_memory(images.subset([1, 0]).load(SIZE).numpy(), pixels)
-    assert images.subset(slice(0, 0)).load(SIZE).shape == (0, 3, *SIZE)
     fixed = pixels.copy()
     fixed.flags.writeable = False  # as np.load(..., mmap_mode="r") gives them
     with warnings.catch_warnings():
