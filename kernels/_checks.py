@@ -11,14 +11,21 @@ INTEGERS: Dtypes = (torch.int64, torch.int32)
 WEIGHTS: Dtypes = (torch.float32, torch.float64)
 
 
-def check_matrix(name: str, tensor: Tensor, columns: int | None = None, dtypes: Dtypes = FLOATS) -> None:
-    """Require a matrix with this many columns, in one of these dtypes."""
-    _check_tensor(name, tensor, 2, columns, dtypes)
-
-
-def check_vector(name: str, tensor: Tensor, length: int | None = None, dtypes: Dtypes = LABELS) -> None:
-    """Require a vector of this length, in one of these dtypes."""
-    _check_tensor(name, tensor, 1, length, dtypes)
+def check_tensor(name: str, tensor: object, *shape: int | None, dtypes: Dtypes = FLOATS) -> None:
+    """Require a dense tensor of this shape, None for any size, in one of these dtypes."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch tensor; got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise ValueError(f"{name} must be a dense tensor with data; got {tensor.layout} on {tensor.device}")
+    if tensor.dim() != len(shape):
+        raise ValueError(f"{name} must have {len(shape)} dimension(s); got shape {tuple(tensor.shape)}")
+    wanted, got = shape[-1], tensor.shape[-1]
+    if wanted is not None and wanted != got:
+        what = "columns" if len(shape) == 2 else "entries"
+        raise ValueError(f"{name} must have {wanted} {what}, as the other arguments; got {got}")
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {names}; got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def check_number(name: str, value: object, integer: bool = False) -> None:
@@ -42,8 +49,8 @@ def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> 
     Values must not be negative, and each row must sum to 1 at most. SciPy and torch read these arrays without
     checks: with wrong offsets or columns they would read beyond the ends.
     """
-    check_vector("indptr", indptr, dtypes=INTEGERS)
-    check_vector("indices", indices, dtypes=INTEGERS)
+    check_tensor("indptr", indptr, None, dtypes=INTEGERS)
+    check_tensor("indices", indices, None, dtypes=INTEGERS)
     if len(indptr) == 0:
         raise ValueError("indptr must hold N + 1 offsets, a single 0 for no rows; got none")
     if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr.diff() < 0).any():
@@ -55,22 +62,7 @@ def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> 
         raise ValueError(f"indices must lie in 0..{len(indptr) - 2}, the rows; got {low}..{high}")
     if values is None:
         return
-    check_vector("values", values, len(indices), dtypes=WEIGHTS)
+    check_tensor("values", values, len(indices), dtypes=WEIGHTS)
     most = torch.segment_reduce(values, "sum", offsets=indptr.long()).max()
     if not ((values >= 0).all() and most <= 1.001):
         raise ValueError(f"values must not be negative or NaN and sum to 1 at most in a row; got {most}")
-
-
-def _check_tensor(name: str, tensor: object, dimensions: int, last: int | None, dtypes: Dtypes) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch tensor; got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
-        raise ValueError(f"{name} must be a dense tensor with data; got {tensor.layout} on {tensor.device}")
-    if tensor.dim() != dimensions:
-        raise ValueError(f"{name} must have {dimensions} dimension(s); got shape {tuple(tensor.shape)}")
-    if last is not None and tensor.shape[-1] != last:
-        what = "columns" if dimensions == 2 else "entries"
-        raise ValueError(f"{name} must have {last} {what}, as the other arguments; got {tensor.shape[-1]}")
-    if tensor.dtype not in dtypes:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be {wanted}; got {str(tensor.dtype).removeprefix('torch.')}")

@@ -1,8 +1,7 @@
 """Pairs of sparse rows that overlap by `least` or more: on a GPU. `_overlaps_cpu` does the same on the host.
 
-Measuring every pair is slow, so only candidates are measured on whole rows. There are two ways to find them.
-Sharing in the first entries, below, is fast if most columns belong to few rows. A dense product of sketches
-is fast if rows share columns with many others. The host chooses by the data. The GPU always takes the first.
+Measuring every pair is slow, so only candidates are measured on whole rows: pairs that share enough in their
+first entries. The host has a second way to find candidates, for rows that share columns with many others.
 
 First entries: put the columns of all rows in one order, rare columns first. Cut the end off each row, as long
 as the values there sum to at most `least - share`. Take two rows that overlap by `least`, and of them the row

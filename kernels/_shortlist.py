@@ -122,22 +122,23 @@ class Search:
         self.x, *x_norms = self.y, *y_norms
         if x is not y:
             self.x, *x_norms = round_rows(x, self.x_order, dtype, block, block_d)
-        unit = 2.0**-22 if dtype == torch.float16 else 2.0**-23
-        self.margin = largest_error(x_norms, y_norms, x.shape[1], unit)
+        (x_sizes, x_errors), (y_sizes, y_errors) = x_norms, y_norms
+        unit = 2.0**-22 if dtype == torch.float16 else 2.0**-23  # what a sum may lose for each product
+        lost = (x.shape[1] + 64) * unit * (y_sizes + y_errors).amax()
+        self.margin = x_errors * y_sizes.amax() + (x_sizes + x_errors) * (y_errors.amax() + lost)
         self.room = min(len(y), max(ROOM, 4 * k + 12 * k // team.turns))
         shape, kind = (len(self.x), self.room), dtype if dtype in COARSE else torch.float32
         self.bounds = self.margin.new_full(shape[:1], LOWEST).to(kind)
         self.lists, self.scores = (x.new_empty(shape, dtype=each) for each in (torch.int32, kind))
         self.counts = x.new_zeros(shape[:1], dtype=torch.int32)
 
-    def bound(self, start: int, products: Tensor) -> None:
-        """Bound the rows from `start` on by their products, (columns, rows), with a part of the columns.
+    def bound(self, rows: Tensor | slice, products: Tensor) -> None:
+        """Bound these rows by their products, (columns, rows), with a part of the columns.
 
         The bound is infinite if more columns would reach it than a list holds.
         """
         fold = max(1, len(products) // (MAXIMA * self.k))
         maxima = products[: len(products) // fold * fold].unflatten(0, (fold, -1)).amax(0).T.contiguous()
-        rows = slice(start, start + len(maxima))
         best = maxima.topk(self.k).values.float()  # of different columns
         bound = bounds(best, self.margin[rows], products.dtype)
         reached = (maxima >= bound[:, None]).sum(1) * (self.columns / len(products))
@@ -177,39 +178,26 @@ def whole(count: int, size: int) -> int:
 
 
 def round_rows(
-    matrix: Tensor, order: Tensor, dtype: torch.dtype, block: int = 1, block_d: int = 1
+    matrix: Tensor, order: Tensor, dtype: torch.dtype, block: int, block_d: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows in this order and dtype, with zeros up to whole blocks.
 
     A power of two scales the largest entry to 1 at most, which rounds nothing. Also returns the norms of the
-    rows before they are rounded, and of their errors.
+    rows before they are rounded, and of their errors; float32 loses squares of entries below 2**-63.
     """
     count, D = matrix.shape
     shape = whole(count, block), whole(D, block_d)
     rounded = torch.zeros(shape, dtype=dtype, device=matrix.device)
-    sizes, errors = torch.zeros(2, shape[0], dtype=torch.float32, device=matrix.device)
+    sizes, errors = torch.full((2, shape[0]), D**0.5 * 2.0**-63, device=matrix.device, dtype=torch.float32)
     largest = torch.stack(torch.aminmax(matrix)).float().abs().amax()
     scale = torch.exp2(-largest.clamp_min(1e-30).log2().ceil())
     portion = PORTION[matrix.device.type]
     for start in range(0, count, portion):
         rows = matrix[order[start : start + portion]].float().mul_(scale)
         part = slice(start, start + len(rows))
-        sizes[part] = rows.norm(dim=1)
-        errors[part] = rows.sub_(rounded[part, :D].copy_(rows)).norm(dim=1)
+        sizes[part] += rows.norm(dim=1)
+        errors[part] += rows.sub_(rounded[part, :D].copy_(rows)).norm(dim=1)
     return rounded, sizes, errors
-
-
-def largest_error(x_norms: list[Tensor], y_norms: list[Tensor], D: int, unit: float) -> Tensor:
-    """The largest difference between products of rounded and of original rows, for each row of x.
-
-    Norms: of the rows and of their errors, in float32, which loses squares of entries below 2**-63.
-    unit: what the sum may lose for each of D products.
-    """
-    lost = D**0.5 * 2.0**-63
-    (x_sizes, x_errors), (y_sizes, y_errors) = ([norm + lost for norm in m] for m in (x_norms, y_norms))
-    rounded_size = x_sizes + x_errors
-    margin = x_errors * y_sizes.amax() + rounded_size * y_errors.amax()
-    return margin + (D + 64) * unit * rounded_size * (y_sizes + y_errors).amax()
 
 
 def bounds(best: Tensor, margin: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -226,10 +214,9 @@ def shortlist(x: Tensor, y: Tensor, k: int, team: Team = ALONE) -> Shortlist:
     block, block_d = OPTIONS["BLOCK"], OPTIONS["BLOCK_D"]
     search = Search(x, y, k, team, torch.float16, block, block_d)
     rows, part = len(search.x), min(len(y), max(len(y) // PART, MAXIMA * k))
-    edges = rows * team.turn // team.turns, rows * (team.turn + 1) // team.turns
-    for strip in torch.arange(*edges).split(max(1, PRODUCTS // part)):
-        start, stop = int(strip[0]), int(strip[-1]) + 1
-        search.bound(start, product(search.y[:part], search.x[start:stop].T))
+    own = torch.arange(rows, device=x.device).tensor_split(team.turns)[team.turn]
+    for strip in own.split(max(1, PRODUCTS // part)):
+        search.bound(strip, product(search.y[:part], search.x[strip].T))
     search.join()
     matrices, tma = [search.x, search.y], has_tma()
     if tma:

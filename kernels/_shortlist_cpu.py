@@ -63,7 +63,7 @@ def _shortlist(x: Tensor, y: Tensor, k: int, team: Team, dtype: torch.dtype) -> 
     for strips in (early, own[len(early) :]):
         for start in strips:
             products = multiply(start, 0, part)
-            search.bound(start, products)
+            search.bound(slice(start, start + height), products)
             _list(search, products, start, 0)
             if symmetric and start >= part:
                 _list(search, products.T, 0, start)

@@ -7,7 +7,7 @@ Source: arXiv 2412.19134 (ECUL) and arXiv 2305.12673 (MBCCM). One function serve
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_matrix, check_number, check_vector
+from ._checks import LABELS, check_device, check_number, check_tensor
 from ._triton import jit, product, tl, use_triton
 
 HOTTEST = 1e6  # above this temperature float32 gives every slot the same weight
@@ -38,10 +38,10 @@ def memory_contrast(
             also a label that no slot carries, and features that are NaN or infinite. On CUDA the host does
             not wait: a device-side assertion reports such a label, and such features make the loss NaN.
     """
-    check_matrix("x", x)
-    check_matrix("bank", bank, columns=x.shape[1])
-    check_vector("bank_labels", bank_labels, length=bank.shape[0])
-    check_vector("labels", labels, length=x.shape[0])
+    check_tensor("x", x, None, None)
+    check_tensor("bank", bank, None, x.shape[1])
+    check_tensor("bank_labels", bank_labels, bank.shape[0], dtypes=LABELS)
+    check_tensor("labels", labels, x.shape[0], dtypes=LABELS)
     check_device(x.device, bank=bank, bank_labels=bank_labels, labels=labels)
     if bank.shape[0] == 0:
         raise ValueError("bank has no rows: there is nothing to contrast with")

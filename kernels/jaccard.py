@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ._checks import check_csr, check_device, check_number, check_vector
+from ._checks import LABELS, WEIGHTS, check_csr, check_device, check_number, check_tensor
 from ._overlaps import CSR, Groups, ascending, pairs_on_device
 from ._overlaps_cpu import pairs_on_host
 from ._triton import use_triton
@@ -38,9 +38,9 @@ def jaccard_neighbors(indptr: Tensor, indices: Tensor, values: Tensor, eps: floa
     check_number("eps", eps)
     if not 0 < eps <= 1:
         raise ValueError(f"eps must lie in (0, 1]; got {eps}")
-    check_vector("indptr", indptr)
-    check_vector("indices", indices)
-    check_vector("values", values, len(indices), dtypes=(torch.float32, torch.float64))
+    check_tensor("indptr", indptr, None, dtypes=LABELS)
+    check_tensor("indices", indices, None, dtypes=LABELS)
+    check_tensor("values", values, len(indices), dtypes=WEIGHTS)
     check_device(indptr.device, indices=indices, values=values)
     return _jaccard_neighbors(indptr, indices, values.detach(), float(eps))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ._checks import check_device, check_matrix, check_number, check_vector
+from ._checks import LABELS, check_device, check_number, check_tensor
 from ._triton import jit, rows_contiguous, tl, triton, use_triton
 
 RULES = ("sequential", "instance", "mean", "hard")
@@ -45,9 +45,9 @@ def momentum_update_(
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or range; on CPU tensors
             also a label beyond the bank. On CUDA the kernel asserts this, because the host does not wait.
     """
-    check_matrix("bank", bank)
-    check_matrix("x", x, columns=bank.shape[1])
-    check_vector("labels", labels, length=x.shape[0])
+    check_tensor("bank", bank, None, None)
+    check_tensor("x", x, None, bank.shape[1])
+    check_tensor("labels", labels, x.shape[0], dtypes=LABELS)
     check_device(bank.device, x=x, labels=labels)
     check_rule(momentum, rule)
     priority = None

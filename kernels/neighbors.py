@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_matrix, check_number
+from ._checks import check_device, check_number, check_tensor
 from ._shortlist import ALONE, Team, shortlist
 from ._shortlist_cpu import shortlist as shortlist_on_cpu
 from ._triton import REFERENCE, rows_contiguous, same_rows, use_triton
@@ -30,8 +30,8 @@ def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) ->
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, k out of range, features
             that are NaN or infinite.
     """
-    check_matrix("x", x)
-    check_matrix("y", y, columns=x.shape[1], dtypes=(x.dtype,))
+    check_tensor("x", x, None, None)
+    check_tensor("y", y, None, x.shape[1], dtypes=(x.dtype,))
     check_device(x.device, y=y)
     check_number("k", k, integer=True)
     if exclude_self and x.shape[0] != y.shape[0]:
@@ -46,20 +46,14 @@ def topk_similarity(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) ->
 
 @torch.no_grad()
 def topk_similarity_reference(
-    x: Tensor, y: Tensor, k: int, exclude_self: bool = False
+    x: Tensor, y: Tensor, k: int, exclude_self: bool = False, rows: Tensor | None = None, team: Team = ALONE
 ) -> tuple[Tensor, Tensor]:
-    """`topk_similarity` in plain torch: the specification."""
-    return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device), ALONE)
-
-
-def _by_strips(
-    x: Tensor, y: Tensor, k: int, exclude_self: bool, rows: Tensor, team: Team
-) -> tuple[Tensor, Tensor]:
-    """The k best for these rows of `x`.
+    """`topk_similarity` in plain torch, for these rows of `x` or for all: the specification.
 
     No product exceeds that of the norms. Rows of like norm are handled together, and columns whose norm
     is too small for a better product than the k found are left out: of nearly equal rows, most.
     """
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
     x_norms, y_norms = (torch.cat([part.double().norm(dim=1) for part in m.split(8192)]) for m in (x, y))
     rows = rows.tensor_split(team.turns)[team.turn]
     keys = torch.full((len(rows), k), NONE, dtype=torch.int64, device=x.device)
@@ -114,7 +108,7 @@ def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tup
     short |= ~((last >= torch.finfo(last.dtype).tiny) & last.isfinite())
     again = short.nonzero()[:, 0]
     if len(again):
-        values[again], indices[again] = _by_strips(x, y, k, exclude_self, again, team)
+        values[again], indices[again] = topk_similarity_reference(x, y, k, exclude_self, again, team)
     return values, indices
 
 
@@ -140,7 +134,7 @@ def topk_together(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) 
     if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
             return _search(x, y, k, exclude_self, team)
-    return _by_strips(x, y, k, exclude_self, torch.arange(len(x), device=x.device), team)
+    return topk_similarity_reference(x, y, k, exclude_self, team=team)
 
 
 @torch.library.custom_op("ecul::topk_similarity", mutates_args=())

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_matrix, check_vector
+from ._checks import LABELS, check_device, check_tensor
 from ._triton import jit, rows_contiguous, same_rows, tl, triton, use_triton
 
 X_ROWS, Y_ROWS = 8192, 4096  # rows of x and of y that the reference converts to float64 at a time
@@ -20,8 +20,8 @@ def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
     Args:
         x: (M, D) float32, bfloat16 or float16.
         y: (N, D), the same dtype; may be `x` itself.
-        rows: (P,) int64, rows of `x`, ascending unless y is x.
-        columns: (P,) int64, rows of `y`, no pair twice unless y is x. Negative ones are skipped.
+        rows: (P,) int64, rows of `x`.
+        columns: (P,) int64, rows of `y`. Negative ones are skipped.
 
     Returns:
         (P,) float64; minus infinity at negative columns.
@@ -29,10 +29,10 @@ def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
-    check_matrix("x", x)
-    check_matrix("y", y, columns=x.shape[1], dtypes=(x.dtype,))
-    check_vector("rows", rows)
-    check_vector("columns", columns, length=len(rows))
+    check_tensor("x", x, None, None)
+    check_tensor("y", y, None, x.shape[1], dtypes=(x.dtype,))
+    check_tensor("rows", rows, None, dtypes=LABELS)
+    check_tensor("columns", columns, len(rows), dtypes=LABELS)
     check_device(x.device, y=y, rows=rows, columns=columns)
     return _pair_similarity(x.detach(), y.detach(), rows, columns)
 
@@ -40,15 +40,11 @@ def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
 @torch.no_grad()
 def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`pair_similarity` in sampled products, a block of rows and columns at a time: the CPU path."""
-    if not same_rows(x, y):
-        return _by_blocks(x, y, rows, columns)
-    pairs = torch.stack([torch.minimum(rows, columns), torch.maximum(rows, columns)])
-    key = torch.where(columns < 0, -1, pairs[0] * len(x) + pairs[1])
-    once, place = key.unique(return_inverse=True)  # the pairs (i, j) and (j, i) are computed once
-    return _by_blocks(x, y, once // max(1, len(x)), torch.where(once < 0, -1, once % max(1, len(x))))[place]
-
-
-def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    size, first, second = max(1, len(y)), rows, columns
+    if same_rows(x, y):  # the pairs (i, j) and (j, i) are computed once
+        first, second = torch.minimum(rows, columns), torch.maximum(rows, columns)
+    once, place = torch.where(columns < 0, -1, first * size + second).unique(return_inverse=True)
+    rows, columns = once // size, once.remainder(size).masked_fill(once < 0, -1)
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
     buffer = y.new_empty((min(Y_ROWS, y.shape[0]), y.shape[1]), dtype=torch.float64)
     for x_first in range(0, len(x), X_ROWS):
@@ -66,7 +62,7 @@ def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
                 pattern = torch.sparse_csr_tensor(*listed, (len(wide), len(y_part)), check_invariants=False)
                 y_wide = buffer[: len(y_part)].copy_(y_part)
                 out[part] = torch.sparse.sampled_addmm(pattern, wide, y_wide.T, beta=0.0).values()
-    return out
+    return out[place]
 
 
 @jit

@@ -218,33 +218,6 @@ def test_refuses(change, message):
         memory_contrast(**{**arguments, **change})
 
 
-@pytest.mark.parametrize("dtype", [FULL, BRAIN, HALF])
-@pytest.mark.parametrize(
-    "device",
-    [pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=pytest.mark.gpu)],
-)
-def test_passes_opcheck(device, dtype):
-    x, *rest = world(20, 30, 16, 5, dtype, device=device)
-    torch.library.opcheck(contrast._memory_contrast, (x.requires_grad_(), *rest, TEMPERATURE, True))
-
-
-def test_compiles_into_one_graph(device):
-    backend = "inductor" if device == "cuda" else "aot_eager"
-    arguments = world(20, 30, 16, 5, device=device)
-    want = loss_and_gradient(memory_contrast, *arguments)
-    got = loss_and_gradient(torch.compile(memory_contrast, fullgraph=True, backend=backend), *arguments)
-    torch.testing.assert_close(got, want)
-
-
-@pytest.mark.gpu
-def test_agrees_with_the_reference_at_scale():
-    arguments = world(384, 34167, 2048, 400, BRAIN, BRAIN, "cuda")
-    got = loss_and_gradient(memory_contrast, *arguments)
-    want = loss_and_gradient(memory_contrast_reference, *arguments)
-    assert worst(got[0], want[0]) < 1e-4
-    assert worst(got[1], want[1]) < 1e-2 * want[1].abs().max()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [FULL, BRAIN, HALF])
 def test_broken_features_make_the_loss_nan_on_a_gpu(dtype):
