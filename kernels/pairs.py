@@ -20,8 +20,8 @@ def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
     Args:
         x: (M, D) float32, bfloat16 or float16.
         y: (N, D), the same dtype; may be `x` itself.
-        rows: (P,) int64, rows of `x`.
-        columns: (P,) int64, rows of `y`. Negative ones are skipped.
+        rows: (P,) int64, rows of `x`, ascending unless y is x.
+        columns: (P,) int64, rows of `y`, no pair twice unless y is x. Negative ones are skipped.
 
     Returns:
         (P,) float64; minus infinity at negative columns.
@@ -40,11 +40,14 @@ def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tens
 @torch.no_grad()
 def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`pair_similarity` in sampled products, a block of rows and columns at a time: the CPU path."""
-    size, first, second = max(1, len(y)), rows, columns
-    if same_rows(x, y):  # the pairs (i, j) and (j, i) are computed once
-        first, second = torch.minimum(rows, columns), torch.maximum(rows, columns)
-    once, place = torch.where(columns < 0, -1, first * size + second).unique(return_inverse=True)
-    rows, columns = once // size, once.remainder(size).masked_fill(once < 0, -1)
+    if not same_rows(x, y):
+        return _by_blocks(x, y, rows, columns)
+    key, size = torch.minimum(rows, columns) * len(x) + torch.maximum(rows, columns), max(1, len(x))
+    once, place = torch.where(columns < 0, -1, key).unique(return_inverse=True)  # (i, j) and (j, i) once
+    return _by_blocks(x, y, once // size, torch.where(once < 0, -1, once % size))[place]
+
+
+def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
     buffer = y.new_empty((min(Y_ROWS, y.shape[0]), y.shape[1]), dtype=torch.float64)
     for x_first in range(0, len(x), X_ROWS):
@@ -62,7 +65,7 @@ def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tenso
                 pattern = torch.sparse_csr_tensor(*listed, (len(wide), len(y_part)), check_invariants=False)
                 y_wide = buffer[: len(y_part)].copy_(y_part)
                 out[part] = torch.sparse.sampled_addmm(pattern, wide, y_wide.T, beta=0.0).values()
-    return out[place]
+    return out
 
 
 @jit

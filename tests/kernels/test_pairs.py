@@ -13,8 +13,8 @@ def on_grid(rows, features, seed, device="cpu"):
 
 
 def some_pairs(count, rows, columns, device="cpu"):
-    """Pairs in any order, some twice, a column in nine negative."""
-    pair = torch.randint(rows * columns, (count,), generator=torch.Generator().manual_seed(3))
+    """Different pairs, their rows ascending, a column in nine negative."""
+    pair = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(3))[:count].sort().values
     column = (pair % columns).masked_fill(torch.arange(count) % 9 == 4, -1)
     return (pair // columns).to(device), column.to(device)
 
