@@ -50,6 +50,7 @@ def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tenso
 def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
     buffer = y.new_empty((min(Y_ROWS, y.shape[0]), y.shape[1]), dtype=torch.float64)
+    shared = same_rows(x, y)  # then rows of x that are wide already serve as rows of y
     for x_first in range(0, len(x), X_ROWS):
         wide = x[x_first : x_first + X_ROWS].double()
         offsets = torch.arange(x_first, x_first + len(wide) + 1, device=rows.device)
@@ -63,7 +64,8 @@ def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch calls CSR beta
                 pattern = torch.sparse_csr_tensor(*listed, (len(wide), len(y_part)), check_invariants=False)
-                y_wide = buffer[: len(y_part)].copy_(y_part)
+                inside = wide[y_first - x_first :][: len(y_part) if shared and y_first >= x_first else 0]
+                y_wide = inside if len(inside) == len(y_part) else buffer[: len(y_part)].copy_(y_part)
                 out[part] = torch.sparse.sampled_addmm(pattern, wide, y_wide.T, beta=0.0).values()
     return out
 
