@@ -123,8 +123,9 @@ def test_the_pixels_are_those_of_version_2(gap, expected):
     assert synthetic.VERSION == 2 and (pixels * signs).sum() == pytest.approx(expected, abs=50)
 
 
-def test_worlds_of_different_gaps_have_people_in_common_and_no_image(world, tmp_path):
-    synthesize(tmp_path / "w", **SMALL, gap=0.5)
+@pytest.mark.parametrize("gap", [{"alike": 1.0}, {"slope": 1.0}])  # of people, of cameras
+def test_worlds_of_different_gaps_have_people_in_common_and_no_image(gap, world, tmp_path):
+    synthesize(tmp_path / "w", **SMALL, gap=gap)
     wide, none = files(tmp_path / "w"), files(world)
     same = [name for name, path in wide.items() if path.read_bytes() == none[name].read_bytes()]
     assert same == ["exp/test_id.txt", "exp/train_id.txt", "exp/val_id.txt"]
