@@ -10,7 +10,6 @@ ECUL: https://arxiv.org/abs/2412.19134, MBCCM: https://arxiv.org/abs/2305.12673,
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import cycle
 
 import numpy as np
@@ -38,9 +37,6 @@ class Batch:
     visible: torch.Tensor
     infrared: torch.Tensor
 
-    def __len__(self) -> int:
-        return sum(self.sizes)
-
     @property
     def sizes(self) -> list[int]:
         """How many positions view 1, view 2 and infrared have."""
@@ -52,14 +48,11 @@ class Batch:
         parts = {"visible": (slice(border), 2), "infrared": (slice(border, None), 1)}
         return parts[modality] if modality else (slice(None), 3)
 
-    @cached_property
-    def rows(self) -> torch.Tensor:
-        """(2V + R,) int64: the training image at each position."""
-        return torch.cat([self.visible, self.visible, self.infrared])
-
-    def paired(self, modality: str) -> torch.Tensor:
-        """(3V,) int64: the image of this modality in the matched pair of each position."""
-        return (self.visible if modality == "visible" else self.infrared).repeat(3)
+    def images(self, paired: str | None = None) -> torch.Tensor:
+        """(2V + R,) int64: each position's training image; paired: its pair's image of this modality."""
+        if paired is None:
+            return torch.cat([self.visible, self.visible, self.infrared])
+        return (self.visible if paired == "visible" else self.infrared).repeat(3)
 
 
 def make_batches(

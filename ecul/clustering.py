@@ -150,9 +150,6 @@ def reciprocal_encodings(
         ranks: (N, >= min(k1, N)) int64 from `rank_neighbors`.
         k1: size of the neighbourhoods that must be mutual.
         group: as in `rank_neighbors`.
-
-    Returns:
-        indptr, indices, values.
     """
     check_sizes(k1=k1)
     group = torch.arange(len(points), device=points.device) if group is None else group
@@ -202,15 +199,12 @@ def extend_encodings(
 
     `V'_i = mean over modalities (mean over their cameras (mean over the camera's members j of V_j))`, over
     those present among the k3 nearest of i; k3=None: the mean over the k2 nearest, cameras unused.
-    [P] Two sizes, aware of cameras and modalities. [R] This averaging of them.
+    Sums are float64, rounded once. [P] Two sizes, aware of cameras and modalities. [R] This averaging.
 
     Args:
         indptr, indices, values: encodings, CSR (N, N).
         ranks: (N, >= min(k3 or k2, N)) int64 from `rank_neighbors`.
         cameras, modalities, k2, k3: as in `emcc`.
-
-    Returns:
-        indptr, indices, values; sums are float64, rounded once.
     """
     check_sizes(k2=k2, k3=k3)
     check_csr(indptr, indices, values)

@@ -66,10 +66,7 @@ class Labels:
         return None if self.mutual else self.match
 
     def across(self, modality: str) -> torch.Tensor:
-        """(N,) int64: each image's cluster of this modality: its own, or its cluster's match; -1 = none.
-
-        For mutual matches, where a cluster has one match at most.
-        """
+        """(N,) int64: an image's own cluster or, in the other modality, its mutual match; -1 = none."""
         assert self.match is not None
         match = self.match if modality == "visible" else self.match.T  # other x this
         of = np.append(np.where(match.any(1), match.argmax(1), -1), -1)

@@ -74,9 +74,8 @@ def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optim
 
 def set_lr(optimizer: torch.optim.Optimizer, config: Config, epoch: int) -> None:
     """Step decay: the rate is multiplied by lr_gamma at each milestone reached."""
-    lr = config.lr * config.lr_gamma ** sum(epoch >= m for m in config.lr_milestones)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    reached = sum(epoch >= milestone for milestone in config.lr_milestones)
+    optimizer.param_groups[0]["lr"] = config.lr * config.lr_gamma**reached
 
 
 def uses_bf16(config: Config, device: torch.device) -> bool:

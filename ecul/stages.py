@@ -40,14 +40,11 @@ class Contrast:
 
     def loss(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         part, views = batch.part(self.modality)
-        return self.weight * (views * self.memory(x[part], self.labels[self._images(batch)[part]]))
+        return self.weight * (views * self.memory(x[part], self.labels[batch.images(self.paired)[part]]))
 
     def update(self, x: torch.Tensor, batch: Batch) -> None:
         part, _ = batch.part(self.modality)
-        self.memory.update(x[part], self.slots[self._images(batch)[part]], self.generator)
-
-    def _images(self, batch: Batch) -> torch.Tensor:
-        return batch.rows if self.paired is None else batch.paired(self.paired)
+        self.memory.update(x[part], self.slots[batch.images(self.paired)[part]], self.generator)
 
 
 @dataclass(frozen=True)
@@ -125,11 +122,7 @@ def make_terms(
 
 
 def _agnostic(term: Contrast, weight: float, labels: Labels) -> Contrast:
-    """A term on a copy of this one's memory for the features of both modalities.
-
-    An image is labelled by its own cluster or that one's match where matches are one to one, else by its
-    pair in the batch.
-    """
+    """A term on a copy of this one's memory for both modalities, labelled as `Labels.mutual` says."""
     modality, memory = str(term.modality), copy.deepcopy(term.memory)
     shared = replace(term, name=f"agnostic_{modality}", weight=weight, memory=memory, modality=None)
     if labels.pairing is not None:

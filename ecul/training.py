@@ -182,7 +182,7 @@ def train_batches(
             term.update(x, batch)
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach()
-        steps, views = steps + 1, views + len(batch)
+        steps, views = steps + 1, views + len(x)
     for buffer in forward.buffers():
         distributed.broadcast(buffer)
     return {f"loss_{name}": float(value) / steps for name, value in totals.items()} | {"images": views}

@@ -4,15 +4,12 @@ Row i of every (N, ...) table of an epoch - features, labels, cameras, modalitie
 the visible ones come first, so that `table[:num_visible]` is theirs.
 """
 
-import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from ecul import MODALITIES
 from ecul.common import distributed
 from ecul.data.dataset import Dataset
 from ecul.features import warn_if_other
@@ -81,13 +78,3 @@ def load_images(dataset: Dataset, size: tuple[int, int], device: torch.device) -
     cameras = torch.from_numpy(np.concatenate([side.camids for side in sides])).to(device)
     pids = [side.pids for side in sides if side.pids is not None]
     return TrainImages((visible, infrared), cameras, np.concatenate(pids) if len(pids) == 2 else None)
-
-
-def dataset_fingerprint(dataset: Dataset) -> dict:
-    """What a run knows its data set by: its name, numbers of images, a hash of names and cameras."""
-    digest = hashlib.sha256()
-    for m in MODALITIES:
-        images = getattr(dataset, m)
-        digest.update(os.fsencode("\n".join(images.names)) + images.camids.tobytes())
-    counts = {f"{m}_images": len(getattr(dataset, m)) for m in MODALITIES}
-    return {"dataset": dataset.name, **counts, "names_and_cameras": digest.hexdigest()[:16]}

@@ -1,7 +1,6 @@
 """The kernels of the library; each file holds one, beside the torch reference that specifies it.
 
-CUDA tensors go through Triton, CPU tensors through the references; `ECUL_KERNELS=reference` in the
-environment sends everything through the references (see `_triton.py`).
+`_triton.py` says which tensors go through Triton, and which through the references.
 """
 
 from .contrast import memory_contrast, memory_contrast_reference

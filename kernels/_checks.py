@@ -43,8 +43,8 @@ def check_device(device: torch.device, **tensors: Tensor) -> None:
             raise ValueError(f"{name} must be on {device}, as the other tensors are; got {tensor.device}")
 
 
-def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> None:
-    """Require a sparse (N, N) matrix in CSR form: offsets (N + 1,), columns (nnz,), values (nnz,) if given.
+def check_csr(indptr: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Require a sparse (N, N) matrix in CSR form: offsets (N + 1,), columns (nnz,), values (nnz,).
 
     Values must not be negative, and each row must sum to 1 at most. SciPy and torch read these arrays without
     checks: with wrong offsets or columns they would read beyond the ends.
@@ -60,8 +60,6 @@ def check_csr(indptr: Tensor, indices: Tensor, values: Tensor | None = None) -> 
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= len(indptr) - 1:
         raise ValueError(f"indices must lie in 0..{len(indptr) - 2}, the rows; got {low}..{high}")
-    if values is None:
-        return
     check_tensor("values", values, len(indices), dtypes=WEIGHTS)
     most = torch.segment_reduce(values, "sum", offsets=indptr.long()).max()
     if not ((values >= 0).all() and most <= 1.001):

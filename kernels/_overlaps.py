@@ -1,7 +1,7 @@
 """Pairs of sparse rows that overlap by `least` or more: on a GPU. `_overlaps_cpu` does the same on the host.
 
 Measuring every pair is slow, so only candidates are measured on whole rows: pairs that share enough in their
-first entries. The host has a second way to find candidates, for rows that share columns with many others.
+first entries. That is slow on the host if rows share columns with many others, so the host has a second way.
 
 First entries: put the columns of all rows in one order, rare columns first. Cut the end off each row, as long
 as the values there sum to at most `least - share`. Take two rows that overlap by `least`, and of them the row

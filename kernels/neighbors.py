@@ -79,12 +79,6 @@ def topk_similarity_reference(
     return team.join(values), team.join(indices)
 
 
-def _require_finite(**matrices: Tensor) -> None:
-    for name, matrix in matrices.items():
-        if matrix.numel() and not torch.stack(torch.aminmax(matrix)).isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinite features")
-
-
 NONE = torch.iinfo(torch.int64).min  # the key of no pair
 LISTED = 2**21  # entries of short lists whose exact products are held at a time
 
@@ -130,7 +124,9 @@ def _ranked(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def topk_together(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tuple[Tensor, Tensor]:
     """`topk_similarity` by a team: all give equal arguments and get the whole result."""
-    _require_finite(x=x, y=y)
+    for name, matrix in (("x", x), ("y", y)):
+        if matrix.numel() and not torch.stack(torch.aminmax(matrix)).isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite features")
     if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
             return _search(x, y, k, exclude_self, team)

@@ -110,11 +110,11 @@ def test_the_table_across_is_ones_own_cluster_or_its_match(labels):
 def test_agnostic_losses_of_mutual_matches_equal_cross_entropy(images, labels):
     labels, features = labels
     batch, config = first_batch(labels, images, weight_instance=0.0)
-    x = F.normalize(torch.randn(len(batch), 16, generator=torch.Generator().manual_seed(2)), dim=1)
+    x = F.normalize(torch.randn(sum(batch.sizes), 16, generator=torch.Generator().manual_seed(2)), dim=1)
     terms = {term.name: term for term in make_terms(features, labels, config, epoch=1)}
     assert set(terms) == {f"{kind}_{m}" for kind in ("cluster", "agnostic") for m in ("visible", "infrared")}
     for m, centers in zip(("visible", "infrared"), labels.centers, strict=True):
-        y = labels.across(m)[batch.rows]
+        y = labels.across(m)[batch.images()]
         expected = 0.9 * 3 * F.cross_entropy(x @ centers.T / config.temp, y, ignore_index=-1)
         assert torch.allclose(terms[f"agnostic_{m}"].loss(x, batch), expected, rtol=1e-4)
         before = terms[f"agnostic_{m}"].memory.features.clone()

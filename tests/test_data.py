@@ -27,7 +27,8 @@ import ecul.data.decode
 from ecul import load_pixels, train
 from ecul.data import Dataset, Images, open_dataset
 from ecul.data.layouts import LAYOUTS
-from ecul.trainset import dataset_fingerprint, load_images
+from ecul.run.saved import dataset_fingerprint
+from ecul.trainset import load_images
 
 SIZE = (16, 8)
 

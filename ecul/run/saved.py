@@ -8,6 +8,7 @@ is written last: it alone says which epoch was finished. The other files are for
 Runs of several trials of a data set lie together, as `trial-1`, `trial-2`, ... in one directory.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ecul import MODALITIES
 from ecul.common import distributed
 from ecul.common.files import lock, reading, write_file, write_json
 from ecul.common.names import shorten
@@ -27,7 +29,6 @@ from ecul.common.pretrained import Pretrained, weights_file
 from ecul.common.weights import read_metadata, read_tensors, require_fit, write_tensors
 from ecul.config import Config
 from ecul.data.dataset import Dataset, open_dataset
-from ecul.trainset import dataset_fingerprint
 
 FILE = "resume.safetensors"  # its metadata hold what a `SavedRun` is made of
 # Fields that may change on resume; `load_run` has the whole rule.
@@ -206,6 +207,16 @@ class SavedRun:
         now, then = dataset_fingerprint(dataset), self.dataset
         if told := [f"{k} is {v!r}, in training it was {then[k]!r}" for k, v in now.items() if then[k] != v]:
             raise ValueError(f"dataset: not the one that {self.directory} was trained on: {'; '.join(told)}")
+
+
+def dataset_fingerprint(dataset: Dataset) -> dict:
+    """What a run knows its data set by: its name, numbers of images, a hash of names and cameras."""
+    digest = hashlib.sha256()
+    for m in MODALITIES:
+        images = getattr(dataset, m)
+        digest.update(os.fsencode("\n".join(images.names)) + images.camids.tobytes())
+    counts = {f"{m}_images": len(getattr(dataset, m)) for m in MODALITIES}
+    return {"dataset": dataset.name, **counts, "names_and_cameras": digest.hexdigest()[:16]}
 
 
 def parse_run(directory: Path, metadata: Mapping[str, str]) -> SavedRun:

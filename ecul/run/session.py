@@ -19,8 +19,8 @@ from ecul.evaluation.protocols import check_validation, validation_figures
 from ecul.features import out_of_memory
 from ecul.optim import build_model, build_optimizer, trainable, warn_about_start
 from ecul.run.log import LEGEND, describe
-from ecul.run.saved import State, holds_run, load_run, run_directory, save_run
-from ecul.trainset import TrainImages, dataset_fingerprint, load_images
+from ecul.run.saved import State, dataset_fingerprint, holds_run, load_run, run_directory, save_run
+from ecul.trainset import TrainImages, load_images
 
 log = logging.getLogger("ecul")
 Hook = Callable[[dict, torch.nn.Module], object]
