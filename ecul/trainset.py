@@ -32,7 +32,6 @@ class TrainImages:
 
     @property
     def num_visible(self) -> int:
-        """The number of visible images, which are the first rows of every table."""
         return len(self.pixels[0])
 
     @property

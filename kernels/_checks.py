@@ -37,7 +37,6 @@ def check_number(name: str, value: object, integer: bool = False) -> None:
 
 
 def check_device(device: torch.device, **tensors: Tensor) -> None:
-    """Require all tensors on this device."""
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device}, as the other tensors are; got {tensor.device}")

@@ -60,7 +60,6 @@ def memory_contrast(
 
 
 def check_temperature(temperature: float) -> None:
-    """Require a number above 0, at most `HOTTEST`."""
     check_number("temperature", temperature)
     if not 0 < temperature <= HOTTEST:
         raise ValueError(f"temperature must be above 0 and at most {HOTTEST}; got {temperature}")

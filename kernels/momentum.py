@@ -60,7 +60,6 @@ def momentum_update_(
 
 
 def check_rule(momentum: float, rule: str) -> None:
-    """Require a momentum from 0 to 1, and one of the rules."""
     check_number("momentum", momentum)
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be from 0 to 1; got {momentum}")
