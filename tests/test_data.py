@@ -95,6 +95,8 @@ def test_sysu_takes_irregular_folders(tmp_path):
 def test_what_is_missing_is_told_with_the_layout(tmp_path, make, away, layout):
     root = make(tmp_path / "root")
     os.rename(root / away, tmp_path / "away")
+    if (tmp_path / "away").is_dir():  # a file in its place is no folder
+        layouts.text(root / away, "")
     with pytest.raises(ValueError, match=f"(?s)missing (file|folder) .*{away} ?.*should hold {layout}"):
         open_dataset(make.__name__, root)
 
@@ -150,8 +152,8 @@ def test_regdb_trials_differ(tmp_path):
     assert second.infrared.pids.tolist() == [int(line.split(" ")[1]) for line in lines]
     for dataset in (first, second):
         for pile in dataset.splits().values():
-            expected = np.stack([load_pixels(root / name, SIZE) for name in pile.names])
-            np.testing.assert_array_equal(pile.load(SIZE).permute(0, 2, 3, 1).numpy(), expected)
+            direct = Images.from_paths([root / name for name in pile.names], pile.modality)
+            assert torch.equal(pile.load(SIZE), direct.load(SIZE))
     infrared, visible = packs_in(root / ".ecul-pack")  # of both trials
     assert infrared.startswith("regdb-infrared-16x8-") and visible.startswith("regdb-visible-16x8-")
 
@@ -227,8 +229,8 @@ def test_from_folders_with_and_without_cameras(tmp_path):
     assert dataset.visible.pids is None and dataset.visible.camids.tolist() == [0] * 6
     cameras = Dataset.from_folders(visible=day, infrared=night, cameras=True)
     assert cameras.infrared.camids.tolist() == [1, 1, 1, 2, 2, 2]
-    expected = np.stack([load_pixels(night / name, SIZE) for name in cameras.infrared.names])
-    np.testing.assert_array_equal(cameras.infrared.load(SIZE).permute(0, 2, 3, 1).numpy(), expected)
+    direct = Images.from_paths([night / name for name in cameras.infrared.names], "infrared")
+    assert torch.equal(cameras.infrared.load(SIZE), direct.load(SIZE))
     assert cameras.check().ok and (night / ".ecul-pack").is_dir()
     assert Dataset.from_folders(visible=day, infrared=night).visible.names == dataset.visible.names
     layouts.picture(day / "loose.png")
@@ -325,15 +327,12 @@ def test_arrays_that_do_not_fit_are_refused():
             Dataset.from_arrays(pixels, gray)
     for kind, message, options in (
         (ValueError, "camids: 3 for 2", {"visible_cameras": [1, 2, 3]}),
-        (TypeError, "camids must be .* real numbers", {"visible_cameras": ["a", "b"]}),
         (TypeError, "camids: .* row of int", {"visible_cameras": [1.0, 2.0]}),
         (ValueError, "camids must be .* int64, got 18446744073", {"visible_cameras": huge}),
         (ValueError, "protocol: expected 'sysu'", {"protocol": "market"}),
     ):
         with pytest.raises(kind, match=message):
             Dataset.from_arrays(gray, gray, **options)
-    with pytest.raises(ValueError, match="modality"):
-        Images.from_array(gray, "thermal")
     assert Dataset.from_arrays(gray, gray[:0]).check().errors == ["infrared: no images"]
 
 
@@ -511,7 +510,9 @@ def test_a_pack_is_rebuilt_when_a_source_changed(packed):
     assert len(open_dataset("sysu", root).visible.load(SIZE)) == len(before) - 1
 
 
-def test_a_damaged_pack_is_written_again(packed):
+def test_a_damaged_pack_is_written_again_and_one_that_another_process_removes_is_not_needed(
+    packed, monkeypatch
+):
     pile, root = packed
     before = pile.load(SIZE).clone()
     pack = next((root / ".ecul-pack").glob("*.npy"))
@@ -522,12 +523,9 @@ def test_a_damaged_pack_is_written_again(packed):
         pack.write_bytes(harmed)
         assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), before)
         assert pack.read_bytes() == content
-
-
-def test_another_process_may_remove_the_pack(packed, monkeypatch):
-    pile, root = packed
+    pack.unlink()
     monkeypatch.setattr(os, "replace", lambda source, target: os.remove(source))
-    assert torch.equal(pile.load(SIZE), open_dataset("sysu", root, pack=False).visible.load(SIZE))
+    assert torch.equal(open_dataset("sysu", root).visible.load(SIZE), before)
 
 
 def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
@@ -577,6 +575,10 @@ def test_a_folder_holds_the_packs_of_several_roots_and_trials(tmp_path):
 
 
 def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
+    sysu, llcm = LAYOUTS["sysu"].counts, LAYOUTS["llcm"].counts
+    assert sysu["visible"]["images"] + sysu["infrared"]["images"] == 34_167
+    assert sum(pile["images"] for pile in llcm.values()) == 46_767
+    assert llcm["visible"]["identities"] + llcm["test_visible"]["identities"] == 1_064
     root = layouts.sysu(tmp_path)
     report = open_dataset("sysu", root).check()
     assert not report.ok and "NOT OK" in str(report) and report.expected == LAYOUTS["sysu"].counts
@@ -595,24 +597,16 @@ def test_a_check_compares_with_the_published_counts(tmp_path, monkeypatch):
         more = open_dataset("sysu", root, subset=option).check()
         assert more.errors == errors and "61 images; by camera 1: " in str(more)
     layouts.text(root / "synthetic.json", "{}")  # a rendered world may have any number
-    assert (
-        open_dataset("sysu", root).check().verdict
-        == "OK: 'sysu', 145 images, no published counts to compare with"
-    )
-
-
-def test_published_totals_add_up():
-    sysu, llcm = LAYOUTS["sysu"].counts, LAYOUTS["llcm"].counts
-    assert sysu["visible"]["images"] + sysu["infrared"]["images"] == 34_167
-    assert sum(pile["images"] for pile in llcm.values()) == 46_767
-    assert llcm["visible"]["identities"] + llcm["test_visible"]["identities"] == 1_064
+    verdict = open_dataset("sysu", root).check().verdict
+    assert verdict == "OK: 'sysu', 145 images, no published counts to compare with"
 
 
 def test_a_check_names_extra_missing_and_empty_files(tmp_path):
     root = layouts.sysu(tmp_path)
     layouts.text(root / "cam1/0001/notes.txt", "x")
-    dataset = open_dataset("sysu", root, subset=True)
     os.remove(root / "cam3/0001/0001.jpg")
+    (root / "cam3/0001/0001.jpg").symlink_to("nowhere")  # as git-annex leaves what was not fetched
+    dataset = open_dataset("sysu", root, subset=True)
     layouts.text(root / "cam1/0002/0002.jpg", "")
     with pytest.raises(FileNotFoundError, match="cam3/0001/0001.jpg"):
         dataset.infrared.load(SIZE)
