@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from ecul.synthetic import world as synthetic
-from ecul.synthetic.figures import CLOTH, LUMA, reflectance
 from ecul.synthetic.world import CAMERAS, draw_camera, render, synthesize
 
 VISIBLE_CAMERAS, INFRARED_CAMERAS = (1, 2, 4, 5), (3, 6)
@@ -88,18 +87,6 @@ def tones_of_many(channels, people=600):
     return {name: np.stack([tone[name] for tone in tones]) for name in tones[0]}
 
 
-def test_tones_lie_in_range_and_garments_have_contrast_of_either_sign():
-    for channels, weights in ((1, np.ones(1)), (3, LUMA)):
-        tones = tones_of_many(channels)
-        for tone in tones.values():
-            assert tone.shape == (600, channels)
-            assert tone.min() >= -1e-6 and tone.max() <= 1 + 1e-6
-        for name in ("upper", "lower"):
-            contrast = (tones[name] - tones[name + "2"]) @ weights
-            assert np.abs(contrast).min() >= 0.5 - 1e-5
-            assert 0.4 < (contrast > 0).mean() < 0.6
-
-
 def test_colours_tell_nothing_about_infrared_reflectances():
     """Neither the tones nor their distance from middle gray correlate, beyond five standard errors."""
     visible, infrared = (tones_of_many(channels) for channels in (3, 1))
@@ -129,41 +116,6 @@ def test_worlds_of_different_gaps_have_people_in_common_and_no_image(gap, world,
     wide, none = files(tmp_path / "w"), files(world)
     same = [name for name, path in wide.items() if path.read_bytes() == none[name].read_bytes()]
     assert same == ["exp/test_id.txt", "exp/train_id.txt", "exp/val_id.txt"]
-
-
-def shown(people=300, gap=1.0):
-    """People as visible and as infrared cameras show them: the shapes and the tones of both, four lists."""
-    visible, infrared = (
-        [synthetic.appearance(0, pid, channels, gap) for pid in range(people)] for channels in (3, 1)
-    )
-    return *zip(*visible, strict=True), *zip(*infrared, strict=True)
-
-
-def test_over_a_gap_cloth_alone_is_another_one_in_infrared_and_only_now_and_then():
-    visible, _, infrared, tones = shown()
-    pairs = list(zip(visible, infrared, strict=True))
-    changed = np.array([[a[name] != b[name] for name in CLOTH] for a, b in pairs])
-    assert changed.any(0).min() > 0 and 0 < changed.mean() < synthetic.GAP["redrawn"] + 0.03
-    assert all(a == b | {name: a[name] for name in CLOTH} for a, b in pairs)
-    assert len({tone["weave"].tobytes() for tone in tones}) == len(tones)
-
-
-def test_people_share_more_traits_the_wider_the_gap():
-    def distinct(gap):
-        return len({person["height"] for person in shown(gap=gap)[0]})
-
-    assert distinct(0.0) == 300 > distinct(0.5) > distinct(1.0) > synthetic.TYPES
-
-
-def test_over_a_gap_the_hue_tells_part_of_the_reflectance():
-    _, colours, _, tones = shown()
-    for name in ("hair", "upper", "lower2", "bag"):
-        law = [reflectance(colour[name]) for colour in colours]
-        assert min(law) >= 0.1 and max(law) <= 0.9
-        assert 0.2 < np.corrcoef(law, [float(tone[name][0]) for tone in tones])[0, 1] < 0.999
-    tinted, bright = np.array([0.6, 0.3, 0.3]), np.array([0.9, 0.6, 0.6])
-    assert reflectance(tinted) == pytest.approx(reflectance(bright))
-    assert reflectance(-tinted) < 0.5 < reflectance(tinted)
 
 
 def test_the_parts_of_a_gap_can_be_given_by_name():
