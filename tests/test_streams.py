@@ -1,5 +1,6 @@
 """Any backbone in two streams: its first layer apart, the rest shared, known by name to every command."""
 
+import copy
 import json
 import sys
 import types
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny import TINY, tiny
+from tiny import TINY, same, tiny
 from torch import nn
 
 from ecul import Config, extract, train
@@ -105,13 +106,14 @@ def test_the_stem_is_each_modalitys_own_and_the_rest_is_shared(name):
     model = TwoStream(f"torchvision:{name}", SIZE)
     assert model.stems == STEMS[name]
     assert model.num_features == {"resnet18": 64, "convnext_tiny": 12, "vit_tiny": 16}[name]
-    for visible, infrared in stem_parameters(model):
-        assert torch.equal(visible, infrared) and visible.data_ptr() != infrared.data_ptr()
+    for stem in map(model.network.get_submodule, model.stems):
+        assert same(stem.visible, stem.infrared)
     model.eval()
     visible, infrared = images(3), images(2, seed=1)
     assert torch.equal(model.embed(visible, "visible"), model.embed(visible, "infrared"))
-    for _, parameter in stem_parameters(model):
-        parameter.data += 0.3 * torch.randn_like(parameter)
+    for stem in map(model.network.get_submodule, model.stems):
+        for parameter in stem.infrared.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
     both = model(visible, infrared)
     apart = torch.cat([model.embed(visible, "visible"), model.embed(infrared, "infrared")])
     assert torch.allclose(both, apart, atol=1e-5) and torch.allclose(both.norm(dim=1), torch.ones(5))
@@ -119,12 +121,6 @@ def test_the_stem_is_each_modalitys_own_and_the_rest_is_shared(name):
     assert model(visible, infrared[:0]).shape == (3, model.num_features)
     model.train()(visible, infrared).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-def stem_parameters(model):
-    for name in model.stems:
-        stem = model.network.get_submodule(name)
-        yield from zip(stem.visible.parameters(), stem.infrared.parameters(), strict=True)
 
 
 def test_batch_statistics_are_joint_after_the_stem():
@@ -209,11 +205,10 @@ def test_what_a_network_gives_in_training_is_looked_at_before_any_work(wrap):
         build_model(tiny(), torch.device("cpu"), own)
     network = Reid("same").eval()
     network.body[1].train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    state = torch.get_rng_state()
+    before, state = copy.deepcopy(network), torch.get_rng_state()
     wrap(network, SIZE)
     assert torch.equal(torch.get_rng_state(), state) or wrap is TwoStream  # whose neck is drawn
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert same(network, before)
     assert [network.training, network.body[1].training] == [False, True]
 
 
@@ -252,8 +247,7 @@ def test_a_backbone_by_name_is_trained_and_used_from_the_shell(world, tmp_path, 
 
 def test_what_does_not_fit_is_said_before_any_work(dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    network, by_name = ResNet(), {"backbone": "torchvision:resnet18", "checkpointing": True}
-    network.num_features = 64
+    by_name = {"backbone": "torchvision:resnet18", "checkpointing": True}
     for make, message in (
         (lambda: TwoStream("resnet18", SIZE), "must be timm:NAME or torchvision:NAME, got 'resnet18'"),
         (lambda: Config(backbone="resnet18"), "backbone must be timm:NAME or torchvision:NAME"),
@@ -261,8 +255,7 @@ def test_what_does_not_fit_is_said_before_any_work(dataset, monkeypatch):
         (lambda: TwoStream("torchvision:vit_tiny", (32, 48)), "ViT takes no images of .* Wrong image width!"),
         (lambda: TwoStream("timm:vit", SIZE), "timm"),
         (lambda: train(dataset, tiny(size=SIZE, **by_name)), "for TwoStreamResNet, not for torchvision:res"),
-        (lambda: train(dataset, tiny(size=SIZE), model=network), "rows have 10 features where num_features"),
-        (lambda: TwoStream(nn.Sequential(network.conv1), SIZE), r"rows \(2, num_features\) of 2 images, got"),
+        (lambda: TwoStream(nn.Sequential(ResNet().conv1), SIZE), r"rows \(2, num_features\) of 2 images"),
     ):
         with pytest.raises((ValueError, ImportError), match=message):
             make()
