@@ -1,4 +1,4 @@
-"""Each reader the whole way: a folder of the layout, `train`, `evaluate`; RegDB over two trials."""
+"""From a folder of a layout to its figures: `train`, `evaluate`; RegDB over two trials."""
 
 import json
 from dataclasses import replace
@@ -6,49 +6,23 @@ from dataclasses import replace
 import layouts
 import numpy as np
 import pytest
+from tiny import tiny
 
-from ecul import MODALITIES, Config, evaluate, open_dataset, train
+from ecul import MODALITIES, evaluate, open_dataset, train
 from ecul.cli import main
 from ecul.data.layouts import LAYOUTS
 from ecul.report.page import report
 
-TINY = Config.preset(
-    "demo", epochs_intra=1, epochs_cross=1, tsmem_switch=1, iterations=2, identities=2, instances=2, width=8,
-    size=(32, 16), pad=2, k1=4, k2=2, k3=4, k1_joint=4, k2_joint=2, k3_joint=4, min_samples=1,
-    eps=0.1, eps_joint=0.1,
-)  # fmt: skip
+TINY = tiny(identities=2, min_samples=1, k1=4, k1_joint=4, k3_joint=4, eps=0.1, eps_joint=0.1)
 
 
-def trained(dataset):
+def test_market_goes_from_a_folder_to_results(tmp_path):
+    """As the other layouts do in scripts/reproduce."""
+    dataset = open_dataset("market", layouts.market(tmp_path / "data"), subset=True, protocol="sysu")
     run = train(dataset, TINY, device="cpu")
     assert len(run.history) == 2 and not any(row.get("skipped") for row in run.history)
-    return run.model
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "options", "rows"),
-    [
-        ("sysu", layouts.sysu, {}, 2),
-        ("llcm", layouts.llcm, {}, 3),
-        ("market", layouts.market, {"protocol": "sysu"}, 2),
-    ],
-)
-def test_from_folder_to_results(name, make, options, rows, tmp_path):
-    make(tmp_path / "data")
-    dataset = open_dataset(name, tmp_path / "data", subset=True, **options)
-    results = evaluate(trained(dataset), dataset, progress=False)
-    assert len(results.rows) == rows and all(0 < row["mAP"] <= 100 for row in results.rows)
-    assert all(row["reranking"] == "no re-ranking" for row in results.rows)
-
-
-def test_the_report_of_a_trial_opens_that_trial_again(tmp_path):
-    layouts.regdb(tmp_path / "data")
-    dataset = open_dataset("regdb", tmp_path / "data", trial=2, subset=True)
-    train(dataset, TINY, device="cpu", output=tmp_path / "run")
-    assert main(["report", str(tmp_path / "run"), "--queries", "1", "--top", "2"]) == 0
-    assert (tmp_path / "run" / "report" / "clusters.png").is_file()
-    with pytest.raises(ValueError, match="not the one that"):
-        report(tmp_path / "run", open_dataset("regdb", tmp_path / "data", trial=1, subset=True))
+    results = evaluate(run.model, dataset, progress=False)
+    assert len(results.rows) == 2 and all(0 < row["mAP"] <= 100 for row in results.rows)
 
 
 def test_a_subset_is_refused_unless_it_is_called_one(tmp_path):
@@ -93,20 +67,19 @@ def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys):
     for command in ("threshold", "tune"):
         assert main([command, *own, "--option", "trial=1"]) == 2
         assert "trial-2 was trained on trial 2" in capsys.readouterr().err
+    assert main(["report", str(runs / "trial-2"), "--queries", "1", "--top", "2"]) == 0  # opens that trial
+    with pytest.raises(ValueError, match="not the one that"):
+        report(runs / "trial-2", open_dataset("regdb", root, trial=1, subset=True))
 
 
 def test_a_set_with_counts_of_its_own_is_named_beside_its_figures(tmp_path, monkeypatch):
     dataset = open_dataset("sysu", layouts.sysu(tmp_path), subset=True)
     features = {m: np.eye(len(getattr(dataset, f"test_{m}")), 99) for m in MODALITIES}
-    for more, caution in (
-        (-1, "not SYSU-MM01's own test set"),
-        (0, ""),
-    ):  # more people than published, or as many
-        own = {
-            n: {"images": len(s) + more, "identities": len(set(s.pids)) + more}
-            for n, s in dataset.splits().items()
-        }
-        monkeypatch.setitem(LAYOUTS, "sysu", replace(LAYOUTS["sysu"], counts=own))
+    for more, caution in ((1, "not SYSU-MM01's own test set"), (0, "")):  # more people than published
+        counts = {}
+        for name, images in dataset.splits().items():
+            counts[name] = {"images": len(images) - more, "identities": len(images.people()) - more}
+        monkeypatch.setitem(LAYOUTS, "sysu", replace(LAYOUTS["sysu"], counts=counts))
         results = evaluate(None, dataset, features=features)
         assert {row["caution"] for row in results.rows} == {caution}
         assert (f"SYSU-MM01; {caution}; " in results.table()) == bool(caution)
