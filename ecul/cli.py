@@ -109,6 +109,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from ecul.run.saved import find_run, find_trials
 
     paths = [path for given in args.model for path in find_trials(given)]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"--model names a model twice: {shorten(map(str, paths))}")
     options = [_options(args, find_run(path)) for path in paths]
     about = {"modes": args.modes, "shots": args.shots, "draw": args.draw, "rerank": args.rerank}
     found = []

@@ -72,6 +72,8 @@ class Backbone(Pretrained):
 
     def _wrap(self, network: nn.Module, input_size: tuple[int, int], name: str) -> None:
         super().__init__()
+        if any(isinstance(module, PerModality) for module in network.modules()):
+            raise ValueError(f"model: {name} has a stem for each modality already; give the plain network")
         size, learning = (row_size(network, input_size, mode) for mode in ("evaluation", "training"))
         if size != learning:
             told = f"{name} gives rows of {size} features in evaluation and of {learning} in training"

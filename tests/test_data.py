@@ -532,10 +532,13 @@ def test_interrupted_packing_leaves_no_half_file(packed, monkeypatch):
         patch.setattr(ecul.data.decode, "load_pixels", Mock(side_effect=KeyboardInterrupt))
         pile.load(SIZE)
     assert packs_in(root / ".ecul-pack") == []
-    kept = [root / ".ecul-pack" / name for name in ("notes.tmp", "sysu-visible-8x4-00.npy")]
-    for file in kept:
+    names = (f".{'0a' * 8}.tmp", "notes.tmp", "sysu-visible-8x4-00.npy", f".{'0b' * 8}.tmp")
+    abandoned, *kept = (root / ".ecul-pack" / name for name in names)
+    for file in (abandoned, *kept):
         file.write_bytes(b"another")
+        os.utime(file, None if file == kept[-1] else (1, 1))  # it may have a writer
     assert len(pile.load(SIZE)) == len(pile) and all(file.exists() for file in kept)
+    assert not abandoned.exists()
 
 
 @pytest.mark.parametrize("harm", ["a file in its way", "a full disk"])

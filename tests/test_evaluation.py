@@ -333,6 +333,7 @@ def test_evaluate_refuses_what_it_cannot_measure(world, tmp_path):
         ({"features": {"visible": visible}}, "'visible' and 'infrared'"),
         ({"features": {**features, "infrared": infrared[:, :1]}}, "rows of one size, not of .* and 1"),
         ({"features": {**features, "visible": visible[1:]}}, r"features\['visible'\]: .* finite rows"),
+        ({"features": {**features, "visible": visible[:, 0]}}, r"features\['visible'\]: .* finite rows"),
         ({"draw": "absent.mat"}, "there is no file absent.mat"),
         ({"modes": ["outdoor"]}, "modes: 'sysu' knows all, indoor, not"),
         ({"modes": "indor"}, "did you mean 'indoor'"),

@@ -81,6 +81,7 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are_read(tmp_path
         ({"gem": "true"}, "its gem is true"),
         ({"input_size": "[100000, 64]"}, r"its input_size is \[100000, 64"),
         ({"input_size": "[" * 100_000}, "is damaged"),
+        ({"input_size": "[9999, 64]"}, r"its input_size is \[9999, 64"),
         ({"input_size": "[" + "9" * 5000 + ", 64]"}, r"its input_size is \[999"),
         ({"architecture": "\x1b[2J"}, r"holds \\x1b\[2J, not TwoStreamResNet"),
     ],

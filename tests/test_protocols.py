@@ -62,6 +62,8 @@ def test_a_run_is_tested_on_the_trial_that_it_was_trained_on(tmp_path, capsys):
     assert "trial-2 was trained on trial 2" in capsys.readouterr().err
     ask[-1:] = ["--option", "trial=1", "--model", str(runs / "trial-2" / "model.safetensors")]
     assert main(ask) == 2 and "trained on trial 2" in capsys.readouterr().err  # by its file, too
+    assert main([*ask[:-1], str(runs), str(runs / "trial-1")]) == 2
+    assert "names a model twice" in capsys.readouterr().err
     own = ["regdb", root, "--option", "subset=true", "--model", str(runs / "trial-2")]
     assert main(["threshold", *own]) == 0
     for command in ("threshold", "tune"):

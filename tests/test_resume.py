@@ -124,7 +124,10 @@ def test_another_backbone_of_the_same_name_is_told_by_its_weights(tmp_path):
         resume(tmp_path, model=Backbone(Pooled(kernel=3), (32, 16)))
 
 
-def test_a_finished_run_that_lost_its_model_has_it_again(run):
+def test_a_finished_run_keeps_its_file_and_has_a_lost_one_again(run):
+    before = (run / "model.safetensors").stat()
+    train(DATASET, CONFIG, output=run, resume=True)
+    assert (run / "model.safetensors").stat() == before  # thresholds know it by its hash
     (run / "model.safetensors").unlink()
     again = train(DATASET, CONFIG, output=run, resume=True)
     kept = TwoStreamResNet.from_pretrained(run).state_dict()

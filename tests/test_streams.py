@@ -221,6 +221,10 @@ def test_one_network_in_two_models():
         rows = model(x[:4], x[4:])
         assert torch.allclose(rows[:2], model(x[:2], x[4:])[:2], atol=1e-6)
         assert torch.allclose(rows[4:], model.embed(x[4:], "infrared"), atol=1e-6)
+    first.network.num_features = 8
+    for wrap in (TwoStream, Backbone):
+        with pytest.raises(ValueError, match="model: Reid has a stem for each modality already"):
+            wrap(first.network, SIZE)
 
 
 def test_a_backbone_by_name_is_trained_and_used_from_the_shell(world, tmp_path, capsys):

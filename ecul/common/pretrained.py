@@ -22,7 +22,8 @@ from ecul.common.weights import Content, is_weight, read_tensors, read_weights, 
 log = logging.getLogger("ecul")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 COUNT = r"[1-9]\d{0,3}"  # in metadata; a file that asks for more asks for too much memory
-SIZE = rf"\[{COUNT}, {COUNT}\]"
+SIDE = r"([1-9]\d{0,2}|1\d{3}|20[0-4]\d)"  # pixels, below 2050: no tensor of the file bounds them
+SIZE = rf"\[{SIDE}, {SIDE}\]"
 CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "network", "teacher")
 Network = TypeVar("Network", bound="Pretrained")
 

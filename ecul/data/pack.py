@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -102,9 +103,11 @@ class Files:
             why = error.strerror or error  # without the pack's name: one warning a folder
             warnings.warn(f"cannot pack into {str(folder)!r}: {why}; {told}", stacklevel=2)
             return None
-        for other in folder.glob(f"{escape(kind)}*"):  # of images that have changed since
-            if other != path:
-                with suppress(OSError):  # another process may have it open, or have removed it
+        others = [*folder.glob(f"{escape(kind)}*")]  # of images that have changed since
+        killed, hour = folder.glob(f".{'[0-9a-f]' * 16}.tmp"), time.time() - 3600
+        for other in (*others, *killed):  # a draft without a write for an hour has no writer any more
+            with suppress(OSError):  # another process may have it open, or have removed it
+                if other != path and (other in others or other.stat().st_mtime < hour):
                     other.unlink()
         return _mapped(path, shape)  # None where another process removed it
 

@@ -275,9 +275,9 @@ def _unit_rows(
     vectors = {}
     for m in MODALITIES:
         count, given = len(getattr(dataset, f"test_{m}")), as_tensor(f"features[{m!r}]", features[m])
-        vectors[m] = torch.nn.functional.normalize(given.detach().float().cpu(), dim=1)
         if given.ndim != 2 or len(given) != count or not torch.isfinite(given).all():
             raise ValueError(f"features[{m!r}]: expected {count} finite rows, not {tuple(given.shape)}")
+        vectors[m] = torch.nn.functional.normalize(given.detach().float().cpu(), dim=1)
     sizes = [rows.shape[1] for rows in vectors.values()]
     if sizes[0] != sizes[1]:
         raise ValueError(f"features: expected rows of one size, not of {sizes[0]} and {sizes[1]}")

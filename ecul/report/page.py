@@ -76,7 +76,9 @@ def report(
     stage = saved.history[-1]["stage"]
     second = saved.config.epochs_intra if stage == 2 else 0
     pictures.draw_curves(folder / "curves.png", pictures.panels_of(saved.history), second)
-    sections.append(section("Curves", "Stage 2 adds losses.", folder / "curves.png"))
+    fell = [str(row["epoch"] + 1) for row in saved.history if row.get("fell_apart")]
+    told = f" The clusters fell apart in epoch {', '.join(fell)}: lower lr." if fell else ""
+    sections.append(section("Curves", f"Stage 2 adds losses.{told}", folder / "curves.png"))
     sections.append(section("Images", table=[(name, len(side)) for name, side in dataset.splits().items()]))
     sections.append(section("Settings", table=saved.config.to_dict().items()))
     title = f"{saved.config.method} on {saved.dataset['dataset']}"

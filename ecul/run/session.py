@@ -134,7 +134,8 @@ def open_run(
         distributed.wait()
         images = load_images(dataset, config.size, place)
         run = Session(dataset, config, directory, hook, validate, state, images)
-        if len(state.history) >= config.epochs:  # a run of no epochs, or one that may have lost its model
+        lost = directory is not None and not (directory / "model.safetensors").exists()
+        if lost and len(state.history) >= config.epochs:  # else its hash, by which it is known, would change
             run.save()
         yield run
         if state.history and all(row.get("skipped") for row in state.history):
