@@ -381,9 +381,9 @@ def test_deep_pixels_are_scaled_by_their_range_without_its_ends(tmp_path, name, 
     thermal[3, 4], thermal[20, 7] = 0, 65535
     low, high = np.sort(thermal, axis=None)[[3, -4]]
     scaled = ((thermal - low) * (255 / (high - low))).round().clip(0, 255)
-    constant = np.full_like(thermal, 65535)
+    constant = np.full_like(thermal, 200 * 257)
     one_hot = np.where(thermal == 0, 9000, 8000)
-    for values, expected in ((thermal, scaled), (constant, 255), (one_hot, 255 * (thermal == 0))):
+    for values, expected in ((thermal, scaled), (constant, 200), (one_hot, 255 * (thermal == 0))):
         Image.fromarray(values.astype(kind)).save(tmp_path / name)
         found = load_pixels(tmp_path / name, (32, 16)).transpose(2, 0, 1)
         np.testing.assert_array_equal(found, np.broadcast_to(expected, (3, 32, 16)))
