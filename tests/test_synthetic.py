@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,15 @@ def test_of_two_that_render_one_world_both_have_it(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "_write_world", watched)
     assert synthesize(tmp_path / "w", **SMALL) == str(tmp_path / "w")
     assert len(set(drafts)) == 2 and [path.name for path in tmp_path.iterdir()] == ["w"]
+
+
+def test_what_a_killed_call_left_is_removed_after_a_day(tmp_path):
+    old, new = (tmp_path / f".synthetic-{digit * 16}" for digit in "ab")
+    for folder in (old, new):
+        (folder / "cam1").mkdir(parents=True)
+    os.utime(old, (1, 1))
+    synthesize(tmp_path / "world", **SMALL)
+    assert not old.exists() and (new / "cam1").is_dir()
 
 
 def test_an_empty_folder_a_long_name_and_missing_parents_are_fine(tmp_path):

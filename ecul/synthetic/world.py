@@ -9,8 +9,10 @@ less, and infrared differs in three ways: by a law of hue, by chance, and by a w
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -75,14 +77,18 @@ def synthesize(
     `GAP` by name, 0 to 1, where a missing one is 0. An image depends on the seed, the gap, its person,
     camera and number only.
 
-    The world is built in a folder ``.synthetic-*`` beside `root`, which is renamed when complete. A killed
-    call leaves that folder: remove it by hand. A complete world with the same parameters is left as it is.
-    Raises ValueError for a parameter out of range, or when `root` holds something else.
+    The world is built in a folder ``.synthetic-*`` beside `root`, which is renamed when complete. A call
+    removes those that killed calls left a day ago or earlier. A complete world with the same parameters is
+    left as it is. Raises ValueError for a parameter out of range, or when `root` holds something else.
     """
     parameters = _check_parameters(identities, test_identities, images, size, seed, gap)
     home = Path(root).absolute()
     if _holds_world(home, parameters):
         return str(root)
+    for old in home.parent.glob(f".synthetic-{'[0-9a-f]' * 16}"):
+        with suppress(OSError):  # another process may have removed it
+            if time.time() - old.stat().st_mtime > 86400:
+                shutil.rmtree(old)
     draft = home.with_name(f".synthetic-{secrets.token_hex(8)}")
     try:
         _write_world(draft, parameters, progress)
