@@ -38,6 +38,9 @@ def test_a_hook_takes_a_copy_of_the_row_and_the_model_if_it_wants(dataset, tmp_p
     assert defaults == [0]  # what has a default is nobody's model
     train(dataset, tiny(epochs_cross=0), on_epoch=(seen := {}).update)  # which has no signature
     assert seen["epoch"] == 0
+    for wrong in (5, lambda: None):  # before any work
+        with pytest.raises(TypeError, match="on_epoch must be a function of a row"):
+            train(dataset, tiny(), on_epoch=wrong)
 
 
 def test_validation_comes_after_the_epoch_is_saved_and_never_ends_the_run(world, tmp_path, monkeypatch):

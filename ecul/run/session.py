@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,16 +144,15 @@ def open_run(
 
 
 def as_hook(on_epoch: Callable[..., object] | None) -> Hook:
-    """on_epoch as a function of a row and the model, of which it may take the row alone."""
+    """on_epoch as a function of a row and the model. Errors: TypeError unless it takes a row, or both."""
     if on_epoch is None:
         return lambda row, model: None
-    try:
-        inspect.signature(on_epoch).bind("row")
-    except TypeError:  # it needs both
-        return on_epoch
-    except ValueError:  # a built-in function without a signature
-        pass
-    return lambda row, model: on_epoch(row)
+    for given in ((None,), (None, None)):
+        with suppress(TypeError):
+            with suppress(ValueError):  # a built-in function without a signature takes the row
+                inspect.signature(on_epoch).bind(*given)
+            return lambda *both: on_epoch(*both[: len(given)])
+    raise TypeError(f"on_epoch must be a function of a row, or of a row and the model, got {on_epoch!r}")
 
 
 def _check(dataset: Any, config: Any) -> None:
