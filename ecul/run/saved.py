@@ -86,18 +86,20 @@ def holds_run(directory: Path) -> bool:
     return False
 
 
-def save_run(output: Path, state: State, config: Config, dataset: Dataset) -> None:
-    """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts."""
+def save_run(output: Path, state: State, config: Config, data: Mapping) -> None:
+    """Write the state after an epoch; `resume.safetensors` last, since its epoch is the one that counts.
+
+    data: what the file says of the data set, as in `SavedRun`.
+    """
     model, history, settings = state.model, state.history, config.to_dict()
-    metadata = {"method": config.method, "dataset": dataset.name, "epoch": len(history)}
+    metadata = {"method": config.method, "dataset": data["dataset"], "epoch": len(history)}
     write_file(output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
     if isinstance(model, Pretrained):
         model.save_pretrained(output, metadata, settings)
     else:
         write_tensors(output / "model.safetensors", model.state_dict(), metadata)
         write_json(output / "config.json", settings)
-    data = {**dataset_fingerprint(dataset), "root": dataset.root, "options": dataset.options}
-    about = {"config": settings, "dataset": data, "model": _network(model), "history": history}
+    about = {"config": settings, "dataset": dict(data), "model": _network(model), "history": history}
     tensors = _tensors(model, state.optimizer.state_dict()["state"])
     write_tensors(output / FILE, tensors, {"run": json.dumps(about)})
 

@@ -31,6 +31,7 @@ class Session:
     """An open run. An epoch works on `state` and `images`; all else is done here, between the epochs."""
 
     dataset: Dataset
+    data: dict  # what its files say of the data set
     config: Config
     directory: Path | None
     hook: Hook
@@ -87,7 +88,7 @@ class Session:
     def save(self) -> None:
         """Write the run's files after an epoch; nothing without a directory."""
         if self.directory is not None and distributed.rank() == 0:
-            save_run(self.directory, self.state, self.config, self.dataset)
+            save_run(self.directory, self.state, self.config, self.data)
 
     def _require_finite(self, epoch: int, row: dict) -> None:
         bad = [k for k, v in row.items() if k.startswith("loss_") and not math.isfinite(v)]
@@ -126,14 +127,14 @@ def open_run(
             warn_about_start(config, place)
         model = build_model(config.replace(weights=None) if goes_on else config, place, model)
         state = State(model, trainable(model, config), build_optimizer(model, config))
-        names = dataset_fingerprint(dataset)["names_and_cameras"]
-        distributed.require_same(names, "the data set's images and cameras")
+        data = {**dataset_fingerprint(dataset), "root": dataset.root, "options": dataset.options}
+        distributed.require_same(data["names_and_cameras"], "the data set's images and cameras")
         if goes_on:
             load_run(directory, state, config, dataset)
             log.info("going on after epoch %d of %d", len(state.history), config.epochs)
         distributed.wait()
         images = load_images(dataset, config.size, place)
-        run = Session(dataset, config, directory, hook, validate, state, images)
+        run = Session(dataset, data, config, directory, hook, validate, state, images)
         lost = directory is not None and not (directory / "model.safetensors").exists()
         if lost and len(state.history) >= config.epochs:  # else its hash, by which it is known, would change
             run.save()
