@@ -85,7 +85,7 @@ def _list(search: Search, products: Tensor, first_row: int, first_column: int) -
     for _ in range(HALVINGS):
         maxima = torch.maximum(*maxima.chunk(2))
     row, group = (maxima >= least).T.nonzero().unbind(1)
-    members = products.unflatten(0, (GROUP, -1))[:, group, row].T
+    members = products.unflatten(0, (GROUP, -1)).permute(1, 2, 0)[group, row]
     which, member = (members >= least[row, None]).nonzero().unbind(1)
     row, column = first_row + row[which], first_column + group[which] + member * len(maxima)
     owners, found = row.unique_consecutive(return_counts=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ._checks import LABELS, check_device, check_tensor
 from ._triton import jit, rows_contiguous, same_rows, tl, triton, use_triton
 
-X_ROWS, Y_ROWS = 8192, 4096  # rows of x and of y that the reference converts to float64 at a time
+X_PART, Y_PART = 2**23, 2**21  # entries of x and of y that the reference converts to float64 at a time
 
 
 def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -49,17 +49,18 @@ def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tenso
 
 def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
-    buffer = y.new_empty((min(Y_ROWS, y.shape[0]), y.shape[1]), dtype=torch.float64)
+    x_rows, y_rows = (max(1, part // max(1, x.shape[1])) for part in (X_PART, Y_PART))
+    buffer = y.new_empty((min(y_rows, y.shape[0]), y.shape[1]), dtype=torch.float64)
     shared = same_rows(x, y)  # then rows of x that are wide already serve as rows of y
-    for x_first in range(0, len(x), X_ROWS):
-        wide = x[x_first : x_first + X_ROWS].double()
+    for x_first in range(0, len(x), x_rows):
+        wide = x[x_first : x_first + x_rows].double()
         offsets = torch.arange(x_first, x_first + len(wide) + 1, device=rows.device)
         start, stop = torch.searchsorted(rows, offsets[[0, -1]]).tolist()
-        block = columns[start:stop].div(Y_ROWS, rounding_mode="floor")
+        block = columns[start:stop].div(y_rows, rounding_mode="floor")
         for number in block[block >= 0].unique().tolist():
             part = start + (block == number).nonzero()[:, 0]
-            y_first = number * Y_ROWS
-            y_part = y[y_first : y_first + Y_ROWS]
+            y_first = number * y_rows
+            y_part = y[y_first : y_first + y_rows]
             listed = torch.searchsorted(rows[part], offsets), columns[part] - y_first, part.double()
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch calls CSR beta

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ecul.common import distributed
 
-HELD = 2**22  # pairs that are held, or more: at most `min_samples` a point
-
 
 class Density:
     """DBSCAN of points whose pairs of neighbours come in portions.
@@ -34,7 +32,7 @@ class Density:
         for one, other in (pairs, pairs[::-1]):
             self.counts += np.bincount(one, self.weights[other], minlength=len(self.counts))
         self.pairs = np.concatenate([self.pairs, pairs], axis=1)
-        if self.pairs.shape[1] > 2 * self.kept + HELD:
+        if self.pairs.shape[1] > 2 * self.kept + len(self.itself):
             self._group()
 
     def _group(self) -> None:

@@ -39,8 +39,8 @@ def test_sums_rows_on_a_grid_exactly(features, device):
 def test_the_sizes_of_the_blocks_do_not_matter(monkeypatch, strip, block):
     x, y, listed = on_grid(20, 9, 0), on_grid(30, 9, 1), some_pairs(60, 20, 30)
     want = pair_similarity_reference(x, y, *listed)
-    monkeypatch.setattr(pairs, "X_ROWS", strip)
-    monkeypatch.setattr(pairs, "Y_ROWS", block)
+    monkeypatch.setattr(pairs, "X_PART", 9 * strip)
+    monkeypatch.setattr(pairs, "Y_PART", 9 * block)
     assert torch.equal(pair_similarity_reference(x, y, *listed), want)
 
 
