@@ -127,7 +127,7 @@ def _by_sketches(encodings: csr_matrix, least: int, count: int) -> Candidates:
     def candidates(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for first in range(start, size, WIDE):
             bound = sketches[start : start + COMPARED] @ sketches[first : first + WIDE].T
-            i, j = np.divmod(np.flatnonzero(bound >= reach), bound.shape[1])  # faster than nonzero of a matrix
+            i, j = np.divmod(np.flatnonzero(bound >= reach), bound.shape[1])  # faster than nonzero()
             yield i + start, j + first
 
     return candidates
