@@ -223,6 +223,17 @@ def test_dbscan_of_portions_equals_scikit_learn(seed, size, min_samples, most):
     np.testing.assert_array_equal(labels[which], expected)
 
 
+def test_pairs_within_a_group_that_is_known_are_not_measured(monkeypatch):
+    """Images of one person stand side by side, as in the folders of the data sets."""
+    group, (added, add) = torch.arange(400) // 40, ([], Density.add)
+    monkeypatch.setattr("ecul.kernels._overlaps_cpu.COMPARED", 20)
+    monkeypatch.setattr(Density, "add", lambda self, pairs: (added.append(pairs.shape[1]), add(self, pairs)))
+    columns = (group[:, None] == group).nonzero()[:, 1]
+    labels = dbscan(torch.arange(401) * 40, columns, torch.full((16_000,), 1 / 40))
+    assert torch.equal(labels, group)
+    assert 400 < sum(added) < 3_900  # half of all
+
+
 def test_scales_threads_and_portions_do_not_change_the_labels(monkeypatch):
     features, camera, modality = world(0, 200, 12, 4, 2, noise=0.4)
     labels = emcc(features, camera, modality)
