@@ -168,12 +168,10 @@ def reciprocal_encodings(
         expanded = ascending(torch.cat([own, row * size + column]))
         expanded = expanded[expanded.diff(prepend=expanded.new_full((1,), -1)) > 0]
         i, j = expanded // size, expanded % size
-        parts.append((i.bincount(minlength=len(rows)), j, group[rows[i]]))
-    sizes, j, own = (torch.cat(part) for part in zip(*parts, strict=True))
-    weights = on_grid(exp(2 * pair_similarity(points, points, own, group[j]) - 2))
-    i = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
-    totals = weights.new_zeros(len(sizes)).index_add_(0, i, weights)
-    return stacked([(sizes, j, on_grid(weights / totals[i]))], together)
+        weights = on_grid(exp(2 * pair_similarity(points, points, group[rows[i]], group[j]) - 2))
+        totals = weights.new_zeros(len(rows)).index_add_(0, i, weights)
+        parts.append((i.bincount(minlength=len(rows)), j, on_grid(weights / totals[i])))
+    return stacked(parts, together)
 
 
 def _mutual(near: torch.Tensor) -> CSR:

@@ -7,8 +7,9 @@ to twice as long.
 
 - First entries: a sparse product of the first entries of the rows, rare columns first (see `_overlaps`). Its
   time grows with the number of pairs of entries in one column. It is fast if most columns belong to few rows.
-- Sketches: a dense product. A sketch holds the sums of a row over random sets of columns, more sets if values
-  are spread over more columns. It is fast if rows share columns with many others (large clusters).
+- Sketches: a dense product. A sketch holds the sums of a row over random sets of columns. The more columns a
+  row is spread over, the more sets are needed. It is fast if rows share columns with many others (large
+  clusters).
 """
 
 from collections import deque
@@ -29,12 +30,12 @@ COMPARED = 256  # rows that are compared with all others at a time
 SPLIT = 8  # parts of the other rows, one sparse product each
 WIDE = 4096  # other rows in a dense product
 SUMS, MOST = 64, 1024  # sums in a sketch: a multiple of SUMS, at most MOST
-SPREAD = 2.8  # so many sums for each column that a row is spread over, where rows share all; more for less
-SKETCHED = 1 / 400  # cost of a sum of two sketches, in pairs of entries: decides which way is used
-SAMPLE = 16  # every so many-th row, at random, estimates how many entries share columns
+SPREAD = 2.5  # sums for each column that a row is spread over, if neighbours share everything; else more
+SKETCHED = 1 / 600  # time for one sum of a pair of sketches, if a pair of entries in one column takes 1
+SAMPLE = 16  # one row in so many is read for the estimates
 LOST = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-12}  # the share that rounding may take from a bound
 MEASURED = 4096  # candidates whose overlaps are computed at a time
-Candidates = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]  # pairs of COMPARED rows i with rows j
+Candidates = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]  # from the first of COMPARED rows
 
 
 def pairs_on_host(csr: CSR, eps: float, groups: Groups, turn: int, turns: int) -> Iterator[Tensor]:
@@ -62,7 +63,7 @@ def pairs_on_host(csr: CSR, eps: float, groups: Groups, turn: int, turns: int) -
         for i, j in candidates(start):
             apart = (i < j) & (group[i] != group[j])
             i, j = i[apart], j[apart]
-            for part in (slice(first, first + MEASURED) for first in range(0, len(i), MEASURED)):
+            for part in (slice(start, start + MEASURED) for start in range(0, len(i), MEASURED)):
                 overlap = np.asarray(encodings[i[part]].minimum(encodings[j[part]]).sum(axis=1)).ravel()
                 found.append(np.stack([i[part], j[part]])[:, overlap >= least])
         return np.sort(order[np.concatenate(found, axis=1)], axis=0)
@@ -83,7 +84,8 @@ def _matrix(indptr: Tensor, cols: Tensor, units: Tensor, size: int) -> csr_matri
 def _estimates(encodings: csr_matrix, rank: Tensor, least: int) -> tuple[float, int]:
     """How many pairs of first entries share a column, and how many sums a sketch needs: from some rows.
 
-    A row of n equal values is spread over n columns. With few sums, rows that share nothing are candidates.
+    The spread of a row is 1 / (sum of its squares): n if it has n equal values. With too few sums even rows
+    that share no column look alike. One row in fifty may be spread more.
     """
     size = encodings.shape[0]
     some = encodings[::SAMPLE]  # rows are shuffled
@@ -91,8 +93,8 @@ def _estimates(encodings: csr_matrix, rank: Tensor, least: int) -> tuple[float, 
     columns = rare_first(indptr, indices, units, rank, least)[2][1]
     found, share = columns.bincount(minlength=size).double(), some.shape[0] / size
     meetings = (found * (found - 1)).sum() / share**2 + found.sum() / share
-    squares = (some.astype(float) / UNIT).power(2).sum(axis=1)
-    spread = np.quantile(1 / np.where(squares == 0, 1, squares), 0.9)
+    squares = np.asarray((some.astype(float) / UNIT).power(2).sum(axis=1))
+    spread = np.quantile(1 / np.append(squares[squares > 0], 1), 0.98)
     return float(meetings), min(MOST, whole(int(SPREAD * spread * UNIT / least), SUMS))
 
 
@@ -127,7 +129,8 @@ def _by_sketches(encodings: csr_matrix, least: int, count: int) -> Candidates:
     def candidates(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for first in range(start, size, WIDE):
             bound = sketches[start : start + COMPARED] @ sketches[first : first + WIDE].T
-            i, j = np.divmod(np.flatnonzero(bound >= reach), bound.shape[1])  # faster than nonzero()
+            likely = np.flatnonzero(bound >= reach)  # torch rounds `reach` to bfloat16 as it rounded `bound`
+            i, j = np.divmod(likely, bound.shape[1])  # faster than nonzero()
             yield i + start, j + first
 
     return candidates

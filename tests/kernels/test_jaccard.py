@@ -63,7 +63,7 @@ def test_equals_the_dense_distance_at_an_eps_that_occurs(seed, size, columns, ex
 
 PORTIONS = [("OVERLAPS", 60), ("OVERLAPS", 1), ("FOUND", 1), ("SORTED", 7)]
 PORTIONS += [("SHARE", 1), ("SHARE", 2), ("SHARE", 10**9)]
-ON_HOST = [("COMPARED", 7), ("SPLIT", 3), ("MEASURED", 3)]
+ON_HOST = [("COMPARED", 7), ("SPLIT", 3), ("WIDE", 3), ("MEASURED", 3)]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_every_way_to_find_candidates_finds_few_and_no_pair_is_lost(
     monkeypatch.setattr(_overlaps_cpu, "product_dtype", lambda: dtype)
     rng = np.random.default_rng(0)
     encodings = np.zeros((900, 900))
-    for i in range(900):  # a third of the mass of the rows that are alike is anywhere
+    for i in range(900):  # rows of a group share columns, a third of each is anywhere
         encodings[i, i // alike * alike :][:alike] = 1 + rng.random(alike)
         encodings[i, rng.integers(0, 900, alike + 10)] += rng.random(alike + 10)
     encodings = np.round(encodings / encodings.sum(1, keepdims=True) * 2**30) / 2**30
