@@ -10,14 +10,7 @@ from .neighbors import topk_similarity, topk_similarity_reference
 from .pairs import pair_similarity, pair_similarity_reference
 
 __all__ = [
-    "jaccard_neighbors",
-    "jaccard_neighbors_reference",
-    "memory_contrast",
-    "memory_contrast_reference",
-    "momentum_update_",
-    "momentum_update_reference",
-    "pair_similarity",
-    "pair_similarity_reference",
-    "topk_similarity",
-    "topk_similarity_reference",
-]
+    "jaccard_neighbors", "jaccard_neighbors_reference", "memory_contrast", "memory_contrast_reference",
+    "momentum_update_", "momentum_update_reference", "pair_similarity", "pair_similarity_reference",
+    "topk_similarity", "topk_similarity_reference",
+]  # fmt: skip

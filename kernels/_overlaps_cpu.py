@@ -2,14 +2,12 @@
 
 Measuring every pair is slow, so only candidates are measured: pairs whose overlap has an upper bound of
 `least` or more. Products of square roots give such bounds, because min(a, b) <= sqrt(a b). There are two ways
-to find candidates, because each is slow on the data of the other. With only one of them, clustering took up
-to twice as long.
+to find candidates, because each takes much longer on the data of the other:
 
 - First entries: a sparse product of the first entries of the rows, rare columns first (see `_overlaps`). Its
-  time grows with the number of pairs of entries in one column. It is fast if most columns belong to few rows.
-- Sketches: a dense product. A sketch holds the sums of a row over random sets of columns. The more columns a
-  row is spread over, the more sets are needed. It is fast if rows share columns with many others (large
-  clusters).
+  time grows with the number of pairs of entries in one column. It is fast if few rows share a column.
+- Sketches: a dense product. A sketch holds the sums of a row over random sets of columns, the more the wider
+  rows are spread. Its time does not depend on who shares columns, so it is fast for large clusters.
 """
 
 from collections import deque
@@ -84,8 +82,8 @@ def _matrix(indptr: Tensor, cols: Tensor, units: Tensor, size: int) -> csr_matri
 def _estimates(encodings: csr_matrix, rank: Tensor, least: int) -> tuple[float, int]:
     """How many pairs of first entries share a column, and how many sums a sketch needs: from some rows.
 
-    The spread of a row is 1 / (sum of its squares): n if it has n equal values. With too few sums even rows
-    that share no column look alike. One row in fifty may be spread more.
+    A row is spread over 1 / (sum of its squares) columns: n if it has n equal values, and one row in fifty is
+    spread more. With too few sums even rows that share no column look alike.
     """
     size = encodings.shape[0]
     some = encodings[::SAMPLE]  # rows are shuffled
@@ -102,16 +100,15 @@ def _by_first_entries(first: csr_matrix, least: int) -> Candidates:
     """Pairs whose first entries may share enough, by sparse products."""
     size, roots = first.shape[0], first.astype(np.float32).sqrt()
     lost = (int(np.diff(roots.indptr).max()) + 4) * 2**-23  # the share of a bound that float32 may lose
-    edges = np.linspace(0, size, SPLIT + 1).astype(int)
-    parts = [(a, b, roots[a:b].T.tocsr()) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    step = -(-size // SPLIT)
+    parts = [(begin, roots[begin : begin + step].T.tocsr()) for begin in range(0, size, step)]
 
     def candidates(start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for begin, end, columns in parts:
-            if end > start:
-                bound = roots[start : start + COMPARED] @ columns
-                likely = np.flatnonzero(bound.data >= share_of(least) / (1 + lost))
-                i = np.searchsorted(bound.indptr, likely, "right") - 1
-                yield i + start, bound.indices[likely].astype(np.int64) + begin
+        for begin, columns in parts[start // step :]:
+            bound = roots[start : start + COMPARED] @ columns
+            likely = np.flatnonzero(bound.data >= share_of(least) / (1 + lost))
+            i = np.searchsorted(bound.indptr, likely, "right") - 1
+            yield i + start, bound.indices[likely].astype(np.int64) + begin
 
     return candidates
 
