@@ -61,7 +61,7 @@ def pairs_on_host(csr: CSR, eps: float, groups: Groups, turn: int, turns: int) -
         for i, j in candidates(start):
             apart = (i < j) & (group[i] != group[j])
             i, j = i[apart], j[apart]
-            for part in (slice(start, start + MEASURED) for start in range(0, len(i), MEASURED)):
+            for part in (slice(at, at + MEASURED) for at in range(0, len(i), MEASURED)):
                 overlap = np.asarray(encodings[i[part]].minimum(encodings[j[part]]).sum(axis=1)).ravel()
                 found.append(np.stack([i[part], j[part]])[:, overlap >= least])
         return np.sort(order[np.concatenate(found, axis=1)], axis=0)
