@@ -23,7 +23,7 @@ from ecul.common.arrays import check_codes, check_sizes, same_kind
 from ecul.common.density import Density
 from ecul.common.duplicates import distinct_rows, nearest_members, without_repeats
 from ecul.common.exact import exp, on_grid, unit_rows
-from ecul.common.sparse import CSR, STRIP_ROWS, product, spans, stacked
+from ecul.common.sparse import CSR, by_strips, product, spans, stacked
 from ecul.kernels import pair_similarity
 from ecul.kernels._checks import check_csr
 from ecul.kernels._overlaps import ascending
@@ -71,8 +71,7 @@ def emcc(
 
     Neighbourhoods hold the point itself first, even before its duplicates. Ties go to the lower index, and
     sizes beyond N mean N. Normalised rows are rounded to multiples of 2**-26; their similarities are exact,
-    and neighbours rank by the float32 values. [R] The averaging in the extension is a reconstruction, see
-    `extend_encodings`.
+    rounded once to float32. [R] The averaging in the extension is a reconstruction, see `extend_encodings`.
 
     To choose eps and k1, `ecul tune` shows clusters, outliers and a label-free score for each eps. Take the
     top of the score: below it people fall into outliers, above it they merge.
@@ -91,11 +90,11 @@ def emcc(
     bar = logs.progress(4, "emcc", "step", distributed.team(together).turn == 0)
     with bar, _threads_for(len(points) * points.numel()):
         points, group = distinct_rows(points)
-        ranks = rank_neighbors(points, max(k1, k2, k3 or 0), together, group)
+        similar, near, ranks = neighbors(points, group, max(k1, k2, k3 or 0), together)
         bar.update()
-        encodings = reciprocal_encodings(points, ranks, k1, together, group)
+        encodings = reciprocal_encodings(points, ranks, k1, together, group, similar, near)
         bar.update()
-        del points
+        del points, similar, near
         encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2, k3, together)
         bar.update()
         codes = 2 * cameras + modalities
@@ -107,28 +106,24 @@ def emcc(
 
 
 @same_kind
-def rank_neighbors(
-    points: torch.Tensor, k: int, together: bool = False, group: torch.Tensor | None = None
-) -> torch.Tensor:
+def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torch.Tensor:
     """The k nearest points of every point, itself first, then by similarity: (N, min(k, N)) int64.
 
     `(points.double() @ points.double().T).float().fill_diagonal_(inf).topk(k).indices`, ties to the lower
-    index, for points (N, D) float32 from `unit_rows`. group: (N,) from `distinct_rows`, the row
-    of each point, if points hold equal rows once.
+    index, for points (N, D) float32 from `unit_rows`.
     """
     check_sizes(k=k)
-    if group is None:
-        points, group = distinct_rows(points)
-    itself = torch.arange(len(group), device=points.device)
-    k = min(k, len(group))
-    if k <= 1:
-        return itself[:, None][:, :k]
-    values, near = topk_together(points, points, min(k, len(points)), False, distributed.team(together))
-    if len(points) < len(group):
-        near = nearest_members(values, near, group, k)
-    near = near[group]
-    others = near.gather(1, (near == itself[:, None]).int().sort(dim=1, stable=True).indices)[:, : k - 1]
-    return torch.cat([itself[:, None], others], 1)
+    return neighbors(*distinct_rows(points), k, together)[2]
+
+
+def neighbors(points: torch.Tensor, group: torch.Tensor, k: int, together: bool) -> tuple[torch.Tensor, ...]:
+    """`topk_similarity` of `distinct_rows` with themselves, and from it `rank_neighbors` of all points."""
+    few, k = min(k, len(points)), min(k, len(group))
+    similar, near = topk_together(points, points, few, False, distributed.team(together))
+    ranks = near if len(points) == len(group) else nearest_members(similar, near, group, k)[group]
+    itself = torch.arange(len(group), device=group.device)[:, None]
+    others = ranks.gather(1, (ranks == itself).int().sort(dim=1, stable=True).indices)[:, : k - 1]
+    return similar, near, torch.cat([itself, others], 1)[:, :k]
 
 
 @same_kind
@@ -138,6 +133,8 @@ def reciprocal_encodings(
     k1: int = 30,
     together: bool = False,
     group: torch.Tensor | None = None,
+    similar: torch.Tensor | None = None,
+    near: torch.Tensor | None = None,
 ) -> CSR:
     """Encode each point by its expanded k-reciprocal neighbours: CSR (N, N) float64, rows sum to 1.
 
@@ -149,15 +146,17 @@ def reciprocal_encodings(
         points: (N, D) float32 from `unit_rows`.
         ranks: (N, >= min(k1, N)) int64 from `rank_neighbors`.
         k1: size of the neighbourhoods that must be mutual.
-        group: as in `rank_neighbors`.
+        group: (N,) from `distinct_rows`, the row of each point, if points hold equal rows once.
+        similar, near: `topk_similarity(points, points, k)`, if at hand: these pairs are not computed again.
     """
     check_sizes(k1=k1)
     group = torch.arange(len(points), device=points.device) if group is None else group
+    known = [points[:, :0], ranks[: len(points), :0]] if similar is None or near is None else [similar, near]
     size = max(1, len(group))
     indptr, indices, ones = _mutual(ranks[:, :k1])
     half = _mutual(ranks[:, : round(k1 / 2) + 1])
-    parts = []
-    for rows in _strips(ranks, together):
+
+    def expand(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         place, i = spans(indptr[rows], indptr.diff()[rows])
         j, one = indices[place], ones[place]
         own = i * size + j
@@ -167,11 +166,30 @@ def reciprocal_encodings(
         row, column, _ = product(i[grow], j[grow], one[grow], len(rows), half)
         expanded = ascending(torch.cat([own, row * size + column]))
         expanded = expanded[expanded.diff(prepend=expanded.new_full((1,), -1)) > 0]
-        i, j = expanded // size, expanded % size
-        weights = on_grid(exp(2 * pair_similarity(points, points, group[rows[i]], group[j]) - 2))
+        return group[rows], expanded // size, expanded % size
+
+    parts = []
+    for rows, i, j in by_strips(expand, ranks, together):
+        weights = on_grid(exp(2 * _similarity(points, known, rows, i, group[j]).double() - 2))
         totals = weights.new_zeros(len(rows)).index_add_(0, i, weights)
         parts.append((i.bincount(minlength=len(rows)), j, on_grid(weights / totals[i])))
     return stacked(parts, together)
+
+
+def _similarity(
+    points: torch.Tensor, known: list[torch.Tensor], rows: torch.Tensor, i: torch.Tensor, j: torch.Tensor
+) -> torch.Tensor:
+    """The similarities, float32, of the points rows[i] and j. known: `topk_similarity` of some with all."""
+    similar, near = (part[rows] for part in known)
+    near, order = near.sort(dim=1)
+    first = len(points) * torch.arange(len(rows) + 1, device=rows.device)
+    keys = torch.cat([(first[:-1, None] + near).flatten(), first[-1:]])
+    pairs = first[i] + j
+    place = torch.searchsorted(keys, pairs)
+    found = torch.cat([similar.gather(1, order).flatten(), similar.new_empty(1)])[place]
+    other = (keys[place] != pairs).nonzero()[:, 0]
+    found[other] = pair_similarity(points, points, rows[i[other]], j[other]).float()
+    return found
 
 
 def _mutual(near: torch.Tensor) -> CSR:
@@ -212,14 +230,16 @@ def extend_encodings(
     codes = 2 * cameras.unique(return_inverse=True)[1] + modalities
     if k3 is None:
         codes, k3 = torch.zeros_like(codes), k2
-    encodings, parts = (indptr, indices, values.double()), []
-    for rows in _strips(ranks, together):
+    encodings = indptr, indices, values.double()
+
+    def extend(rows: torch.Tensor) -> CSR:
         near = ranks[rows, :k3]
         weights = on_grid(_member_weights(codes[near], k2))
         row, place = weights.nonzero().unbind(1)
         row, column, sums = product(row, near[row, place], weights[row, place], len(rows), encodings)
-        parts.append((row.bincount(minlength=len(rows)), column, sums.float()))
-    return stacked(parts, together)
+        return row.bincount(minlength=len(rows)), column, sums.float()
+
+    return stacked(list(by_strips(extend, ranks, together)), together)
 
 
 def _member_weights(codes: torch.Tensor, k2: int) -> torch.Tensor:
@@ -239,12 +259,6 @@ def _member_weights(codes: torch.Tensor, k2: int) -> torch.Tensor:
     shares = (cameras_of > 0).sum(1, keepdim=True) * cameras_of.gather(1, modalities) * members.clamp(max=k2)
     weights = (place < k2) / shares.double()
     return torch.empty_like(weights).scatter_(1, order, weights)
-
-
-def _strips(table: torch.Tensor, together: bool) -> list[torch.Tensor]:
-    """The numbers of the rows that this process handles, some at a time."""
-    rows = torch.arange(len(table), device=table.device)
-    return list((rows[distributed.share(len(table))] if together else rows).split(STRIP_ROWS))
 
 
 @same_kind

@@ -131,8 +131,7 @@ def pairs_on_device(csr: CSR, eps: float, groups: Groups, turn: int, turns: int)
     """`jaccard_pairs` in the kernels. A portion is the pairs of all strips, or of as many as give enough."""
     indptr, indices, values = csr
     size, device, least = len(indptr) - 1, indptr.device, least_overlap(eps)
-    rank = rarity(indices, size)
-    cols, units, first = rare_first(indptr, indices, in_units(values), rank, least)
+    cols, units, first = rare_first(indptr, indices, in_units(values), rarity(indices, size), least)
     by_column = (first[1].long() * size + first[0]).argsort()
     place, ends = by_column.argsort(), first[1].bincount(minlength=size).cumsum(0)
     lists = first[0][by_column], first[2][by_column]

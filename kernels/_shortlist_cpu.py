@@ -68,7 +68,10 @@ def _shortlist(x: Tensor, y: Tensor, k: int, team: Team, dtype: torch.dtype) -> 
             if symmetric and start >= part:
                 _list(search, products.T, 0, start)
         search.join()
-    for start in own if search.bounds[:M].isfinite().any() else []:
+        if not search.bounds[: min(part, M)].isfinite().any():  # and these rows are a sample of all
+            search.bounds.fill_(torch.inf)
+            return search.shortest()
+    for start in own:
         end = min(start + height, rows) if symmetric else columns
         for first in range(part, end, width):
             last = min(first + width, end)

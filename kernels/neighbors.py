@@ -86,8 +86,6 @@ LISTED = 2**21  # entries of short lists whose exact products are held at a time
 def _search(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) -> tuple[Tensor, Tensor]:
     """The k best of short lists, which hold the row itself, too."""
     keys = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
-    if len(x) == 0:
-        return _ranked(keys)
     one_set, x, y = same_rows(x, y), rows_contiguous(x), rows_contiguous(y)
     find = shortlist if use_triton(x) else shortlist_on_cpu
     lists, short = find(x, x if one_set else y, k + exclude_self, team)
@@ -127,6 +125,8 @@ def topk_together(x: Tensor, y: Tensor, k: int, exclude_self: bool, team: Team) 
     for name, matrix in (("x", x), ("y", y)):
         if matrix.numel() and not torch.stack(torch.aminmax(matrix)).isfinite().all():
             raise ValueError(f"{name} holds NaN or infinite features")
+    if len(x) == 0:
+        return x.new_empty(0, k, dtype=torch.float32), x.new_empty(0, k, dtype=torch.int64)
     if use_triton(x) or (x.device.type == "cpu" and not REFERENCE):
         with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
             return _search(x, y, k, exclude_self, team)

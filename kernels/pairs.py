@@ -50,10 +50,10 @@ def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tenso
 def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
     x_rows, y_rows = (max(1, part // max(1, x.shape[1])) for part in (X_PART, Y_PART))
-    buffer = y.new_empty((min(y_rows, y.shape[0]), y.shape[1]), dtype=torch.float64)
+    x_buffer, y_buffer = (x.new_empty(size, x.shape[1], dtype=torch.float64) for size in (x_rows, y_rows))
     shared = same_rows(x, y)  # then rows of x that are wide already serve as rows of y
     for x_first in range(0, len(x), x_rows):
-        wide = x[x_first : x_first + x_rows].double()
+        wide = x_buffer[: len(x) - x_first].copy_(x[x_first : x_first + x_rows])
         offsets = torch.arange(x_first, x_first + len(wide) + 1, device=rows.device)
         start, stop = torch.searchsorted(rows, offsets[[0, -1]]).tolist()
         block = columns[start:stop].div(y_rows, rounding_mode="floor")
@@ -66,7 +66,7 @@ def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
                 warnings.filterwarnings("ignore", "Sparse", UserWarning)  # torch calls CSR beta
                 pattern = torch.sparse_csr_tensor(*listed, (len(wide), len(y_part)), check_invariants=False)
                 inside = wide[y_first - x_first :][: len(y_part) if shared and y_first >= x_first else 0]
-                y_wide = inside if len(inside) == len(y_part) else buffer[: len(y_part)].copy_(y_part)
+                y_wide = inside if len(inside) == len(y_part) else y_buffer[: len(y_part)].copy_(y_part)
                 out[part] = torch.sparse.sampled_addmm(pattern, wide, y_wide.T, beta=0.0).values()
     return out
 

@@ -19,12 +19,14 @@ from ecul.clustering import (
     dbscan,
     emcc,
     extend_encodings,
+    neighbors,
     rank_neighbors,
     reciprocal_encodings,
     unit_rows,
 )
 from ecul.common.density import Density
-from ecul.kernels import topk_similarity
+from ecul.common.duplicates import distinct_rows
+from ecul.kernels import pair_similarity, topk_similarity
 
 
 def oracle_ranks(features):
@@ -203,6 +205,28 @@ def test_every_step_equals_its_part_of_the_oracle(seed, size, cameras, modalitie
     np.testing.assert_array_equal(dbscan(*extended), oracle_dbscan(distance, 0.6, 4))
 
 
+@given(**WORLD, pool=st.integers(1, 300))
+def test_known_similarities_are_not_computed_again(seed, size, cameras, modalities, k1, k2, more, pool):
+    """Of points with and without equal rows, and of fewer neighbours than the encodings use."""
+    few = world(seed, pool, 6, cameras, modalities)[0]
+    points = unit_rows(torch.from_numpy(few[np.random.default_rng(seed).integers(0, pool, size)]))
+    rows, group = distinct_rows(points)
+    similar, near, ranks = neighbors(rows, group, k1, False)
+    expected, asked = reciprocal_encodings(points, ranks, k1), []
+
+    def noted(x, y, i, j):
+        asked.append((i, j))
+        return pair_similarity(x, y, i, j)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ecul.clustering.pair_similarity", noted)
+        found = reciprocal_encodings(rows, ranks, k1, False, group, similar, near)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    for i, j in asked:
+        assert not (near[i] == j[:, None]).any()
+
+
 @given(st.integers(0, 10**6), st.integers(0, 60), st.integers(1, 6), st.integers(1, 4))
 def test_dbscan_of_portions_equals_scikit_learn(seed, size, min_samples, most):
     """Pairs in any order, a few at a time; those within a group may be missing. Points have weights."""
@@ -247,7 +271,7 @@ def test_scales_threads_and_portions_do_not_change_the_labels(monkeypatch):
         np.testing.assert_array_equal(emcc(features, camera, modality), labels)
         assert torch.get_num_threads() == 3
     torch.set_num_threads(threads)
-    monkeypatch.setattr("ecul.clustering.STRIP_ROWS", 7)
+    monkeypatch.setattr("ecul.common.sparse.STRIP_ROWS", 7)
     monkeypatch.setattr("ecul.common.exact.FEATURE_ROWS", 7)
     np.testing.assert_array_equal(emcc(features, camera, modality), labels)
 

@@ -32,7 +32,7 @@ class Density:
         for one, other in (pairs, pairs[::-1]):
             self.counts += np.bincount(one, self.weights[other], minlength=len(self.counts))
         self.pairs = np.concatenate([self.pairs, pairs], axis=1)
-        if self.pairs.shape[1] > 2 * self.kept + len(self.itself):  # memory and time stay linear
+        if self.pairs.shape[1] > 2 * self.kept + len(self.itself) // 4:  # memory and time stay linear
             self._group()
 
     def _group(self) -> None:

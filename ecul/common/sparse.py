@@ -1,4 +1,8 @@
-"""Sparse matrices: weighted sums of rows, and strips of rows joined to CSR arrays."""
+"""Sparse matrices: weighted sums of rows, and strips of rows, made in threads and joined to CSR arrays."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from scipy.sparse import csc_matrix
@@ -6,7 +10,7 @@ from torch import Tensor
 
 from ecul.common import distributed
 
-STRIP_ROWS = 8192  # rows of a sparse matrix that are made at a time
+STRIP_ROWS, STRIPS = 8192, 4  # rows of a strip, or fewer: at most so many strips' rows are made at a time
 CSR = tuple[Tensor, Tensor, Tensor]  # indptr, indices, values
 
 
@@ -42,6 +46,21 @@ def spans(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     owner = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
     before = starts - (sizes.cumsum(0) - sizes)
     return before[owner] + torch.arange(len(owner), device=sizes.device), owner
+
+
+def by_strips(work: Callable[[Tensor], Any], table: Tensor, together: bool = False) -> Iterator[Any]:
+    """`map` over strips of the row numbers of a table; on a CPU in threads, because scipy's products use one.
+
+    together: over those that this process handles.
+    """
+    rows, threads = torch.arange(len(table), device=table.device), torch.get_num_threads()
+    rows = rows[distributed.share(len(table))] if together else rows
+    strips = rows.split(max(1, STRIPS * STRIP_ROWS // max(STRIPS, threads)))
+    if table.is_cuda:
+        yield from map(work, strips)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(work, strips)
 
 
 def stacked(parts: list[CSR], together: bool = False) -> CSR:
