@@ -21,15 +21,15 @@ import torch
 from ecul.common import distributed, logs
 from ecul.common.arrays import check_codes, check_sizes, same_kind
 from ecul.common.density import Density
-from ecul.common.duplicates import distinct_rows, nearest_members, without_repeats
+from ecul.common.duplicates import distinct_rows, without_repeats
 from ecul.common.exact import exp, on_grid, unit_rows
+from ecul.common.neighbors import Neighbors, neighbors
 from ecul.common.sparse import CSR, by_strips, product, spans, stacked
-from ecul.kernels import pair_similarity
 from ecul.kernels._checks import check_csr
 from ecul.kernels._overlaps import ascending
 from ecul.kernels.jaccard import jaccard_pairs
-from ecul.kernels.neighbors import topk_together
 
+WEIGHTED = 2**16  # rows of encodings that get their weights at a time
 SMALL = 2**35  # N * N * D of features that take a second or two in one thread
 
 
@@ -90,11 +90,11 @@ def emcc(
     bar = logs.progress(4, "emcc", "step", distributed.team(together).turn == 0)
     with bar, _threads_for(len(points) * points.numel()):
         points, group = distinct_rows(points)
-        similar, near, ranks = neighbors(points, group, max(k1, k2, k3 or 0), together)
+        found = neighbors(points, group, max(k1, k2, k3 or 0), together)
         bar.update()
-        encodings = reciprocal_encodings(points, ranks, k1, together, group, similar, near)
+        encodings, ranks = encode(found, k1, together), found.ranks
         bar.update()
-        del points, similar, near
+        del points, found
         encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2, k3, together)
         bar.update()
         codes = 2 * cameras + modalities
@@ -113,28 +113,12 @@ def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torc
     index, for points (N, D) float32 from `unit_rows`.
     """
     check_sizes(k=k)
-    return neighbors(*distinct_rows(points), k, together)[2]
-
-
-def neighbors(points: torch.Tensor, group: torch.Tensor, k: int, together: bool) -> tuple[torch.Tensor, ...]:
-    """`topk_similarity` of `distinct_rows` with themselves, and from it `rank_neighbors` of all points."""
-    few, k = min(k, len(points)), min(k, len(group))
-    similar, near = topk_together(points, points, few, False, distributed.team(together))
-    ranks = near if len(points) == len(group) else nearest_members(similar, near, group, k)[group]
-    itself = torch.arange(len(group), device=group.device)[:, None]
-    others = ranks.gather(1, (ranks == itself).int().sort(dim=1, stable=True).indices)[:, : k - 1]
-    return similar, near, torch.cat([itself, others], 1)[:, :k]
+    return neighbors(*distinct_rows(points), k, together).ranks
 
 
 @same_kind
 def reciprocal_encodings(
-    points: torch.Tensor,
-    ranks: torch.Tensor,
-    k1: int = 30,
-    together: bool = False,
-    group: torch.Tensor | None = None,
-    similar: torch.Tensor | None = None,
-    near: torch.Tensor | None = None,
+    points: torch.Tensor, ranks: torch.Tensor, k1: int = 30, together: bool = False
 ) -> CSR:
     """Encode each point by its expanded k-reciprocal neighbours: CSR (N, N) float64, rows sum to 1.
 
@@ -146,12 +130,15 @@ def reciprocal_encodings(
         points: (N, D) float32 from `unit_rows`.
         ranks: (N, >= min(k1, N)) int64 from `rank_neighbors`.
         k1: size of the neighbourhoods that must be mutual.
-        group: (N,) from `distinct_rows`, the row of each point, if points hold equal rows once.
-        similar, near: `topk_similarity(points, points, k)`, if at hand: these pairs are not computed again.
     """
     check_sizes(k1=k1)
-    group = torch.arange(len(points), device=points.device) if group is None else group
-    known = [points[:, :0], ranks[: len(points), :0]] if similar is None or near is None else [similar, near]
+    itself = torch.arange(len(points), device=points.device)
+    return encode(Neighbors(points, itself, points[:, :0], ranks[:, :0], ranks), k1, together)
+
+
+def encode(found: Neighbors, k1: int, together: bool = False) -> CSR:
+    """`reciprocal_encodings` of neighbours; similarities that they hold are not computed again."""
+    group, ranks = found.group, found.ranks
     size = max(1, len(group))
     indptr, indices, ones = _mutual(ranks[:, :k1])
     half = _mutual(ranks[:, : round(k1 / 2) + 1])
@@ -166,30 +153,17 @@ def reciprocal_encodings(
         row, column, _ = product(i[grow], j[grow], one[grow], len(rows), half)
         expanded = ascending(torch.cat([own, row * size + column]))
         expanded = expanded[expanded.diff(prepend=expanded.new_full((1,), -1)) > 0]
-        return group[rows], expanded // size, expanded % size
+        return group[rows], (expanded // size).bincount(minlength=len(rows)), expanded % size
 
-    parts = []
-    for rows, i, j in by_strips(expand, ranks, together):
-        weights = on_grid(exp(2 * _similarity(points, known, rows, i, group[j]).double() - 2))
+    owners, counts, columns = map(torch.cat, zip(*by_strips(expand, ranks, together), strict=True))
+    parts, sizes = [], counts.split(WEIGHTED)
+    strips = owners.split(WEIGHTED), sizes, columns.split([int(strip.sum()) for strip in sizes])
+    for rows, entries, j in zip(*strips, strict=True):
+        i = torch.arange(len(rows), device=rows.device).repeat_interleave(entries)
+        weights = on_grid(exp(2 * found.similarity(rows, i, group[j]).double() - 2))
         totals = weights.new_zeros(len(rows)).index_add_(0, i, weights)
-        parts.append((i.bincount(minlength=len(rows)), j, on_grid(weights / totals[i])))
+        parts.append((entries, j, on_grid(weights / totals[i])))
     return stacked(parts, together)
-
-
-def _similarity(
-    points: torch.Tensor, known: list[torch.Tensor], rows: torch.Tensor, i: torch.Tensor, j: torch.Tensor
-) -> torch.Tensor:
-    """The similarities, float32, of the points rows[i] and j. known: `topk_similarity` of some with all."""
-    similar, near = (part[rows] for part in known)
-    near, order = near.sort(dim=1)
-    first = len(points) * torch.arange(len(rows) + 1, device=rows.device)
-    keys = torch.cat([(first[:-1, None] + near).flatten(), first[-1:]])
-    pairs = first[i] + j
-    place = torch.searchsorted(keys, pairs)
-    found = torch.cat([similar.gather(1, order).flatten(), similar.new_empty(1)])[place]
-    other = (keys[place] != pairs).nonzero()[:, 0]
-    found[other] = pair_similarity(points, points, rows[i[other]], j[other]).float()
-    return found
 
 
 def _mutual(near: torch.Tensor) -> CSR:
@@ -230,7 +204,7 @@ def extend_encodings(
     codes = 2 * cameras.unique(return_inverse=True)[1] + modalities
     if k3 is None:
         codes, k3 = torch.zeros_like(codes), k2
-    encodings = indptr, indices, values.double()
+    encodings = indptr, indices, values.detach().double()
 
     def extend(rows: torch.Tensor) -> CSR:
         near = ranks[rows, :k3]

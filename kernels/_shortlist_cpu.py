@@ -68,7 +68,7 @@ def _shortlist(x: Tensor, y: Tensor, k: int, team: Team, dtype: torch.dtype) -> 
             if symmetric and start >= part:
                 _list(search, products.T, 0, start)
         search.join()
-        if not search.bounds[: min(part, M)].isfinite().any():  # and these rows are a sample of all
+        if not search.bounds[: min(part, M)].isfinite().any():  # rows are shuffled: the first are a sample
             search.bounds.fill_(torch.inf)
             return search.shortest()
     for start in own:

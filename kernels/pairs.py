@@ -50,7 +50,8 @@ def pair_similarity_reference(x: Tensor, y: Tensor, rows: Tensor, columns: Tenso
 def _by_blocks(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     out = torch.full(rows.shape, -torch.inf, dtype=torch.float64, device=rows.device)
     x_rows, y_rows = (max(1, part // max(1, x.shape[1])) for part in (X_PART, Y_PART))
-    x_buffer, y_buffer = (x.new_empty(size, x.shape[1], dtype=torch.float64) for size in (x_rows, y_rows))
+    x_buffer = x.new_empty(min(x_rows, len(x)), x.shape[1], dtype=torch.float64)
+    y_buffer = y.new_empty(min(y_rows, len(y)), y.shape[1], dtype=torch.float64)
     shared = same_rows(x, y)  # then rows of x that are wide already serve as rows of y
     for x_first in range(0, len(x), x_rows):
         wide = x_buffer[: len(x) - x_first].copy_(x[x_first : x_first + x_rows])

@@ -18,14 +18,15 @@ from ecul import InstanceMemory, TwoStreamResNet, extract
 from ecul.clustering import (
     dbscan,
     emcc,
+    encode,
     extend_encodings,
-    neighbors,
     rank_neighbors,
     reciprocal_encodings,
     unit_rows,
 )
 from ecul.common.density import Density
 from ecul.common.duplicates import distinct_rows
+from ecul.common.neighbors import neighbors
 from ecul.kernels import pair_similarity, topk_similarity
 
 
@@ -210,21 +211,20 @@ def test_known_similarities_are_not_computed_again(seed, size, cameras, modaliti
     """Of points with and without equal rows, and of fewer neighbours than the encodings use."""
     few = world(seed, pool, 6, cameras, modalities)[0]
     points = unit_rows(torch.from_numpy(few[np.random.default_rng(seed).integers(0, pool, size)]))
-    rows, group = distinct_rows(points)
-    similar, near, ranks = neighbors(rows, group, k1, False)
-    expected, asked = reciprocal_encodings(points, ranks, k1), []
+    known = neighbors(*distinct_rows(points), k1)
+    expected, asked = reciprocal_encodings(points, known.ranks, k1), []
 
     def noted(x, y, i, j):
         asked.append((i, j))
         return pair_similarity(x, y, i, j)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ecul.clustering.pair_similarity", noted)
-        found = reciprocal_encodings(rows, ranks, k1, False, group, similar, near)
+        patch.setattr("ecul.common.neighbors.pair_similarity", noted)
+        found = encode(known, k1)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     for i, j in asked:
-        assert not (near[i] == j[:, None]).any()
+        assert not (known.near[i] == j[:, None]).any()
 
 
 @given(st.integers(0, 10**6), st.integers(0, 60), st.integers(1, 6), st.integers(1, 4))

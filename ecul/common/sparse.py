@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ecul.common import distributed
 
-STRIP_ROWS, STRIPS = 8192, 4  # rows of a strip, or fewer: at most so many strips' rows are made at a time
+STRIP_ROWS = 8192  # rows of a sparse matrix that a thread makes at a time
+STRIPS = 4  # threads at most: each needs memory for its strip
 CSR = tuple[Tensor, Tensor, Tensor]  # indptr, indices, values
 
 
@@ -49,17 +50,16 @@ def spans(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_strips(work: Callable[[Tensor], Any], table: Tensor, together: bool = False) -> Iterator[Any]:
-    """`map` over strips of the row numbers of a table; on a CPU in threads, because scipy's products use one.
+    """`map` over strips of row numbers of a table; on a CPU in threads, because SciPy multiplies in one.
 
-    together: over those that this process handles.
+    together: only over the rows that this process handles.
     """
-    rows, threads = torch.arange(len(table), device=table.device), torch.get_num_threads()
-    rows = rows[distributed.share(len(table))] if together else rows
-    strips = rows.split(max(1, STRIPS * STRIP_ROWS // max(STRIPS, threads)))
+    rows = torch.arange(len(table), device=table.device)
+    strips = (rows[distributed.share(len(table))] if together else rows).split(STRIP_ROWS)
     if table.is_cuda:
         yield from map(work, strips)
     else:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(min(STRIPS, torch.get_num_threads())) as pool:
             yield from pool.map(work, strips)
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from ecul.clustering import extend_encodings, rank_neighbors, reciprocal_encodings, unit_rows
+from ecul.clustering import encode, extend_encodings, unit_rows
+from ecul.common.duplicates import distinct_rows
+from ecul.common.neighbors import neighbors
 from ecul.kernels import topk_similarity
 
 K1, K2, WEIGHT = 20, 6, 0.3
@@ -34,14 +36,14 @@ def reranked(query: torch.Tensor, gallery: torch.Tensor, name: str) -> Callable[
     points = unit_rows(torch.cat([query, gallery]).float().cpu())
     first, rows = len(query), torch.arange(len(points))
     largest = torch.full((len(points),), 2.0)
+    k1 = K1 if name == "modality" else K1 + 1  # the published k1 leaves out the point itself
+    found = neighbors(*distinct_rows(points), k1)
+    encoded, ranks = encode(found, k1), found.ranks
     if name == "modality":
-        ranks = rank_neighbors(points, K1)
-        encoded = reciprocal_encodings(points, ranks, K1)
         encoded = extend_encodings(*encoded, ranks, None, (rows >= first).long(), K2, K1)
     else:
-        ranks = rank_neighbors(points, K1 + 1)  # the published k1 leaves out the point itself
         largest = (2 + 2 * topk_similarity(points, -points, 1)[0][:, 0]).clamp_min(1e-12)
-        indptr, indices, values = reciprocal_encodings(points, ranks, K1 + 1)  # in exp(-squared)
+        indptr, indices, values = encoded  # in exp(-squared)
         owner = rows.repeat_interleave(indptr.diff())
         most = values.new_zeros(len(points)).scatter_reduce(0, owner, values, "amax")
         values = (values / most[owner]) ** (1 / largest.double())[owner]

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from ecul import MODALITIES
-from ecul.clustering import dbscan, extend_encodings, rank_neighbors, reciprocal_encodings, unit_rows
+from ecul.clustering import dbscan, encode, extend_encodings, unit_rows
 from ecul.common import logs
 from ecul.common.arrays import as_tensor
+from ecul.common.duplicates import distinct_rows
+from ecul.common.neighbors import neighbors
 from ecul.config import Config
 from ecul.data.dataset import Dataset
 from ecul.features import extract_sides
@@ -46,12 +48,11 @@ def tune(
     """
     sizes, distances = np.ravel(k1).tolist(), sorted(np.ravel(eps).tolist())
     points = unit_rows(as_tensor("features", features))
-    ranks = rank_neighbors(points, max(*sizes, k2, k3 or 0))
+    found = neighbors(*distinct_rows(points), max(*sizes, k2, k3 or 0))
     rows = []
     with logs.progress(len(sizes) * len(distances), "tune", "setting") as bar:
         for size in sizes:
-            encodings = reciprocal_encodings(points, ranks, size)
-            encodings = extend_encodings(*encodings, ranks, cameras, modalities, k2=k2, k3=k3)
+            encodings = extend_encodings(*encode(found, size), found.ranks, cameras, modalities, k2=k2, k3=k3)
             for distance in distances:
                 labels = dbscan(*encodings, eps=distance, min_samples=min_samples)
                 row = {"k1": size, "eps": distance, "clusters": count_clusters(labels)}

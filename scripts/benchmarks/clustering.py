@@ -63,8 +63,7 @@ def world(size, dim, identities, noise, cameras=6, device="cpu", dtype=torch.flo
 def steps(features, cameras, modalities, device="cpu"):
     """Every step of `emcc` by itself: their results, their seconds and their peak bytes by name."""
     k1, k2, k3 = SIZES.values()
-    points, group = clustering.distinct_rows(clustering.unit_rows(features))
-    spent, held = {}, {}
+    points, spent, held = clustering.unit_rows(features), {}, {}
 
     def step(name, work, *arguments, **options):
         reset_peak_memory(device)
@@ -72,9 +71,9 @@ def steps(features, cameras, modalities, device="cpu"):
         held[name] = peak_memory(device)
         return result
 
-    similar, near, ranks = step("neighbours", clustering.neighbors, points, group, k1, False)
-    more = {"group": group, "similar": similar, "near": near}
-    encodings = step("encodings", clustering.reciprocal_encodings, points, ranks, k1, **more)
+    points, group = step("equal rows", clustering.distinct_rows, points)
+    found = step("neighbours", clustering.neighbors, points, group, k1)
+    encodings, ranks = step("encodings", clustering.encode, found, k1), found.ranks
     codes = {"cameras": cameras, "modalities": modalities}
     extended = step("extension", clustering.extend_encodings, *encodings, ranks, **codes, k2=k2, k3=k3)
     labels = step("DBSCAN", clustering.dbscan, *extended, **DBSCAN)
