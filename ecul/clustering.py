@@ -113,7 +113,7 @@ def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torc
     index, for points (N, D) float32 from `unit_rows`.
     """
     check_sizes(k=k)
-    return neighbors(*distinct_rows(points), k, together).ranks
+    return neighbors(*distinct_rows(points.detach()), k, together).ranks
 
 
 @same_kind
@@ -132,7 +132,7 @@ def reciprocal_encodings(
         k1: size of the neighbourhoods that must be mutual.
     """
     check_sizes(k1=k1)
-    itself = torch.arange(len(points), device=points.device)
+    points, itself = points.detach(), torch.arange(len(points), device=points.device)
     return encode(Neighbors(points, itself, points[:, :0], ranks[:, :0], ranks), k1, together)
 
 

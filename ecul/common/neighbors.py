@@ -21,9 +21,9 @@ class Neighbors(NamedTuple):
     ranks: Tensor  # (N, k) int64: `rank_neighbors`
 
     def similarity(self, rows: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        """The similarity of each pair of distinct points, rows[i] and j, (pairs,) float32.
+        """The similarity of points rows[i] and j, (pairs,) float32; known ones are not computed again.
 
-        Those in `similar` are not computed again.
+        rows: (some,) int64, numbers of distinct points. i, j: (pairs,) int64, a place in `rows` and a point.
         """
         near, order = self.near[rows].sort(dim=1)
         first = len(self.points) * torch.arange(len(rows) + 1, device=rows.device)
