@@ -112,7 +112,6 @@ def rank_neighbors(points: torch.Tensor, k: int, together: bool = False) -> torc
     `(points.double() @ points.double().T).float().fill_diagonal_(inf).topk(k).indices`, ties to the lower
     index, for points (N, D) float32 from `unit_rows`.
     """
-    check_sizes(k=k)
     return neighbors(*distinct_rows(points.detach()), k, together).ranks
 
 
@@ -131,13 +130,13 @@ def reciprocal_encodings(
         ranks: (N, >= min(k1, N)) int64 from `rank_neighbors`.
         k1: size of the neighbourhoods that must be mutual.
     """
-    check_sizes(k1=k1)
     points, itself = points.detach(), torch.arange(len(points), device=points.device)
     return encode(Neighbors(points, itself, points[:, :0], ranks[:, :0], ranks), k1, together)
 
 
 def encode(found: Neighbors, k1: int, together: bool = False) -> CSR:
     """`reciprocal_encodings` of neighbours; similarities that they hold are not computed again."""
+    check_sizes(k1=k1)
     group, ranks = found.group, found.ranks
     size = max(1, len(group))
     indptr, indices, ones = _mutual(ranks[:, :k1])

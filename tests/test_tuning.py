@@ -43,6 +43,8 @@ def test_the_best_score_lies_where_the_people_are():
     reversed_rows = tune(rows.numpy()[::-1], k1=torch.tensor(3), eps=0.5, **sizes)
     assert reversed_rows == tune(rows.flip(0), k1=[3], eps=[0.5], **sizes)
     assert json.loads(json.dumps(reversed_rows))[0]["k1"] == 3
+    with pytest.raises(ValueError, match="k1 must be at least 1, got 0"):
+        tune(people(4, 6, 0.5), k1=(0, 30))
     with pytest.raises(TypeError, match="features must be a dense tensor"):
         tune(people(2, 4, 0.1).to_sparse())
 

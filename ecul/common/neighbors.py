@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ecul.common import distributed
+from ecul.common.arrays import check_sizes
 from ecul.common.duplicates import nearest_members
 from ecul.kernels import pair_similarity
 from ecul.kernels.neighbors import topk_together
@@ -38,6 +39,7 @@ class Neighbors(NamedTuple):
 
 def neighbors(points: Tensor, group: Tensor, k: int, together: bool = False) -> Neighbors:
     """The k nearest points of every point; points and group from `distinct_rows`."""
+    check_sizes(k=k)
     few, k = min(k, len(points)), min(k, len(group))
     similar, near = topk_together(points, points, few, False, distributed.team(together))
     ranks = near if len(points) == len(group) else nearest_members(similar, near, group, k)[group]
